@@ -1,0 +1,84 @@
+// Forward and backward of the routed experts of one layer.
+//
+//   gate = x Wg' + s (x~ Ag') Bg'      up = x Wu' + s (x~ Au') Bu'      h = act(gate) * up
+//   y    = h Wd' + s (h~ Ad') Bd'      out[t] = sum_k weight[t, k] * y[row(t, k)]
+//
+// x~ and h~ are x and h under the LoRA dropout (themselves when it is off). Frozen weights have no
+// gradient. d_weight comes from <d_out Wd, h>, so y is never kept.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "memory.h"
+#include "packed_experts.h"
+#include "routing.h"
+#include "thread_pool.h"
+
+namespace kt {
+
+enum class Compute : int { kExact = 0, kInt8 = 1, kBf16 = 2 };
+
+// LoRA of one projection over all experts, fp32: a [E, rank, inputs], b [E, outputs, rank].
+struct Lora {
+  int rank = 0;  // 0: none
+  const float* a = nullptr;
+  const float* b = nullptr;
+  float scaling = 1.0f;
+};
+
+struct LoraGradient {
+  float* a = nullptr;
+  float* b = nullptr;
+};
+
+struct BlockInput {
+  const PackedExperts* weights = nullptr;
+  Compute compute = Compute::kExact;
+  Activation activation = Activation::kSilu;
+  int64_t tokens = 0, top_k = 0;
+  FloatType type = FloatType::kFloat32;   // of hidden, out and their gradients
+  const void* hidden = nullptr;           // [T, D]
+  const int64_t* index = nullptr;         // [T, K]
+  const float* routing_weight = nullptr;  // [T, K]
+  std::array<Lora, kProjectionCount> lora;
+  float dropout = 0.0f;
+  uint64_t dropout_seed = 0;
+};
+
+// What forward keeps for backward. Rows are sorted by expert; null pointers: keep nothing.
+struct KeptActivations {
+  float* gate = nullptr;                            // [T * K, F padded]
+  float* up = nullptr;                              // [T * K, F padded]
+  std::array<float*, kProjectionCount> lora_down{};  // [T * K, rank]: s (input~ A')
+};
+
+struct BlockReport {
+  int64_t rows = 0, max_rows = 0, active_experts = 0;
+  std::vector<std::pair<std::string, double>> phase_ms;
+};
+
+class ExpertsBlock {
+ public:
+  ExpertsBlock(const KernelTable& kernels, ThreadPool& pool, std::shared_ptr<BufferCache> cache)
+      : kernels_(kernels), pool_(pool), cache_(std::move(cache)) {}
+
+  // out: [T, D] in input.type.
+  BlockReport forward(const BlockInput& input, void* out, const KeptActivations& kept);
+  // d_hidden: [T, D] in input.type; d_weight: [T, K] fp32; gradients of each LoRA with rank > 0,
+  // dense: experts without rows get zeros.
+  BlockReport backward(const BlockInput& input, const void* d_out, const KeptActivations& kept,
+                       void* d_hidden, float* d_weight,
+                       const std::array<LoraGradient, kProjectionCount>& d_lora);
+
+ private:
+  const KernelTable& kernels_;
+  ThreadPool& pool_;
+  std::shared_ptr<BufferCache> cache_;
+};
+
+}  // namespace kt

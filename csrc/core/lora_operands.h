@@ -1,0 +1,168 @@
+// The LoRA factors of one call, laid out for the rank kernels, and the four products with them.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+
+#include "experts_block.h"
+#include "scratch.h"
+#include "work_items.h"
+
+namespace kt {
+
+class LoraOperands {
+ public:
+  LoraOperands(const BlockInput& in, const Routing& routing, const KernelTable& kernels,
+               Phases& phases, Scratch& scratch)
+      : in_(in), routing_(routing), kernels_(kernels) {
+    for (int i = 0; i < kProjectionCount; ++i) {
+      const Lora& lora = in.lora[static_cast<size_t>(i)];
+      if (!lora.rank) continue;
+      Operand& op = operands_[static_cast<size_t>(i)];
+      const Projection p = static_cast<Projection>(i);
+      op.inputs = in.weights->inputs(p);
+      op.outputs = in.weights->outputs(p);
+      op.lda = padded(op.inputs);
+      op.ldb = padded(op.outputs);
+      const int64_t experts = in.weights->experts();
+      op.a_copy = op.lda == op.inputs ? nullptr : scratch.floats(experts * lora.rank * op.lda);
+      op.bt = scratch.floats(experts * lora.rank * op.ldb);
+      present_ = true;
+    }
+    if (!present_) return;
+    const int64_t active = static_cast<int64_t>(routing.active.size());
+    phases.run("lora_layout", active * kProjectionCount, [&](int64_t item, int) {
+      lay_out(static_cast<int>(item % kProjectionCount), routing.active[item / kProjectionCount]);
+    });
+  }
+
+  bool any(Projection p) const { return in_.lora[static_cast<size_t>(p)].rank > 0; }
+
+  DropoutKey dropout_key(Projection p, int64_t row) const {
+    // splitmix64 over (seed, projection, token and choice): the same in forward, recompute and
+    // backward, and independent of how rows are sorted.
+    uint64_t z = in_.dropout_seed + 0x9e3779b97f4a7c15ull *
+                 (static_cast<uint64_t>(routing_.slot_of_row[row]) * kProjectionCount +
+                  static_cast<uint64_t>(p) + 1);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+    z ^= z >> 31;
+    DropoutKey key;
+    key.row_key = static_cast<uint32_t>(z);
+    key.threshold = static_cast<uint32_t>(static_cast<double>(in_.dropout) * 4294967296.0);
+    key.keep_scale = 1.0f / (1.0f - in_.dropout);
+    return key;
+  }
+
+  // p[row] = scaling * input~[row] A', rows begin to end of one expert.
+  template <class RowOf>
+  void project_input(Projection p, int64_t expert, int64_t begin, int64_t end,
+                     const RowOf& row_of, float* out) const {
+    if (!any(p)) return;
+    const Lora& lora = in_.lora[static_cast<size_t>(p)];
+    const Operand& op = operands_[static_cast<size_t>(p)];
+    std::vector<float> dropped;
+    if (in_.dropout > 0.0f) dropped.resize(static_cast<size_t>((end - begin) * op.lda));
+    std::vector<const float*> rows;
+    for (int64_t r = begin; r < end; ++r) {
+      const float* row = row_of(r);
+      if (in_.dropout > 0.0f) {
+        float* copy = dropped.data() + (r - begin) * op.lda;
+        kernels_.dropout_row(dropout_key(p, r), 0, op.lda, row, copy);
+        row = copy;
+      }
+      rows.push_back(row);
+    }
+    kernels_.rank_project(static_cast<int>(rows.size()), lora.rank, op.lda, rows.data(),
+                          a(p, expert), op.lda, lora.scaling, out + begin * lora.rank);
+  }
+
+  // q[row] = scaling * d_output[row] B.
+  template <class RowOf>
+  void project_output(Projection p, int64_t expert, int64_t begin, int64_t end,
+                      const RowOf& row_of, float* out) const {
+    if (!any(p)) return;
+    const Lora& lora = in_.lora[static_cast<size_t>(p)];
+    const Operand& op = operands_[static_cast<size_t>(p)];
+    std::vector<const float*> rows;
+    for (int64_t r = begin; r < end; ++r) rows.push_back(row_of(r));
+    kernels_.rank_project(static_cast<int>(rows.size()), lora.rank, op.ldb, rows.data(),
+                          bt(p, expert), op.ldb, lora.scaling, out + begin * lora.rank);
+  }
+
+  // tile += p B', for 32 outputs from `col`.
+  void add_output(Projection p, int64_t expert, int64_t row, int rows, const float* factors,
+                  int64_t col, float* tile) const {
+    if (!any(p)) return;
+    const int rank = in_.lora[static_cast<size_t>(p)].rank;
+    kernels_.rank_expand(rows, rank, factors + row * rank, bt(p, expert) + col,
+                         operands_[static_cast<size_t>(p)].ldb, tile);
+  }
+
+  // tile += dropout mask * (q A), for 32 inputs from `col`.
+  void add_input(Projection p, int64_t expert, int64_t row, int rows, const float* factors,
+                 int64_t col, float* tile) const {
+    if (!any(p)) return;
+    const int rank = in_.lora[static_cast<size_t>(p)].rank;
+    const float* a_cols = a(p, expert) + col;
+    const int64_t lda = operands_[static_cast<size_t>(p)].lda;
+    if (in_.dropout == 0.0f) {
+      kernels_.rank_expand(rows, rank, factors + row * rank, a_cols, lda, tile);
+      return;
+    }
+    Tile path{};
+    kernels_.rank_expand(rows, rank, factors + row * rank, a_cols, lda, path);
+    for (int m = 0; m < rows; ++m) {
+      float* path_row = path + m * kPanelCols;
+      kernels_.dropout_row(dropout_key(p, row + m), col, kPanelCols, path_row, path_row);
+      for (int64_t j = 0; j < kPanelCols; ++j) tile[m * kPanelCols + j] += path_row[j];
+    }
+  }
+
+ private:
+  struct Operand {
+    int64_t inputs = 0, outputs = 0;
+    int64_t lda = 0, ldb = 0;
+    float* a_copy = nullptr;  // [E, rank, inputs padded], only where padding is needed
+    float* bt = nullptr;      // [E, rank, outputs padded]
+  };
+
+  const float* a(Projection p, int64_t expert) const {
+    const Operand& op = operands_[static_cast<size_t>(p)];
+    const Lora& lora = in_.lora[static_cast<size_t>(p)];
+    return (op.a_copy ? op.a_copy : lora.a) + expert * lora.rank * op.lda;
+  }
+  const float* bt(Projection p, int64_t expert) const {
+    const Operand& op = operands_[static_cast<size_t>(p)];
+    return op.bt + expert * in_.lora[static_cast<size_t>(p)].rank * op.ldb;
+  }
+
+  void lay_out(int which, int64_t expert) {
+    const Lora& lora = in_.lora[static_cast<size_t>(which)];
+    if (!lora.rank) return;
+    const Operand& op = operands_[static_cast<size_t>(which)];
+    const float* b = lora.b + expert * op.outputs * lora.rank;
+    float* bt = op.bt + expert * lora.rank * op.ldb;
+    for (int j = 0; j < lora.rank; ++j) {
+      float* row = bt + j * op.ldb;
+      for (int64_t n = 0; n < op.outputs; ++n) row[n] = b[n * lora.rank + j];
+      std::fill(row + op.outputs, row + op.ldb, 0.0f);
+    }
+    if (!op.a_copy) return;
+    for (int j = 0; j < lora.rank; ++j) {
+      float* row = op.a_copy + (expert * lora.rank + j) * op.lda;
+      std::memcpy(row, lora.a + (expert * lora.rank + j) * op.inputs,
+                  sizeof(float) * static_cast<size_t>(op.inputs));
+      std::fill(row + op.inputs, row + op.lda, 0.0f);
+    }
+  }
+
+  const BlockInput& in_;
+  const Routing& routing_;
+  const KernelTable& kernels_;
+  std::array<Operand, kProjectionCount> operands_;
+  bool present_ = false;
+};
+
+}  // namespace kt

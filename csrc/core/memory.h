@@ -1,0 +1,48 @@
+// Large buffers: page-aligned, huge pages where the kernel grants them, not copied by fork.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+namespace kt {
+
+class LargeBuffer {
+ public:
+  LargeBuffer() = default;
+  // Zero-filled on first touch. Throws std::bad_alloc.
+  explicit LargeBuffer(size_t bytes);
+  ~LargeBuffer();
+  LargeBuffer(LargeBuffer&& other) noexcept;
+  LargeBuffer& operator=(LargeBuffer&& other) noexcept;
+  LargeBuffer(const LargeBuffer&) = delete;
+  LargeBuffer& operator=(const LargeBuffer&) = delete;
+
+  uint8_t* data() const { return data_; }
+  size_t size() const { return size_; }
+
+ private:
+  uint8_t* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+// Keeps released buffers for the next request of the same size class. A training step asks for
+// the same sizes again and again; giving the pages back to the system and faulting them in anew
+// costs more than the arithmetic on them.
+class BufferCache : public std::enable_shared_from_this<BufferCache> {
+ public:
+  // A buffer of at least `bytes`, returned to the cache when the pointer dies. Contents undefined.
+  std::shared_ptr<LargeBuffer> acquire(size_t bytes);
+  // Frees every buffer that is not in use; returns the bytes freed.
+  size_t trim();
+  size_t cached_bytes() const;
+
+ private:
+  mutable std::mutex mutex_;
+  std::multimap<size_t, LargeBuffer> free_;
+};
+
+}  // namespace kt

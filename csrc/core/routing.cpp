@@ -1,0 +1,44 @@
+#include "routing.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+namespace kt {
+
+Routing route(const int64_t* index, int64_t tokens, int64_t top_k, int64_t experts) {
+  Routing r;
+  r.tokens = tokens;
+  r.top_k = top_k;
+  r.offset.assign(static_cast<size_t>(experts + 1), 0);
+  const int64_t slots = tokens * top_k;
+  for (int64_t s = 0; s < slots; ++s) {
+    const int64_t e = index[s];
+    if (e < 0 || e > experts)
+      throw std::invalid_argument("top_k_index: token " + std::to_string(s / top_k) +
+                                  " names expert " + std::to_string(e) + ", expected 0 to " +
+                                  std::to_string(experts - 1) + " (or " +
+                                  std::to_string(experts) + " to skip)");
+    if (e < experts) ++r.offset[static_cast<size_t>(e + 1)];
+  }
+  for (int64_t e = 0; e < experts; ++e) {
+    if (r.offset[e + 1] > 0) r.active.push_back(static_cast<int32_t>(e));
+    r.offset[e + 1] += r.offset[e];
+  }
+  r.rows = r.offset[experts];
+  r.row_of_slot.assign(static_cast<size_t>(slots), -1);
+  r.slot_of_row.resize(static_cast<size_t>(r.rows));
+  std::vector<int64_t> next(r.offset.begin(), r.offset.end() - 1);
+  for (int64_t s = 0; s < slots; ++s) {
+    if (index[s] == experts) continue;
+    const int64_t row = next[index[s]]++;
+    r.row_of_slot[s] = static_cast<int32_t>(row);
+    r.slot_of_row[row] = static_cast<int32_t>(s);
+  }
+  // Largest first, so that the last work items are small and the threads end together.
+  std::stable_sort(r.active.begin(), r.active.end(),
+                   [&](int32_t a, int32_t b) { return r.count(a) > r.count(b); });
+  return r;
+}
+
+}  // namespace kt

@@ -1,0 +1,29 @@
+"""The typed errors of kt_sft. Each message says what, got, expected and what to do."""
+
+
+class KtSftError(Exception):
+    """Base of every error that kt_sft raises on purpose."""
+
+
+class SettingsError(KtSftError, ValueError):
+    """One or more settings of the `kt_sft:` section are unknown or wrong; all are listed."""
+
+
+class UnsupportedModelError(KtSftError, ValueError):
+    """The model's experts cannot be computed by kt_sft; names the model and what works."""
+
+
+class CheckpointError(KtSftError, ValueError):
+    """A base checkpoint lacks tensors, has wrong shapes or dtypes, or is malformed."""
+
+
+class AdapterMismatchError(KtSftError, ValueError):
+    """An adapter does not fit the base model it is loaded on; lists the differences."""
+
+
+class KernelArgumentError(KtSftError, ValueError):
+    """A tensor handed to the kernels has the wrong dtype, shape, layout or device."""
+
+
+class NonFiniteError(KtSftError, FloatingPointError):
+    """NaN or Inf where training must not go on; names step and tensor."""

@@ -1,0 +1,29 @@
+"""The typed, checked face of the compiled core: every tensor is verified before its address leaves.
+
+Legend: T tokens, D hidden size, F intermediate size, E experts, K top-k, R = T*K routed rows,
+r LoRA rank, Dp and Fp are D and F rounded up to a multiple of 64.
+"""
+
+from kt_sft.kernels.engine import (
+    ACTIVATIONS,
+    PROJECTIONS,
+    BlockReport,
+    Engine,
+    ExpertWeights,
+    Kept,
+    LoraFactors,
+    isa_report,
+    select_isa,
+)
+
+__all__ = [
+    "ACTIVATIONS",
+    "PROJECTIONS",
+    "BlockReport",
+    "Engine",
+    "ExpertWeights",
+    "Kept",
+    "LoraFactors",
+    "isa_report",
+    "select_isa",
+]

@@ -1,0 +1,374 @@
+"""Forward and backward of one layer's routed experts on the CPU, over checked torch tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kt_sft.errors import KernelArgumentError
+from kt_sft.kernels import _core
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+# Names of Transformers' ACT2FN to the kernels' activations.
+ACTIVATIONS: Mapping[str, str] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+}
+
+_FLOATS = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+
+MAX_RANK = 512
+
+
+def isa_report(cpu_flags: Mapping[str, bool] | None = None) -> list[tuple[str, list[str]]]:
+    """Every instruction set, best first, with the CPU flags that it misses on this machine."""
+    return _core.isa_report(None if cpu_flags is None else dict(cpu_flags))
+
+
+def select_isa(isa: str, cpu_flags: Mapping[str, bool] | None = None) -> str:
+    """The name of the kernel table that `isa` means here.
+
+    Raises ValueError with the valid names, or with the missing CPU flags.
+    """
+    return _core.select_isa(isa, None if cpu_flags is None else dict(cpu_flags))
+
+
+def _check(
+    tensor: Tensor,
+    name: str,
+    shape: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+) -> int:
+    """The address of `tensor` once it is what the kernels read or write."""
+    problems = []
+    if tensor.device.type != "cpu":
+        problems.append(f"device {tensor.device}, expected cpu")
+    if tensor.dtype not in dtypes:
+        problems.append(f"dtype {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
+    if tuple(tensor.shape) != tuple(shape):
+        problems.append(f"shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+    elif not tensor.is_contiguous():
+        problems.append(f"strides {tensor.stride()}, expected contiguous")
+    if problems:
+        raise KernelArgumentError(f"{name}: got " + "; ".join(problems))
+    return tensor.data_ptr()
+
+
+def _round_up(n: int) -> int:
+    return -(-n // 64) * 64
+
+
+class ExpertWeights:
+    """The frozen weights of one layer's experts, packed in host memory.
+
+    Neither a Parameter nor a buffer: nothing that moves, copies or broadcasts a model sees it.
+    A deep copy shares the memory.
+    """
+
+    def __init__(self, experts: int, hidden: int, intermediate: int, weights: str) -> None:
+        self.experts, self.hidden, self.intermediate = experts, hidden, intermediate
+        self.weights = weights
+        self.handle = _core.PackedExperts(experts, hidden, intermediate, weights)
+
+    def __deepcopy__(self, memo: dict) -> ExpertWeights:
+        return self
+
+    def __reduce__(self) -> tuple:
+        raise TypeError(
+            "expert weights cannot be pickled: they belong to this process; "
+            "load the model in the other process instead"
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory, scales included."""
+        return self.handle.nbytes
+
+    def shape(self, projection: str) -> tuple[int, int]:
+        """(outputs, inputs) of one expert's projection."""
+        if projection == "down_proj":
+            return self.hidden, self.intermediate
+        return self.intermediate, self.hidden
+
+    def pack(self, engine: Engine, expert: int, projection: str, weight: Tensor) -> None:
+        """Quantizes and packs one expert's projection, [outputs, inputs] in fp32, bf16 or fp16.
+
+        Rows may be strided. Raises KernelArgumentError, or ValueError for NaN and Inf.
+        """
+        if not 0 <= expert < self.experts:
+            raise KernelArgumentError(f"expert: got {expert}, expected 0 to {self.experts - 1}")
+        if tuple(weight.shape) != self.shape(projection) or weight.dtype not in _FLOATS:
+            raise KernelArgumentError(
+                f"{projection} of expert {expert}: got {weight.dtype} {tuple(weight.shape)}, "
+                f"expected a float tensor of shape {self.shape(projection)}"
+            )
+        if weight.device.type != "cpu" or (weight.stride(1) != 1 and weight.shape[1] > 1):
+            weight = weight.cpu().contiguous()
+        self.handle.pack(
+            engine.handle,
+            expert,
+            projection,
+            _FLOATS[weight.dtype],
+            weight.data_ptr(),
+            weight.stride(0),
+        )
+
+    def unpack(self, expert: int, projection: str) -> Tensor:
+        """The weights that the kernels compute with, fp32 [outputs, inputs]."""
+        if not 0 <= expert < self.experts:
+            raise KernelArgumentError(f"expert: got {expert}, expected 0 to {self.experts - 1}")
+        out = torch.empty(self.shape(projection), dtype=torch.float32)
+        self.handle.unpack(expert, projection, out.data_ptr())
+        return out
+
+
+@dataclass(frozen=True)
+class LoraFactors:
+    """LoRA of one projection over all experts: a [E, r, inputs], b [E, outputs, r], fp32 on CPU."""
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        """The rank r."""
+        return self.a.shape[1]
+
+
+@dataclass
+class Kept:
+    """What forward keeps for backward, rows sorted by expert."""
+
+    gate: Tensor  # fp32 [R, Fp]
+    up: Tensor  # fp32 [R, Fp]
+    lora_down: tuple[Tensor, Tensor, Tensor]  # fp32 [R, r] each, [0] where there is no LoRA
+
+
+@dataclass
+class BlockReport:
+    """What one call did."""
+
+    rows: int
+    max_rows: int
+    active_experts: int
+    phase_ms: dict[str, float] = field(default_factory=dict)
+
+
+class Engine:
+    """Threads, kernels and temporary memory, shared by all layers of a model.
+
+    Calls from several Python threads are serialized; a call in a forked child raises
+    ForkedProcessError.
+    """
+
+    def __init__(self, threads: int, isa: str = "auto") -> None:
+        self.handle = _core.Engine(threads, isa)
+
+    def __deepcopy__(self, memo: dict) -> Engine:
+        return self
+
+    @property
+    def isa(self) -> str:
+        """The instruction set in use."""
+        return self.handle.isa
+
+    @property
+    def threads(self) -> int:
+        """Threads that compute, the caller's included."""
+        return self.handle.threads
+
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes of temporary memory that are kept for the next call and not in use."""
+        return self.handle.cached_bytes
+
+    def trim(self) -> int:
+        """Gives unused temporary memory back to the system; returns the bytes."""
+        return self.handle.trim()
+
+    def empty(self, *shape: int) -> Tensor:
+        """An fp32 tensor from the engine's reusable memory; contents undefined."""
+        count = 1
+        for n in shape:
+            count *= n
+        if count == 0:
+            return torch.empty(shape, dtype=torch.float32)
+        buffer = self.handle.buffer(4 * count)
+        return torch.frombuffer(buffer, dtype=torch.float32, count=count).view(shape)
+
+    def forward(
+        self,
+        weights: ExpertWeights,
+        hidden_TD: Tensor,
+        index_TK: Tensor,
+        weight_TK: Tensor,
+        *,
+        compute: str,
+        activation: str,
+        lora: Sequence[LoraFactors | None] = (None, None, None),
+        dropout: float = 0.0,
+        dropout_seed: int = 0,
+        keep: bool = False,
+    ) -> tuple[Tensor, Kept | None, BlockReport]:
+        """out[t] = sum_k weight[t, k] * expert_{index[t, k]}(hidden[t]).
+
+        hidden [T, D] fp32, bf16 or fp16; index [T, K] int64, E skips; weight [T, K] fp32.
+        Returns out [T, D] in the dtype of hidden, what backward needs if `keep`, and a report.
+        Raises KernelArgumentError, and ValueError for an index outside 0..E.
+        """
+        call = self._call(
+            weights,
+            hidden_TD,
+            index_TK,
+            weight_TK,
+            compute,
+            activation,
+            lora,
+            dropout,
+            dropout_seed,
+        )
+        out_TD = torch.empty_like(hidden_TD)
+        kept = None
+        addresses: tuple = (0, 0, (0, 0, 0))
+        if keep:
+            rows, width = index_TK.numel(), _round_up(weights.intermediate)
+            kept = Kept(
+                gate=self.empty(rows, width),
+                up=self.empty(rows, width),
+                lora_down=tuple(  # type: ignore[arg-type]
+                    torch.empty(rows, f.rank) if f else torch.empty(0) for f in lora
+                ),
+            )
+            addresses = self._kept_addresses(kept, weights, rows, lora)
+        report = self.handle.forward(*call, out_TD.data_ptr(), *addresses)
+        return out_TD, kept, BlockReport(**report)
+
+    def backward(
+        self,
+        weights: ExpertWeights,
+        hidden_TD: Tensor,
+        index_TK: Tensor,
+        weight_TK: Tensor,
+        d_out_TD: Tensor,
+        kept: Kept,
+        *,
+        compute: str,
+        activation: str,
+        lora: Sequence[LoraFactors | None] = (None, None, None),
+        dropout: float = 0.0,
+        dropout_seed: int = 0,
+    ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor] | None], BlockReport]:
+        """Gradients of `forward` for the same arguments.
+
+        Returns d_hidden [T, D] in the dtype of hidden, d_weight [T, K] fp32, (d_a, d_b) fp32 for
+        each LoRA, dense with zeros for idle experts, and a report.
+        """
+        call = self._call(
+            weights,
+            hidden_TD,
+            index_TK,
+            weight_TK,
+            compute,
+            activation,
+            lora,
+            dropout,
+            dropout_seed,
+        )
+        d_out = _check(d_out_TD, "d_out", hidden_TD.shape, [hidden_TD.dtype])
+        addresses = self._kept_addresses(kept, weights, index_TK.numel(), lora)
+        d_hidden_TD = torch.empty_like(hidden_TD)
+        d_weight_TK = torch.empty_like(weight_TK)
+        d_lora = [(torch.empty_like(f.a), torch.empty_like(f.b)) if f else None for f in lora]
+        report = self.handle.backward(
+            *call,
+            d_out,
+            *addresses,
+            d_hidden_TD.data_ptr(),
+            d_weight_TK.data_ptr(),
+            [(p[0].data_ptr(), p[1].data_ptr()) if p else (0, 0) for p in d_lora],
+        )
+        return d_hidden_TD, d_weight_TK, d_lora, BlockReport(**report)
+
+    def _call(
+        self,
+        weights: ExpertWeights,
+        hidden_TD: Tensor,
+        index_TK: Tensor,
+        weight_TK: Tensor,
+        compute: str,
+        activation: str,
+        lora: Sequence[LoraFactors | None],
+        dropout: float,
+        dropout_seed: int,
+    ) -> tuple:
+        if hidden_TD.dim() != 2 or index_TK.dim() != 2:
+            raise KernelArgumentError(
+                f"hidden and index: got {hidden_TD.dim()} and {index_TK.dim()} dimensions, "
+                "expected [T, D] and [T, K]"
+            )
+        if not 0.0 <= dropout < 1.0:
+            raise KernelArgumentError(f"dropout: got {dropout}, expected 0 <= p < 1")
+        tokens, top_k = index_TK.shape
+        hidden = _check(hidden_TD, "hidden", (tokens, weights.hidden), list(_FLOATS))
+        index = _check(index_TK, "index", (tokens, top_k), [torch.int64])
+        weight = _check(weight_TK, "weight", (tokens, top_k), [torch.float32])
+        factors = []
+        for projection, f in zip(PROJECTIONS, lora, strict=True):
+            if f is None:
+                factors.append((0, 0, 0, 0.0))
+                continue
+            outputs, inputs = weights.shape(projection)
+            if not 1 <= f.rank <= MAX_RANK:
+                raise KernelArgumentError(
+                    f"{projection}: got rank {f.rank}, expected 1 to {MAX_RANK}"
+                )
+            a = _check(
+                f.a, f"{projection} lora_A", (weights.experts, f.rank, inputs), [torch.float32]
+            )
+            b = _check(
+                f.b, f"{projection} lora_B", (weights.experts, outputs, f.rank), [torch.float32]
+            )
+            factors.append((f.rank, a, b, f.scaling))
+        return (
+            weights.handle,
+            compute,
+            activation,
+            tokens,
+            top_k,
+            _FLOATS[hidden_TD.dtype],
+            hidden,
+            index,
+            weight,
+            factors,
+            dropout,
+            dropout_seed,
+        )
+
+    @staticmethod
+    def _kept_addresses(
+        kept: Kept, weights: ExpertWeights, rows: int, lora: Sequence[LoraFactors | None]
+    ) -> tuple[int, int, list[int]]:
+        shape = (rows, _round_up(weights.intermediate))
+        fp32 = [torch.float32]
+        return (
+            _check(kept.gate, "kept gate", shape, fp32),
+            _check(kept.up, "kept up", shape, fp32),
+            [
+                _check(p, "kept LoRA product", (rows, f.rank), fp32) if f else 0
+                for p, f in zip(kept.lora_down, lora, strict=True)
+            ],
+        )

@@ -1,0 +1,25 @@
+"""Fine-tuning of Mixture-of-Experts models whose routed experts stay in host memory.
+
+Names are imported on first use: this package is loaded in every process that imports torch, by
+the plug-in hook in `kt_sft.autoload`, and must cost nothing there.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "HybridExpertsConfig": "kt_sft.integrations.transformers",
+    "HybridExpertsCallback": "kt_sft.integrations.trainer",
+    "hybridize": "kt_sft.integrations.transformers",
+    "HybridExpertsSettings": "kt_sft.config",
+}
+
+__all__ = ["HybridExpertsCallback", "HybridExpertsConfig", "HybridExpertsSettings", "hybridize"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'kt_sft' has no attribute {name!r}")

@@ -1,0 +1,173 @@
+"""LoRA over all experts of one projection, as a layer that stock PEFT creates and switches.
+
+For a module that already is a `LoraLayer`, PEFT calls `update_layer` instead of replacing it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from kt_sft.errors import SettingsError
+from kt_sft.kernels.engine import MAX_RANK
+
+
+@dataclass(frozen=True)
+class ActiveFactors:
+    """The LoRA in force: a [E, r, inputs], b [E, outputs, r]."""
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+    dropout: float
+
+
+class HybridExpertsLinear(nn.Module, LoraLayer):
+    """One projection of all experts: no weight of its own, LoRA A [E, r, in] and B [E, out, r].
+
+    The class name holds "Linear" because LLaMA-Factory's `lora_target: all` looks for it.
+    """
+
+    adapter_layer_names = ("lora_A", "lora_B")
+    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout")
+
+    def __init__(
+        self, experts: int, inputs: int, outputs: int, device: Callable[[], torch.device]
+    ) -> None:
+        # LoraLayer.__init__ reads the weight of a base layer, which does not exist here.
+        nn.Module.__init__(self)
+        self.experts, self.in_features, self.out_features = experts, inputs, outputs
+        self._device = device
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.use_rslora: dict[str, bool] = {}
+        self.use_dora: dict[str, bool] = {}
+        self.lora_bias: dict[str, bool] = {}
+        self.lora_variant: dict[str, Any] = {}
+        self.lora_dropout = nn.ModuleDict()
+        self.lora_A = nn.ParameterDict()
+        self.lora_B = nn.ParameterDict()
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.kwargs: dict[str, Any] = {}
+
+    @property
+    def weight(self) -> Tensor:
+        """Absent: the frozen weights are packed in host memory, outside torch."""
+        raise AttributeError("the weights of hybrid experts are packed in host memory")
+
+    def update_layer(  # type: ignore[override]
+        self,
+        adapter_name: str,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float,
+        init_lora_weights: bool | str,
+        use_rslora: bool,
+        use_dora: bool = False,
+        lora_bias: bool = False,
+        inference_mode: bool = False,
+        **unused: Any,
+    ) -> None:
+        """Creates an adapter's factors in fp32. Raises SettingsError for variants without kernels."""
+        problems = []
+        if not 1 <= r <= MAX_RANK:
+            problems.append(f"lora_rank: got {r}, expected 1 to {MAX_RANK}")
+        if use_dora:
+            problems.append("use_dora: DoRA needs the norms of the frozen experts' weights")
+        if lora_bias:
+            problems.append("lora_bias: experts have no bias to train")
+        if init_lora_weights not in (True, False, "gaussian"):
+            problems.append(
+                f"init_lora_weights: got {init_lora_weights!r}, expected true, false or gaussian"
+            )
+        if problems:
+            raise SettingsError(
+                "LoRA on hybrid experts:\n"
+                + "\n".join(f"  - {p}" for p in problems)
+                + "\nChange the recipe, or set expert_lora: false to adapt the other layers only."
+            )
+        self.r[adapter_name] = r
+        self.lora_alpha[adapter_name] = lora_alpha
+        self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        self.use_rslora[adapter_name] = use_rslora
+        self.use_dora[adapter_name] = False
+        self.lora_bias[adapter_name] = False
+        drop: nn.Module = nn.Dropout(lora_dropout) if lora_dropout > 0 else nn.Identity()
+        self.lora_dropout[adapter_name] = drop
+        device = self._device()
+        a = torch.empty(self.experts, r, self.in_features, device=device)
+        b = torch.zeros(self.experts, self.out_features, r, device=device)
+        if init_lora_weights == "gaussian":
+            nn.init.normal_(a, std=1 / r)
+        else:
+            # kaiming_uniform with a = sqrt(5) of one expert's [r, in], as PEFT does for a Linear.
+            nn.init.uniform_(a, -1 / math.sqrt(self.in_features), 1 / math.sqrt(self.in_features))
+            if init_lora_weights is False:
+                nn.init.uniform_(b, -1 / math.sqrt(r), 1 / math.sqrt(r))
+        self.lora_A[adapter_name] = nn.Parameter(a)
+        self.lora_B[adapter_name] = nn.Parameter(b)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def active_factors(self) -> ActiveFactors | None:
+        """The factors of the active adapters, or None when LoRA is off.
+
+        Several active adapters are one of the summed rank.
+        """
+        if self.disable_adapters:
+            return None
+        names = [n for n in self.active_adapters if n in self.lora_A]
+        if not names:
+            return None
+        rates = {n: getattr(self.lora_dropout[n], "p", 0.0) for n in names}
+        if len(set(rates.values())) > 1:
+            raise SettingsError(
+                f"lora_dropout: the active adapters differ ({rates}); give them the same rate"
+            )
+        dropout = rates[names[0]]
+        if len(names) == 1:
+            name = names[0]
+            return ActiveFactors(
+                self.lora_A[name], self.lora_B[name], self.scaling[name], dropout
+            )
+        a = torch.cat([self.lora_A[n] for n in names], dim=1)
+        b = torch.cat([self.lora_B[n] * self.scaling[n] for n in names], dim=2)
+        return ActiveFactors(a, b, 1.0, dropout)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refused: the frozen weights are quantized and shared."""
+        raise NotImplementedError(
+            "LoRA cannot be merged into packed experts; "
+            "`kt-sft export recipe.yaml` merges it into the original checkpoint"
+        )
+
+    def unmerge(self) -> None:
+        """Nothing to undo: nothing is ever merged."""
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> HybridExpertsLinear:
+        """The layer without adapters, for `PeftModel.unload`; merging is refused."""
+        if merge:
+            self.merge(safe_merge, adapter_names)
+        return HybridExpertsLinear(
+            self.experts, self.in_features, self.out_features, self._device
+        )
+
+    def extra_repr(self) -> str:
+        return f"experts={self.experts}, in={self.in_features}, out={self.out_features}"
+
+
+def common_dropout(active: list[ActiveFactors], path: str) -> float:
+    """The dropout rate of the active LoRA of one block; the three projections share it."""
+    rates = {f.dropout for f in active}
+    if len(rates) > 1:
+        raise SettingsError(f"lora_dropout: the projections of {path} differ: {sorted(rates)}")
+    return rates.pop() if rates else 0.0

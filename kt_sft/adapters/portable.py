@@ -1,0 +1,102 @@
+"""The portable form of expert LoRA: one pair of matrices per expert and projection.
+
+In a state dict, `<path>.experts.gate_proj.lora_A.<adapter>` [E, r, in] becomes
+`<path>.experts.<e>.gate_proj.lora_A.<adapter>.weight` [r, in], the keys that vLLM, SGLang,
+llama.cpp and PEFT read for models whose checkpoints hold one tensor per expert.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import Tensor, nn, stack
+
+from kt_sft.errors import AdapterMismatchError
+from kt_sft.kernels import PROJECTIONS
+
+_STACKED = re.compile(rf"({'|'.join(PROJECTIONS)})\.(lora_[AB])\.([^.]+)$")
+_PER_EXPERT = re.compile(rf"(\d+)\.({'|'.join(PROJECTIONS)})\.(lora_[AB])\.([^.]+)\.weight$")
+
+
+def spread_expert_factors(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any
+) -> None:
+    """State-dict hook of HybridExperts: stacked factors to one pair per expert (views)."""
+    for key in [k for k in state_dict if k.startswith(prefix)]:
+        match = _STACKED.fullmatch(key[len(prefix) :])
+        if match is None:
+            continue
+        projection, factor, adapter = match.groups()
+        for expert, matrix in enumerate(state_dict.pop(key).unbind(0)):
+            state_dict[f"{prefix}{expert}.{projection}.{factor}.{adapter}.weight"] = matrix
+
+
+def collect_expert_factors(
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: Any,
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """Load hook of HybridExperts: one pair per expert to stacked factors.
+
+    Raises AdapterMismatchError that lists what does not fit this layer.
+    """
+    groups: dict[tuple[str, str, str], dict[int, Tensor]] = {}
+    for key in [k for k in state_dict if k.startswith(prefix)]:
+        match = _PER_EXPERT.fullmatch(key[len(prefix) :])
+        if match is None:
+            continue
+        expert, projection, factor, adapter = match.groups()
+        groups.setdefault((projection, factor, adapter), {})[int(expert)] = state_dict.pop(key)
+    problems: list[str] = []
+    for (projection, factor, adapter), matrices in groups.items():
+        problems.extend(_misfits(module, projection, factor, adapter, matrices))
+        if problems:
+            continue
+        stacked = stack([matrices[e] for e in range(len(matrices))])
+        state_dict[f"{prefix}{projection}.{factor}.{adapter}"] = stacked
+    if problems:
+        raise AdapterMismatchError(
+            f"the adapter does not fit {prefix.rstrip('.')} of this base model:\n"
+            + "\n".join(f"  - {p}" for p in problems)
+            + "\nLoad it on the base model it was trained on."
+        )
+
+
+def _misfits(
+    module: nn.Module, projection: str, factor: str, adapter: str, matrices: dict[int, Tensor]
+) -> list[str]:
+    layer = getattr(module, projection, None)
+    if layer is None:
+        return [f"{projection}: the adapter has expert LoRA, the model has expert_lora: false"]
+    if adapter not in layer.lora_A:
+        return [f"{projection}: the adapter has factors, its target_modules do not name it"]
+    name = f"{projection} {factor}"
+    problems = []
+    expected = set(range(layer.experts))
+    if set(matrices) != expected:
+        lacking, extra = sorted(expected - set(matrices)), sorted(set(matrices) - expected)
+        problems.append(
+            f"{name}: got {len(matrices)} experts, expected {layer.experts}"
+            + (f"; missing {_few(lacking)}" if lacking else "")
+            + (f"; unknown {_few(extra)}" if extra else "")
+        )
+    shape = tuple(getattr(layer, factor)[adapter].shape[1:])
+    wrong = {e: tuple(m.shape) for e, m in matrices.items() if tuple(m.shape) != shape}
+    if wrong:
+        expert = min(wrong)
+        problems.append(
+            f"{name}: got shape {wrong[expert]} (expert {expert}), expected {shape} "
+            "(rank and width)"
+        )
+    return problems
+
+
+def _few(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:5]))
+    return shown + (", ..." if len(numbers) > 5 else "")

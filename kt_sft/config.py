@@ -1,0 +1,132 @@
+"""The settings of the `kt_sft:` section: what may be written, checked all at once."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kt_sft.errors import SettingsError
+
+_CHOICES = {
+    "weights": ("int8", "bf16"),
+    "compute": ("exact", "int8"),
+}
+
+
+@dataclass(frozen=True)
+class HybridExpertsSettings:
+    """How the routed experts are stored and computed.
+
+    weights: storage of the frozen experts: int8 (per output channel) or bf16.
+    compute: how int8 weights are multiplied: exact (activations in 16 bits, error about 3e-5) or
+        int8 (activations in 8 bits, about 1e-2, faster). bf16 weights use bf16 products.
+    expert_lora: LoRA on the routed experts, with the recipe's rank, alpha and dropout.
+    threads: CPU threads for the experts, or auto (affinity, container quota, physical cores).
+    isa: auto, or the name of an instruction set that `kt-sft doctor` lists.
+    """
+
+    weights: str = "int8"
+    compute: str = "exact"
+    expert_lora: bool = True
+    threads: int | str = "auto"
+    isa: str = "auto"
+
+    def __post_init__(self) -> None:
+        problems = list(_problems(asdict(self)))
+        if problems:
+            raise SettingsError(_report(problems))
+
+    @classmethod
+    def from_mapping(cls, section: Mapping[str, Any]) -> HybridExpertsSettings:
+        """Settings from a recipe's section; raises SettingsError that lists every problem."""
+        known = [f.name for f in fields(cls)]
+        problems = []
+        for key in section:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]}?" if near else f"expected {', '.join(known)}"
+                problems.append(f"{key}: unknown setting; {hint}")
+        values = {f.name: section.get(f.name, f.default) for f in fields(cls)}
+        problems.extend(_problems(values))
+        if problems:
+            raise SettingsError(_report(problems))
+        return cls(**values)
+
+    @property
+    def arithmetic(self) -> str:
+        """The kernels' compute mode: exact or int8 for int8 weights, bf16 for bf16 weights."""
+        return "bf16" if self.weights == "bf16" else self.compute
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as plain values."""
+        return asdict(self)
+
+
+def _problems(values: Mapping[str, Any]) -> list[str]:
+    found = []
+    for name, choices in _CHOICES.items():
+        value = values[name]
+        if value in choices:
+            continue
+        near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        found.append(f"{name}: got {value!r}, expected {' or '.join(choices)}{hint}")
+    if values["weights"] == "bf16" and values["compute"] == "int8":
+        found.append(
+            "compute: int8 needs int8 weights, got weights: bf16; "
+            "set weights: int8 or leave compute out"
+        )
+    if not isinstance(values["expert_lora"], bool):
+        found.append(f"expert_lora: got {values['expert_lora']!r}, expected true or false")
+    threads = values["threads"]
+    is_count = isinstance(threads, int) and not isinstance(threads, bool) and threads >= 1
+    if threads != "auto" and not is_count:
+        found.append(f"threads: got {threads!r}, expected auto or a positive integer")
+    if not isinstance(values["isa"], str):
+        found.append(f"isa: got {values['isa']!r}, expected auto or a name of `kt-sft doctor`")
+        return found
+    # The compiled core is asked last so that a broken build does not hide the other problems.
+    from kt_sft.kernels import select_isa
+
+    try:
+        select_isa(values["isa"])
+    except ValueError as error:
+        found.append(str(error))
+    return found
+
+
+def _report(problems: list[str]) -> str:
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return f"kt_sft: {count} in the settings\n" + "\n".join(f"  - {p}" for p in problems)
+
+
+def read_section(section: Any, recipe_dir: Path | None = None) -> HybridExpertsSettings:
+    """Settings from the value of `kt_sft:` in a recipe: a mapping, or the path of a YAML file.
+
+    A relative path is looked up in the working directory, then beside the recipe.
+    Raises SettingsError.
+    """
+    if section is None or section is True:
+        return HybridExpertsSettings()
+    if isinstance(section, str):
+        places = [Path(section), *([recipe_dir / section] if recipe_dir else [])]
+        path = next((p for p in places if p.is_file()), None)
+        if path is None:
+            raise SettingsError(
+                f"kt_sft: no file {section!r} (looked at {', '.join(map(str, places))}); "
+                "write the settings inline or give the path of a YAML file"
+            )
+        section = yaml.safe_load(path.read_text())
+        if section is None:
+            section = {}
+    if not isinstance(section, Mapping):
+        raise SettingsError(
+            f"kt_sft: got {type(section).__name__} {section!r}, expected settings such as "
+            "`weights: int8` or the path of a YAML file that holds them"
+        )
+    return HybridExpertsSettings.from_mapping(section)

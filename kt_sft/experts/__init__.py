@@ -1,0 +1,14 @@
+"""Routed experts that live in host memory, as a torch module with the Transformers contract."""
+
+from kt_sft.experts.meter import ExpertsMeter
+from kt_sft.experts.module import HybridExperts, hybrid_experts_of
+from kt_sft.experts.runtime import ExpertsRuntime
+from kt_sft.experts.shape import ExpertsShape
+
+__all__ = [
+    "ExpertsMeter",
+    "ExpertsRuntime",
+    "ExpertsShape",
+    "HybridExperts",
+    "hybrid_experts_of",
+]

@@ -1,0 +1,141 @@
+"""The autograd function between the accelerator and the CPU experts.
+
+Legend: T tokens, D hidden size, E experts, K top-k, r LoRA rank.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kt_sft.experts.runtime import ExpertsRuntime
+from kt_sft.experts.shape import ExpertsShape
+from kt_sft.kernels import ExpertWeights, Kept, LoraFactors
+
+
+@dataclass(frozen=True)
+class ExpertsCall:
+    """The part of a call that is not a tensor; constant over forward, recompute and backward."""
+
+    runtime: ExpertsRuntime
+    weights: ExpertWeights
+    shape: ExpertsShape
+    scaling: tuple[float, float, float]
+    dropout: float
+    dropout_seed: int
+    counts_tokens: bool  # one layer of the model counts the tokens for the meter
+    keep: bool  # backward will follow
+
+    def flops(self, rows: int) -> float:
+        """Multiply-adds of the three frozen products, counted twice each."""
+        return 6.0 * rows * self.shape.hidden * self.shape.intermediate
+
+    def arguments(self, lora: list[LoraFactors | None]) -> dict[str, Any]:
+        """The keyword arguments of the engine."""
+        return {
+            "compute": self.runtime.settings.arithmetic,
+            "activation": self.shape.activation,
+            "lora": lora,
+            "dropout": self.dropout,
+            "dropout_seed": self.dropout_seed,
+        }
+
+    def factors(self, tensors: tuple[Tensor, ...]) -> list[LoraFactors | None]:
+        """(a, b) of gate, up and down on the CPU; empty tensors mean no LoRA."""
+        return [
+            LoraFactors(tensors[2 * i], tensors[2 * i + 1], self.scaling[i])
+            if tensors[2 * i].numel()
+            else None
+            for i in range(3)
+        ]
+
+
+def to_host(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A contiguous CPU tensor of `dtype`; copied through pinned memory from an accelerator."""
+    tensor = tensor.detach().to(dtype=dtype or tensor.dtype).contiguous()
+    if tensor.device.type == "cpu":
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor)
+
+
+class ExpertsFunction(torch.autograd.Function):
+    """out[T, D] from (hidden[T, D], index[T, K], weight[T, K], a and b of gate, up, down)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: ExpertsCall,
+        hidden_TD: Tensor,
+        index_TK: Tensor,
+        weight_TK: Tensor,
+        *lora: Tensor,
+    ) -> Tensor:
+        host_hidden = to_host(hidden_TD)
+        host_index = to_host(index_TK, torch.int64)
+        host_weight = to_host(weight_TK, torch.float32)
+        host_lora = tuple(to_host(t, torch.float32) for t in lora)
+        start = time.perf_counter()
+        out, kept, report = call.runtime.engine.forward(
+            call.weights,
+            host_hidden,
+            host_index,
+            host_weight,
+            keep=call.keep,
+            **call.arguments(call.factors(host_lora)),
+        )
+        call.runtime.meter.record(
+            "forward",
+            time.perf_counter() - start,
+            call.flops(report.rows),
+            report,
+            call.shape.experts,
+            0,
+        )
+        if kept is not None:
+            # Tensors only, so that saved-tensor hooks (non-reentrant checkpointing) free them.
+            ctx.save_for_backward(
+                host_hidden, host_index, host_weight, *host_lora, kept.gate, kept.up, *kept.lora_down
+            )
+            ctx.call = call
+            ctx.like = [(t.device, t.dtype) for t in (hidden_TD, weight_TK, *lora)]
+        return out.to(hidden_TD.device)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out_TD: Tensor) -> tuple[Tensor | None, ...]:
+        call: ExpertsCall = ctx.call
+        hidden, index, weight, *rest = ctx.saved_tensors
+        lora, (gate, up, *lora_down) = call.factors(tuple(rest[:6])), rest[6:]
+        host_d_out = to_host(d_out_TD, hidden.dtype)
+        start = time.perf_counter()
+        d_hidden, d_weight, d_lora, report = call.runtime.engine.backward(
+            call.weights,
+            hidden,
+            index,
+            weight,
+            host_d_out,
+            Kept(gate, up, tuple(lora_down)),  # type: ignore[arg-type]
+            **call.arguments(lora),
+        )
+        call.runtime.meter.record(
+            "backward",
+            time.perf_counter() - start,
+            call.flops(report.rows),
+            report,
+            call.shape.experts,
+            hidden.shape[0] if call.counts_tokens else 0,
+        )
+        flat: list[Tensor | None] = []
+        for pair in d_lora:
+            flat.extend(pair if pair else (None, None))
+        gradients = [
+            None if g is None else g.to(device=device, dtype=dtype)
+            for g, (device, dtype) in zip([d_hidden, d_weight, *flat], ctx.like, strict=True)
+        ]
+        return None, gradients[0], None, *gradients[1:]

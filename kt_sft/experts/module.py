@@ -1,0 +1,117 @@
+"""The module that takes the place of a model's stock routed experts."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kt_sft.adapters.layer import HybridExpertsLinear, common_dropout
+from kt_sft.adapters.portable import collect_expert_factors, spread_expert_factors
+from kt_sft.errors import CheckpointError
+from kt_sft.experts.function import ExpertsCall, ExpertsFunction
+from kt_sft.experts.runtime import ExpertsRuntime
+from kt_sft.experts.shape import ExpertsShape
+from kt_sft.kernels import PROJECTIONS, ExpertWeights
+
+
+class HybridExperts(nn.Module):
+    """Routed experts with frozen, packed weights in host memory and LoRA on the model's device.
+
+    The contract is that of Transformers: (hidden [T, D], top_k_index [T, K] int64, top_k_weights
+    [T, K]) -> [T, D] in the dtype of hidden; an index equal to the number of experts is skipped.
+
+    With LoRA the module has three children, gate_proj, up_proj and down_proj, so that PEFT finds
+    them by the names that every other program uses. State dicts hold one pair of matrices per
+    expert and projection: `<expert>.gate_proj.lora_A.<adapter>.weight`.
+    """
+
+    def __init__(
+        self,
+        shape: ExpertsShape,
+        runtime: ExpertsRuntime,
+        path: str,
+        parent: nn.Module,
+        counts_tokens: bool,
+    ) -> None:
+        super().__init__()
+        self.shape = shape
+        self.runtime = runtime
+        self.path = path
+        self.counts_tokens = counts_tokens
+        self.weights: ExpertWeights | None = None
+        self._parent = weakref.ref(parent)
+        if runtime.settings.expert_lora:
+            for name in PROJECTIONS:
+                narrow = name == "down_proj"
+                inputs = shape.intermediate if narrow else shape.hidden
+                outputs = shape.hidden if narrow else shape.intermediate
+                layer = HybridExpertsLinear(shape.experts, inputs, outputs, self.adapter_device)
+                self.add_module(name, layer)
+        self.register_state_dict_post_hook(spread_expert_factors)
+        self.register_load_state_dict_pre_hook(collect_expert_factors)
+
+    def __deepcopy__(self, memo: dict) -> HybridExperts:
+        # A weak reference cannot be copied; the copy looks at the same parent, which tells the
+        # same device, until it is attached elsewhere.
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        copied.__dict__ = {
+            k: v if k == "_parent" else copy.deepcopy(v, memo)
+            for k, v in self.__dict__.items()
+        }
+        return copied
+
+    def adapter_device(self) -> torch.device:
+        """Where new LoRA parameters belong: with the router, whose output they follow."""
+        parent = self._parent()
+        own = {id(p) for p in self.parameters()}
+        for parameter in parent.parameters() if parent is not None else ():
+            if id(parameter) not in own and parameter.device.type != "meta":
+                return parameter.device
+        return torch.device("cpu")
+
+    def lora_layers(self) -> list[HybridExpertsLinear | None]:
+        """The LoRA layers of gate, up and down."""
+        return [getattr(self, name, None) for name in PROJECTIONS]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The weighted sum of each token's experts, [T, D]."""
+        if self.weights is None:
+            raise CheckpointError(f"{self.path}: the expert weights were never loaded")
+        layers = self.lora_layers()
+        stacks = [layer.active_factors() if layer is not None else None for layer in layers]
+        empty = hidden_states.new_empty(0)
+        tensors: list[Tensor] = []
+        for stack in stacks:
+            tensors.extend((stack.a, stack.b) if stack else (empty, empty))
+        dropout = common_dropout([s for s in stacks if s], self.path) if self.training else 0.0
+        inputs: list[Any] = [hidden_states, top_k_weights, *tensors]
+        call = ExpertsCall(
+            runtime=self.runtime,
+            weights=self.weights,
+            shape=self.shape,
+            scaling=tuple(s.scaling if s else 0.0 for s in stacks),  # type: ignore[arg-type]
+            dropout=dropout,
+            # From torch's CPU generator, which checkpointing restores: recompute drops the same.
+            dropout_seed=int(torch.randint(2**62, ()).item()) if dropout > 0 else 0,
+            counts_tokens=self.counts_tokens,
+            keep=torch.is_grad_enabled() and any(t.requires_grad for t in inputs),
+        )
+        return ExpertsFunction.apply(call, hidden_states, top_k_index, top_k_weights, *tensors)
+
+    def extra_repr(self) -> str:
+        s = self.shape
+        stored = self.runtime.settings.weights
+        return (
+            f"experts={s.experts}, hidden={s.hidden}, intermediate={s.intermediate}, "
+            f"activation={s.activation}, weights={stored}"
+        )
+
+
+def hybrid_experts_of(model: nn.Module) -> dict[str, HybridExperts]:
+    """The hybrid experts of a model by module path; empty when there are none."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, HybridExperts)}

@@ -1,0 +1,1 @@
+"""The edges: one module for each program that kt_sft plugs into."""

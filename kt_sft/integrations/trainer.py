@@ -1,0 +1,140 @@
+"""The Hugging Face Trainer: hybrid experts for a plain Trainer, and their metrics in its logs."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import trainer as trainer_module
+
+from kt_sft.experts import ExpertsMeter, hybrid_experts_of
+from kt_sft.host import host_memory_bytes, machine_description
+from kt_sft.integrations import wandb_run
+from kt_sft.integrations.transformers import HybridExpertsConfig, hybridize
+
+logger = logging.getLogger(__name__)
+
+
+class HybridExpertsMetrics(TrainerCallback):
+    """Adds the experts' measurements to the Trainer's logs, and so to every tracker.
+
+    Per logging step: tokens_per_second, experts_forward_ms and experts_backward_ms (per optimizer
+    step), experts_tflops, experts_time_share, experts_load_max_over_mean, host_memory_gb,
+    device_memory_gb. Does nothing for a model without hybrid experts.
+    """
+
+    def __init__(self) -> None:
+        self._meter: ExpertsMeter | None = None
+        self._last_step = 0
+        self._described = False
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Finds the model's meter and starts a new interval."""
+        experts = hybrid_experts_of(model) if model is not None else {}
+        self._meter = next((m.runtime.meter for m in experts.values()), None)
+        self._last_step = state.global_step
+        self._described = False
+        if self._meter is not None:
+            self._meter.read()
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Describes settings and machine once, when the trackers have started their runs."""
+        if self._described or self._meter is None or model is None:
+            return
+        self._described = True
+        description = describe(model)
+        if state.is_world_process_zero:
+            logger.info("kt_sft: %s", description)
+            wandb_run.update_config({"kt_sft": description})
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Extends a training log; evaluation logs stay as they are."""
+        if self._meter is None or logs is None or "loss" not in logs:
+            return
+        steps = max(1, state.global_step - self._last_step)
+        self._last_step = state.global_step
+        reading = self._meter.read()
+        metrics = {
+            "tokens_per_second": round(reading.tokens / reading.elapsed, 1),
+            "experts_forward_ms": round(1e3 * reading.forward / steps, 2),
+            "experts_backward_ms": round(1e3 * reading.backward / steps, 2),
+            "experts_tflops": round(reading.tflops, 4),
+            "experts_time_share": round(reading.share, 4),
+            "experts_load_max_over_mean": round(reading.load_max_over_mean, 3),
+            "host_memory_gb": round(host_memory_bytes() / 1e9, 3),
+        }
+        if torch.cuda.is_available():
+            metrics["device_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
+        logs.update(metrics)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(metrics)
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """The resolved settings of a hybrid model, and the machine."""
+    experts = hybrid_experts_of(model)
+    first = next(iter(experts.values()))
+    return {
+        **first.runtime.settings.as_dict(),
+        "threads": first.runtime.engine.threads,
+        "isa": first.runtime.engine.isa,
+        "layers": len(experts),
+        "experts_per_layer": first.shape.experts,
+        "experts_bytes": sum(m.weights.nbytes for m in experts.values() if m.weights),
+        "machine": machine_description(),
+    }
+
+
+def register_metrics() -> None:
+    """Puts the metrics among the Trainer's default callbacks, which run before the trackers'."""
+    if HybridExpertsMetrics not in trainer_module.DEFAULT_CALLBACKS:
+        trainer_module.DEFAULT_CALLBACKS.append(HybridExpertsMetrics)
+
+
+class HybridExpertsCallback(TrainerCallback):
+    """`Trainer(model=..., callbacks=[HybridExpertsCallback(config)])` is enough by itself.
+
+    A model that was loaded without kt_sft has its experts moved to packed host memory when the
+    Trainer is built, before its optimizer exists. With a PeftModel whose target modules include
+    gate_proj, up_proj or down_proj, the experts train LoRA.
+    """
+
+    def __init__(self, config: HybridExpertsConfig | None = None) -> None:
+        self.config = config or HybridExpertsConfig()
+        register_metrics()
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Replaces stock experts, if there are any."""
+        if model is not None and not hybrid_experts_of(model):
+            hybridize(model, self.config)

@@ -1,0 +1,1 @@
+"""From a checkpoint's safetensors files to packed experts in host memory."""

@@ -40,6 +40,7 @@ class BuildCore(build_ext):
     """Adds the flags of its instruction set to each kernel file."""
 
     def build_extensions(self) -> None:
+        """Compiles as usual, with a compile step that knows the file."""
         compile_one = self.compiler._compile
 
         def compile_with_isa(obj, src, ext, cc_args, extra_postargs, pp_opts):
@@ -50,7 +51,11 @@ class BuildCore(build_ext):
         super().build_extensions()
 
 
-sources = [*ISA_FLAGS, *sorted(map(str, Path("csrc/core").glob("*.cpp"))), "csrc/bindings/module.cpp"]
+sources = [
+    *ISA_FLAGS,
+    *sorted(map(str, Path("csrc/core").glob("*.cpp"))),
+    "csrc/bindings/module.cpp",
+]
 headers = [str(p) for pattern in ("*.h", "*.inl") for p in Path("csrc").rglob(pattern)]
 
 setup(

@@ -42,7 +42,9 @@ class HybridExpertsLinear(nn.Module, LoraLayer):
     ) -> None:
         # LoraLayer.__init__ reads the weight of a base layer, which does not exist here.
         nn.Module.__init__(self)
-        self.experts, self.in_features, self.out_features = experts, inputs, outputs
+        self.experts: int = experts
+        self.in_features: int = inputs
+        self.out_features: int = outputs
         self._device = device
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
@@ -52,8 +54,9 @@ class HybridExpertsLinear(nn.Module, LoraLayer):
         self.lora_bias: dict[str, bool] = {}
         self.lora_variant: dict[str, Any] = {}
         self.lora_dropout = nn.ModuleDict()
-        self.lora_A = nn.ParameterDict()
-        self.lora_B = nn.ParameterDict()
+        # PEFT types these as ModuleDict; ours hold the stacked matrices themselves.
+        self.lora_A: Any = nn.ParameterDict()
+        self.lora_B: Any = nn.ParameterDict()
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.kwargs: dict[str, Any] = {}
@@ -76,7 +79,7 @@ class HybridExpertsLinear(nn.Module, LoraLayer):
         inference_mode: bool = False,
         **unused: Any,
     ) -> None:
-        """Creates an adapter's factors in fp32. Raises SettingsError for variants without kernels."""
+        """Creates an adapter's factors in fp32; SettingsError for variants without kernels."""
         problems = []
         if not 1 <= r <= MAX_RANK:
             problems.append(f"lora_rank: got {r}, expected 1 to {MAX_RANK}")
@@ -134,12 +137,18 @@ class HybridExpertsLinear(nn.Module, LoraLayer):
         dropout = rates[names[0]]
         if len(names) == 1:
             name = names[0]
-            return ActiveFactors(
-                self.lora_A[name], self.lora_B[name], self.scaling[name], dropout
-            )
+            return ActiveFactors(self.lora_A[name], self.lora_B[name], self.scaling[name], dropout)
         a = torch.cat([self.lora_A[n] for n in names], dim=1)
         b = torch.cat([self.lora_B[n] * self.scaling[n] for n in names], dim=2)
         return ActiveFactors(a, b, 1.0, dropout)
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        # PEFT looks for a weight's device; the router tells ours.
+        for factors in (self.lora_A, self.lora_B):
+            if adapter_name in factors and factors[adapter_name].device.type != "meta":
+                factors[adapter_name].data = factors[adapter_name].data.to(device or self._device())
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused: the frozen weights are quantized and shared."""
@@ -157,11 +166,10 @@ class HybridExpertsLinear(nn.Module, LoraLayer):
         """The layer without adapters, for `PeftModel.unload`; merging is refused."""
         if merge:
             self.merge(safe_merge, adapter_names)
-        return HybridExpertsLinear(
-            self.experts, self.in_features, self.out_features, self._device
-        )
+        return HybridExpertsLinear(self.experts, self.in_features, self.out_features, self._device)
 
     def extra_repr(self) -> str:
+        """For `print(model)`."""
         return f"experts={self.experts}, in={self.in_features}, out={self.out_features}"
 
 

@@ -68,6 +68,37 @@ def collect_expert_factors(
         )
 
 
+def refuse_other_layers(
+    model: nn.Module, state_dict: dict[str, Any], prefix: str, *unused: Any
+) -> None:
+    """Load hook of a hybrid model: expert LoRA must be for exactly its layers of experts.
+
+    `load_state_dict` of PEFT drops keys that it does not know and leaves missing ones at their
+    initial values, both without an error. Raises AdapterMismatchError.
+    """
+    found = {
+        key[len(prefix) : match.start() - 1]
+        for key in state_dict
+        if key.startswith(prefix) and (match := _PER_EXPERT.search(key))
+    }
+    if not found:
+        return
+    here = {
+        path
+        for path, module in model.named_modules()
+        if getattr(module, "holds_expert_factors", False)
+    }
+    problems = [f"{path}: in the adapter, not in this model" for path in sorted(found - here)]
+    problems += [f"{path}: in this model, not in the adapter" for path in sorted(here - found)]
+    if problems:
+        raise AdapterMismatchError(
+            f"the adapter has expert LoRA for {len(found)} layers, this base model has {len(here)}:"
+            + "".join(f"\n  - {p}" for p in problems[:8])
+            + ("\n  - ..." if len(problems) > 8 else "")
+            + "\nLoad it on the base model it was trained on."
+        )
+
+
 def _misfits(
     module: nn.Module, projection: str, factor: str, adapter: str, matrices: dict[int, Tensor]
 ) -> list[str]:

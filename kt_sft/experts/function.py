@@ -76,6 +76,7 @@ class ExpertsFunction(torch.autograd.Function):
         weight_TK: Tensor,
         *lora: Tensor,
     ) -> Tensor:
+        """Computes on the host and returns on the device of `hidden`."""
         host_hidden = to_host(hidden_TD)
         host_index = to_host(index_TK, torch.int64)
         host_weight = to_host(weight_TK, torch.float32)
@@ -100,7 +101,13 @@ class ExpertsFunction(torch.autograd.Function):
         if kept is not None:
             # Tensors only, so that saved-tensor hooks (non-reentrant checkpointing) free them.
             ctx.save_for_backward(
-                host_hidden, host_index, host_weight, *host_lora, kept.gate, kept.up, *kept.lora_down
+                host_hidden,
+                host_index,
+                host_weight,
+                *host_lora,
+                kept.gate,
+                kept.up,
+                *kept.lora_down,
             )
             ctx.call = call
             ctx.like = [(t.device, t.dtype) for t in (hidden_TD, weight_TK, *lora)]
@@ -109,6 +116,7 @@ class ExpertsFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out_TD: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of hidden, weight and the LoRA factors, where each of them lives."""
         call: ExpertsCall = ctx.call
         hidden, index, weight, *rest = ctx.saved_tensors
         lora, (gate, up, *lora_down) = call.factors(tuple(rest[:6])), rest[6:]
@@ -120,7 +128,7 @@ class ExpertsFunction(torch.autograd.Function):
             index,
             weight,
             host_d_out,
-            Kept(gate, up, tuple(lora_down)),  # type: ignore[arg-type]
+            Kept(gate, up, tuple(lora_down)),
             **call.arguments(lora),
         )
         call.runtime.meter.record(

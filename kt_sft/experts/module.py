@@ -29,6 +29,9 @@ class HybridExperts(nn.Module):
     expert and projection: `<expert>.gate_proj.lora_A.<adapter>.weight`.
     """
 
+    # Read by the load hook of the whole model, which must not import this module.
+    holds_expert_factors = True
+
     def __init__(
         self,
         shape: ExpertsShape,
@@ -60,8 +63,7 @@ class HybridExperts(nn.Module):
         copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
         copied.__dict__ = {
-            k: v if k == "_parent" else copy.deepcopy(v, memo)
-            for k, v in self.__dict__.items()
+            k: v if k == "_parent" else copy.deepcopy(v, memo) for k, v in self.__dict__.items()
         }
         return copied
 
@@ -104,6 +106,7 @@ class HybridExperts(nn.Module):
         return ExpertsFunction.apply(call, hidden_states, top_k_index, top_k_weights, *tensors)
 
     def extra_repr(self) -> str:
+        """For `print(model)`."""
         s = self.shape
         stored = self.runtime.settings.weights
         return (

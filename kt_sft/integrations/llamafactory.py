@@ -7,7 +7,6 @@ import logging
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 SECTION = "kt_sft"
@@ -22,7 +21,7 @@ def _recipe_dir() -> Path | None:
     return None
 
 
-def hook_parser(parser_module: ModuleType) -> None:
+def hook_parser(parser_module: Any) -> None:
     """Makes `_parse_args` take the section out of the recipe and act on it. Idempotent."""
     stock = parser_module._parse_args
     if hasattr(stock, "kt_sft_stock"):
@@ -41,7 +40,7 @@ def hook_parser(parser_module: ModuleType) -> None:
     parser_module._parse_args = parse_args
 
 
-def hook_tuner(tuner_module: ModuleType) -> None:
+def hook_tuner(tuner_module: Any) -> None:
     """Makes `export_model` merge into the original checkpoint when the section is there."""
     stock = tuner_module.export_model
     if hasattr(stock, "kt_sft_stock"):
@@ -60,7 +59,7 @@ def hook_tuner(tuner_module: ModuleType) -> None:
     tuner_module.export_model = export_model
 
 
-HOOKS: Mapping[str, Callable[[ModuleType], None]] = {
+HOOKS: Mapping[str, Callable[[Any], None]] = {
     "llamafactory.hparams.parser": hook_parser,
     "llamafactory.train.tuner": hook_tuner,
 }

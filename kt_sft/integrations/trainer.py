@@ -112,7 +112,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
 def register_metrics() -> None:
     """Puts the metrics among the Trainer's default callbacks, which run before the trackers'."""
     if HybridExpertsMetrics not in trainer_module.DEFAULT_CALLBACKS:
-        trainer_module.DEFAULT_CALLBACKS.append(HybridExpertsMetrics)
+        trainer_module.DEFAULT_CALLBACKS.append(HybridExpertsMetrics)  # type: ignore[arg-type]
 
 
 class HybridExpertsCallback(TrainerCallback):

@@ -6,13 +6,13 @@ import logging
 import warnings
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from kt_sft.adapters.portable import refuse_other_layers
 from kt_sft.config import HybridExpertsSettings
 from kt_sft.errors import UnsupportedModelError
 from kt_sft.experts import ExpertsRuntime, ExpertsShape, HybridExperts, hybrid_experts_of
@@ -33,28 +33,32 @@ class HybridExpertsConfig(QuantizationConfigMixin):
 
     def __init__(self, **settings: Any) -> None:
         settings.pop("quant_method", None)
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]
         self.settings = HybridExpertsSettings.from_mapping(settings)
 
     @classmethod
     def from_dict(
         cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
+        """From the dictionary of a saved config.json."""
         config = cls(**config_dict)
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
+        """The settings and our method's name."""
         return {"quant_method": METHOD, **self.settings.as_dict()}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.settings})"
 
 
-def _swap_experts(model: nn.Module, runtime: ExpertsRuntime) -> dict[str, tuple[Any, Any]]:
+def _swap_experts(
+    model: Any, runtime: ExpertsRuntime
+) -> dict[str, tuple[HybridExperts, nn.Module]]:
     """Replaces each stock experts module; returns path -> (hybrid, stock)."""
     config = model.config.get_text_config()
     family = family_of(config.model_type)
-    activation = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", "")
+    activation = getattr(config, "hidden_act", None) or ""
     stock = {
         path: module
         for path, module in model.named_modules()
@@ -65,7 +69,7 @@ def _swap_experts(model: nn.Module, runtime: ExpertsRuntime) -> dict[str, tuple[
             f"model type {config.model_type!r} has no module of class "
             f"{' or '.join(family.classes)} here; is every layer of this model dense?"
         )
-    swapped = {}
+    swapped: dict[str, tuple[HybridExperts, nn.Module]] = {}
     for path, module in stock.items():
         parent = model.get_submodule(path.rpartition(".")[0])
         hybrid = HybridExperts(
@@ -77,6 +81,7 @@ def _swap_experts(model: nn.Module, runtime: ExpertsRuntime) -> dict[str, tuple[
         )
         setattr(parent, path.rpartition(".")[2], hybrid)
         swapped[path] = (hybrid, module)
+    model.register_load_state_dict_pre_hook(refuse_other_layers)
     # PEFT takes our empty LoRA layers for an adapter that is already there.
     warnings.filterwarnings(
         "ignore", message="You are trying to modify a model with PEFT for a second time"
@@ -89,6 +94,8 @@ class HybridExpertsQuantizer(HfQuantizer):
     """Keeps the experts' tensors from being read with the model and streams them afterwards."""
 
     requires_calibration = False
+
+    quantization_config: HybridExpertsConfig
 
     def __init__(self, quantization_config: HybridExpertsConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -121,15 +128,13 @@ class HybridExpertsQuantizer(HfQuantizer):
         pack_from_checkpoint(hybrid_experts_of(model), self._family, self._files)
         return model
 
-    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return dtype
-
     def is_serializable(self) -> bool:
         """The packed experts are not written by save_pretrained; `kt-sft export` writes a model."""
         return False
 
     @property
     def is_trainable(self) -> bool:
+        """Gradients flow through the experts to the hidden states, the router and LoRA."""
         return True
 
 
@@ -143,16 +148,16 @@ def _refuse_zero3() -> None:
         )
 
 
-def hybridize(
-    model: nn.Module, config: HybridExpertsConfig | HybridExpertsSettings | None = None
-) -> nn.Module:
+def hybridize(model: Any, config: HybridExpertsConfig | HybridExpertsSettings | None = None) -> Any:
     """Moves the routed experts of a model in memory to packed host memory, in place.
 
     `model` is a Transformers model or a PeftModel around one. With expert_lora and a PeftModel,
     the experts get the LoRA of every adapter whose target modules name them.
     Raises UnsupportedModelError. Returns the model.
     """
-    settings = getattr(config, "settings", config) or HybridExpertsSettings()
+    if isinstance(config, HybridExpertsConfig):
+        config = config.settings
+    settings = config or HybridExpertsSettings()
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if hybrid_experts_of(base):
         return model
@@ -189,6 +194,4 @@ def _adapt_new_experts(peft_model: Any, modules: list[HybridExperts]) -> None:
                     lora_bias=config.lora_bias,
                     inference_mode=config.inference_mode,
                 )
-                layer.set_adapter(
-                    peft_model.active_adapters, inference_mode=config.inference_mode
-                )
+                layer.set_adapter(peft_model.active_adapters, inference_mode=config.inference_mode)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+import kt_sft.kernels._core as _core
 from kt_sft.errors import KernelArgumentError
-from kt_sft.kernels import _core
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 

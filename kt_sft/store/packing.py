@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from kt_sft.errors import CheckpointError
@@ -65,7 +66,7 @@ def pack_from_checkpoint(
     _report(modules, time.perf_counter() - start)
 
 
-def pack_from_module(module: HybridExperts, stock: nn.Module) -> None:
+def pack_from_module(module: HybridExperts, stock: Any) -> None:
     """Packs the parameters gate_up_proj [E, 2F, D] and down_proj [E, D, F] of a stock module."""
     gate_up, down = stock.gate_up_proj.detach(), stock.down_proj.detach()
     middle = module.shape.intermediate

@@ -1,0 +1,1 @@
+"""Measurements of the kernels, as ratios in one interleaved run."""

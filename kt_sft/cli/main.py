@@ -1,0 +1,155 @@
+"""Arguments of `kt-sft` and what each command does."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from kt_sft.errors import KtSftError
+
+_RECIPE_COMMANDS = {
+    "train": "fine-tune, evaluate or predict with a LLaMA-Factory recipe",
+    "chat": "talk to a model in the terminal",
+    "api": "serve a model with an OpenAI-style API",
+    "webchat": "talk to a model in the browser",
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kt-sft",
+        description="Fine-tune Mixture-of-Experts models larger than the GPU: routed experts "
+        "quantized on the CPU, everything else on the accelerator.",
+        epilog="With the package installed, `llamafactory-cli train recipe.yaml` understands the "
+        "kt_sft section of a recipe by itself; these commands do the same where "
+        "KT_SFT_DISABLE=1 switches that off.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in _RECIPE_COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text.capitalize() + ".")
+        command.add_argument("recipe", help="YAML or JSON recipe with a kt_sft section")
+        command.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="override settings of the recipe"
+        )
+    text = "merge an adapter into the original checkpoint, in full precision"
+    command = commands.add_parser("export", help=text, description=text.capitalize() + ".")
+    command.add_argument("recipe", help="recipe with model_name_or_path and export_dir")
+    command.add_argument("overrides", nargs="*", metavar="key=value")
+    _add_bench(commands)
+    text = "show what this machine offers: instruction sets, threads, memory, versions"
+    commands.add_parser("doctor", help=text, description=text.capitalize() + ".")
+    return parser
+
+
+def _add_bench(commands: argparse._SubParsersAction) -> None:
+    bench = commands.add_parser("bench", help="measure the kernels on this machine")
+    what = bench.add_subparsers(dest="what", required=True, metavar="WHAT")
+    layer = what.add_parser(
+        "layer",
+        help="one layer of experts, forward and backward",
+        description="Median times of one layer of experts; the defaults are Qwen3-30B-A3B's.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for name, default in (
+        ("hidden", 2048),
+        ("intermediate", 768),
+        ("experts", 128),
+        ("top-k", 8),
+        ("tokens", 2048),
+        ("rank", 8),
+        ("rounds", 5),
+    ):
+        layer.add_argument(f"--{name}", type=int, default=default)
+    layer.add_argument("--weights", choices=("int8", "bf16"), default="int8")
+    layer.add_argument("--compute", choices=("exact", "int8"), default="exact")
+    layer.add_argument(
+        "--threads", type=int, default=None, help="default: what this process may use"
+    )
+    layer.add_argument("--isa", default="auto")
+    layer.add_argument("--vs", choices=("torch",), default=None, help="a peer, interleaved")
+    layer.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _run_llamafactory(command: str, recipe: str, overrides: Sequence[str]) -> None:
+    # The hooks are installed here whatever the environment says, in torchrun's workers too.
+    os.environ.pop("KT_SFT_DISABLE", None)
+    from kt_sft import autoload
+
+    autoload.install()
+    sys.argv = ["llamafactory-cli", command, recipe, *overrides]
+    from llamafactory.cli import main as llamafactory_main
+
+    llamafactory_main()
+
+
+def _export(recipe: str, overrides: Sequence[str]) -> None:
+    from omegaconf import OmegaConf
+
+    from kt_sft.export import export_recipe
+
+    merged = OmegaConf.merge(OmegaConf.load(recipe), OmegaConf.from_cli(list(overrides)))
+    out = export_recipe(OmegaConf.to_container(merged))  # type: ignore[arg-type]
+    sys.stdout.write(f"merged model: {out}\n")
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from kt_sft.bench.layer import LayerCase, default_threads, measure_layer
+
+    names = ("hidden", "intermediate", "experts", "top_k", "tokens", "rank", "weights", "compute")
+    case = LayerCase(
+        **{n: getattr(arguments, n) for n in (*names, "isa", "rounds")},
+        threads=arguments.threads or default_threads(),
+    )
+    result = measure_layer(case, arguments.vs)
+    if arguments.json:
+        sys.stdout.write(json.dumps(result) + "\n")
+        return
+    width = max(map(len, result))
+    for name, value in result.items():
+        sys.stdout.write(f"{name:<{width}}  {value}\n")
+
+
+def _doctor() -> None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    from kt_sft.host import machine_description
+    from kt_sft.kernels import isa_report
+
+    lines = [f"{name:<18}{value}" for name, value in machine_description().items()]
+    for isa, missing in isa_report():
+        lines.append(f"isa {isa:<14}" + (f"lacks {', '.join(missing)}" if missing else "usable"))
+    for package in ("kt_sft", "torch", "transformers", "peft", "llamafactory", "deepspeed"):
+        try:
+            lines.append(f"{package:<18}{version(package)}")
+        except PackageNotFoundError:
+            lines.append(f"{package:<18}not installed")
+    off = os.environ.get("KT_SFT_DISABLE", "")
+    lines.append(f"{'plug-in hook':<18}" + ("off (KT_SFT_DISABLE)" if off else "on"))
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; errors made on purpose are one message and exit status 2."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    arguments = _parser().parse_args(argv)
+    try:
+        recipe = getattr(arguments, "recipe", None)
+        if recipe is not None and not Path(recipe).is_file():
+            raise FileNotFoundError(f"recipe: no file {recipe}")
+        if arguments.command in _RECIPE_COMMANDS:
+            _run_llamafactory(arguments.command, arguments.recipe, arguments.overrides)
+        elif arguments.command == "export":
+            _export(arguments.recipe, arguments.overrides)
+        elif arguments.command == "bench":
+            _bench(arguments)
+        else:
+            _doctor()
+    except (KtSftError, FileNotFoundError) as error:
+        sys.stderr.write(f"kt-sft: {error}\n")
+        return 2
+    return 0

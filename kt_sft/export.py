@@ -1,0 +1,202 @@
+"""Merging an adapter into the original checkpoint, shard by shard, without building the model.
+
+The merge takes the published full-precision weights, not the quantized ones of training, so the
+result is as good as the adapter allows: W + scaling * B A, rounded once to the dtype of W.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from kt_sft.errors import AdapterMismatchError, CheckpointError, SettingsError
+from kt_sft.families import Family, family_of
+from kt_sft.store.checkpoint import INDEX_NAME, SafetensorsCheckpoint, checkpoint_files
+
+logger = logging.getLogger(__name__)
+
+_PREFIX = "base_model.model."
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)$")
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Where an adapter's matrices go: a tensor on disk, or expert `index` and `rows` of it."""
+
+    key: str
+    index: int | None = None
+    rows: str = "all"  # all, first half (gate) or second half (up) of a fused tensor
+
+
+class LoraDelta:
+    """The changes that an adapter makes to the tensors of a checkpoint, by their keys on disk."""
+
+    def __init__(
+        self, adapter: str | Path, checkpoint: SafetensorsCheckpoint, family: Family
+    ) -> None:
+        config = PeftConfig.from_pretrained(str(adapter))
+        if config.peft_type != "LORA" or config.use_dora or config.bias != "none":
+            raise SettingsError(
+                f"{adapter}: only plain LoRA can be merged by kt_sft, got peft_type "
+                f"{config.peft_type}, use_dora {config.use_dora}, bias {config.bias}"
+            )
+        self._config = config
+        self._tensors = SafetensorsCheckpoint([Path(adapter) / SAFETENSORS_WEIGHTS_NAME])
+        self._checkpoint, self._family = checkpoint, family
+        self._lora: dict[str, list[tuple[_Target, str]]] = {}
+        self._replaced: dict[str, str] = {}
+        lost = []
+        for key in self._tensors:
+            path = key.removeprefix(_PREFIX)
+            if path.endswith(".lora_A.weight"):
+                module = path.removesuffix(".lora_A.weight")
+                target = self._target(module)
+                if target is None:
+                    lost.append(module)
+                else:
+                    self._lora.setdefault(target.key, []).append((target, module))
+            elif not path.endswith(".lora_B.weight"):
+                if path in checkpoint:
+                    self._replaced[path] = key
+                else:
+                    lost.append(path)
+        if lost:
+            raise AdapterMismatchError(
+                f"{adapter}: {len(lost)} modules of the adapter are not in the base checkpoint, "
+                f"the first is {lost[0]}; export it with the base it was trained on"
+            )
+
+    def apply(self, key: str, weight: Tensor) -> Tensor:
+        """The merged tensor for `key`, in the dtype of `weight`."""
+        if key in self._replaced:
+            return self._tensors.get(self._replaced[key]).to(weight.dtype)
+        if key not in self._lora:
+            return weight
+        merged = weight.to(torch.float32, copy=True)
+        for target, module in self._lora[key]:
+            view = merged if target.index is None else merged[target.index]
+            if target.rows != "all":
+                half = view.shape[0] // 2
+                view = view[:half] if target.rows == "first" else view[half:]
+            a = self._tensors.get(f"{_PREFIX}{module}.lora_A.weight").float()
+            b = self._tensors.get(f"{_PREFIX}{module}.lora_B.weight").float()
+            if (b.shape[0], a.shape[1]) != tuple(view.shape):
+                raise AdapterMismatchError(
+                    f"{module}: the adapter is for a weight of {(b.shape[0], a.shape[1])}, "
+                    f"the base has {tuple(view.shape)}"
+                )
+            view.addmm_(b, a, alpha=self._scaling(module))
+        return merged.to(weight.dtype)
+
+    def _scaling(self, module: str) -> float:
+        config = self._config
+        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
+        alpha = config.alpha_pattern.get(
+            get_pattern_key(config.alpha_pattern, module), config.lora_alpha
+        )
+        return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+
+    def _target(self, module: str) -> _Target | None:
+        match = _EXPERT.match(module)
+        if match is None:
+            return _Target(f"{module}.weight") if f"{module}.weight" in self._checkpoint else None
+        path, expert, projection = match.groups()
+        for prefix in self._family.disk_prefixes(path):
+            single = f"{prefix}.{expert}.{self._family.projections[projection]}.weight"
+            if single in self._checkpoint:
+                return _Target(single)
+            fused = f"{prefix}.{'down_proj' if projection == 'down_proj' else 'gate_up_proj'}"
+            if fused in self._checkpoint:
+                rows = {"gate_proj": "first", "up_proj": "second", "down_proj": "all"}[projection]
+                return _Target(fused, int(expert), rows)
+        return None
+
+
+def export_merged(base: str | Path, adapter: str | Path | None, out: str | Path) -> Path:
+    """Writes a full-precision checkpoint of base + adapter that stock Transformers loads.
+
+    Keeps the shards of the base; holds one shard in memory. The folder appears complete or not at
+    all. Raises CheckpointError, AdapterMismatchError, SettingsError.
+    """
+    base, out = Path(base), Path(out)
+    if out.exists() and any(out.iterdir()):
+        raise SettingsError(f"export_dir: {out} is not empty; give a new folder or remove it")
+    config = json.loads((base / "config.json").read_text())
+    family = family_of(config.get("model_type", ""))
+    files = checkpoint_files(base)
+    needed = sum(f.stat().st_size for f in files)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out.parent).free
+    if free < needed * 1.02:
+        raise CheckpointError(
+            f"{out}: the merged model needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        )
+    delta = LoraDelta(adapter, SafetensorsCheckpoint(files), family) if adapter else None
+    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    partial.mkdir()
+    try:
+        for file in tqdm(files, desc="Merging", unit="shard"):
+            shard = SafetensorsCheckpoint([file])
+            tensors = {}
+            for key in shard:
+                weight = shard.get(key)
+                tensors[key] = (delta.apply(key, weight) if delta else weight).contiguous()
+            save_file(tensors, str(partial / file.name), metadata={"format": "pt"})
+        _copy_side_files(base, partial)
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    logger.info("merged %s and %s into %s", base, adapter, out)
+    return out
+
+
+def _copy_side_files(base: Path, out: Path) -> None:
+    """Configuration, tokenizer and index: every file beside the weights."""
+    for file in base.iterdir():
+        is_weight = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+        if file.is_file() and not is_weight and (file.name == INDEX_NAME or file.suffix != ".png"):
+            shutil.copyfile(file, out / file.name)
+
+
+def export_recipe(recipe: Mapping[str, Any]) -> Path:
+    """`llamafactory-cli export` and `kt-sft export` for a recipe with a `kt_sft:` section."""
+    from kt_sft.config import read_section
+
+    read_section(recipe.get("kt_sft"))
+    missing = [k for k in ("model_name_or_path", "export_dir") if not recipe.get(k)]
+    unsupported = [
+        k for k in ("export_quantization_bit", "export_hub_model_id") if recipe.get(k) is not None
+    ]
+    problems = [f"{k}: is missing" for k in missing]
+    problems += [f"{k}: is not supported with hybrid experts" for k in unsupported]
+    adapter = recipe.get("adapter_name_or_path")
+    adapters = adapter.split(",") if isinstance(adapter, str) else list(adapter or [])
+    if len(adapters) > 1:
+        problems.append(f"adapter_name_or_path: got {len(adapters)} adapters, expected one")
+    if problems:
+        raise SettingsError("export:\n" + "\n".join(f"  - {p}" for p in problems))
+    base = Path(recipe["model_name_or_path"])
+    if not base.is_dir():
+        from huggingface_hub import snapshot_download
+
+        base = Path(snapshot_download(str(recipe["model_name_or_path"])))
+    return export_merged(base, adapters[0] if adapters else None, recipe["export_dir"])

@@ -1,11 +1,18 @@
-"""The routed experts in fp64, written for reading: the referee of every kernel."""
+"""The routed experts in fp64, written for reading: the referee of every kernel.
+
+Legend: T tokens, D hidden size, F intermediate size, E experts, K top-k, M rows of one expert.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+# keep(projection 0..2, slots [M], width) -> factors [M, width] by which dropout multiplies
+Keep = Callable[[int, Tensor, int], Tensor]
 
 
 def activation(name: str, x: Tensor) -> Tensor:
@@ -15,48 +22,69 @@ def activation(name: str, x: Tensor) -> Tensor:
         return torch.nn.functional.gelu(x)
     if name == "gelu_tanh":
         return torch.nn.functional.gelu(x, approximate="tanh")
+    assert name == "quick_gelu"
     return x * torch.sigmoid(1.702 * x)
 
 
 @dataclass
 class Experts64:
-    """Weights [E, F, D] and [E, D, F], and LoRA (a, b, scaling) or None, all fp64."""
+    """weights: gate, up [E, F, D] and down [E, D, F]; lora: (a, b, scaling) or None, all fp64."""
 
-    gate: Tensor
-    up: Tensor
-    down: Tensor
-    act: str
-    lora: tuple
+    weights: tuple[Tensor, Tensor, Tensor]
+    act: str = "silu"
+    lora: tuple = (None, None, None)
+    keep: Keep | None = None
 
-    def linear(self, x: Tensor, e: int, which: int, keep: Tensor | None) -> Tensor:
-        weight = (self.gate, self.up, self.down)[which][e]
-        y = x @ weight.T
-        if self.lora[which] is not None:
-            a, b, scaling = self.lora[which]
-            x = x if keep is None else x * keep
-            y = y + scaling * (x @ a[e].T) @ b[e].T
-        return y
+    def _linear(self, x: Tensor, e: int, which: int, slots: Tensor) -> Tensor:
+        y = x @ self.weights[which][e].T
+        if self.lora[which] is None:
+            return y
+        a, b, scaling = self.lora[which]
+        if self.keep is not None:
+            x = x * self.keep(which, slots, x.shape[1])
+        return y + scaling * (x @ a[e].T) @ b[e].T
 
-    def __call__(self, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, keep=None) -> Tensor:
-        """keep(which, slot, width) -> dropout factors of one routed row, or None."""
-        out = torch.zeros_like(x_TD)
-        experts = self.gate.shape[0]
-        for t in range(x_TD.shape[0]):
-            row = torch.zeros_like(x_TD[t])
-            for k in range(index_TK.shape[1]):
-                e = int(index_TK[t, k])
-                if e == experts:
-                    continue
-                slot = t * index_TK.shape[1] + k
-                factor = [
-                    None if keep is None else keep(i, slot, w)
-                    for i, w in enumerate((x_TD.shape[1],) * 2 + (self.down.shape[2],))
-                ]
-                gate = self.linear(x_TD[t], e, 0, factor[0])
-                up = self.linear(x_TD[t], e, 1, factor[1])
-                h = activation(self.act, gate) * up
-                row = row + weight_TK[t, k] * self.linear(h, e, 2, factor[2])
-            out = out + torch.nn.functional.one_hot(
-                torch.tensor(t), x_TD.shape[0]
-            ).double().unsqueeze(1) * row
+    def __call__(self, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        out = 0 * x_TD  # stays in the graph when there are no rows
+        for e in range(self.weights[0].shape[0]):
+            token, k = torch.where(index_TK == e)
+            if token.numel() == 0:
+                continue
+            slots = token * index_TK.shape[1] + k
+            x = x_TD[token]
+            gate = self._linear(x, e, 0, slots)
+            up = self._linear(x, e, 1, slots)
+            y = self._linear(activation(self.act, gate) * up, e, 2, slots)
+            out = out.index_add(0, token, weight_TK[token, k, None] * y)
         return out
+
+
+_MASK = 2**64 - 1
+
+
+def dropout_row_key(seed: int, slot: int, projection: int) -> int:
+    """splitmix64 of (seed, token and choice, projection), low 32 bits."""
+    z = (seed + 0x9E3779B97F4A7C15 * (slot * 3 + projection + 1)) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return (z ^ (z >> 31)) & 0xFFFFFFFF
+
+
+def dropout_keep(seed: int, p: float) -> Keep:
+    """The masks that the kernels must apply, from the formula."""
+
+    def factors(which: int, slots: Tensor, width: int) -> Tensor:
+        rows = []
+        column = torch.arange(width, dtype=torch.int64)
+        for slot in slots.tolist():
+            h = (dropout_row_key(seed, slot, which) + column * 0x9E3779B1) & 0xFFFFFFFF
+            h ^= h >> 16
+            h = (h * 0x7FEB352D) & 0xFFFFFFFF
+            h ^= h >> 15
+            h = (h * 0x846CA68B) & 0xFFFFFFFF
+            h ^= h >> 16
+            dropped = h < int(torch.tensor(p, dtype=torch.float32).double() * 2**32)
+            rows.append(torch.where(dropped, 0.0, 1.0 / (1.0 - p)).double())
+        return torch.stack(rows)
+
+    return factors

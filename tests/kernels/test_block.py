@@ -1,0 +1,324 @@
+"""The whole experts block, forward and backward, against fp64 on the same packed bytes.
+
+Legend: T tokens, D hidden size, F intermediate size, E experts, K top-k, r LoRA rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from comparators import assert_matches, crest_factor, tolerance
+from kt_sft.kernels import PROJECTIONS, Engine, ExpertWeights, LoraFactors, isa_report
+from reference import Experts64, dropout_keep
+from torch import Tensor
+
+ISAS = [name for name, missing in isa_report() if not missing]
+MODES = [("int8", "exact"), ("int8", "int8"), ("bf16", "bf16")]
+ENGINES = {isa: Engine(2, isa) for isa in ISAS}
+MAX_ROWS = 2 * 14  # twice the tallest tile
+
+
+@dataclass
+class Block:
+    weights: ExpertWeights
+    dense: tuple[Tensor, ...]
+    lora: list[LoraFactors | None]
+
+    @classmethod
+    def make(
+        cls, experts: int, hidden: int, intermediate: int, stored: str, rank: int, seed: int = 0
+    ) -> Block:
+        g = torch.Generator().manual_seed(seed)
+        weights = ExpertWeights(experts, hidden, intermediate, stored)
+        engine = ENGINES["portable"]
+        for e in range(experts):
+            for p in PROJECTIONS:
+                outputs, inputs = weights.shape(p)
+                weights.pack(engine, e, p, torch.randn(outputs, inputs, generator=g) / inputs**0.5)
+        dense = tuple(
+            torch.stack([weights.unpack(e, p) for e in range(experts)]).double()
+            for p in PROJECTIONS
+        )
+        lora: list[LoraFactors | None] = [None] * 3
+        if rank:
+            lora = [
+                LoraFactors(
+                    torch.randn(experts, rank, i, generator=g) / i**0.5,
+                    torch.randn(experts, o, rank, generator=g) / rank**0.5,
+                    0.7,
+                )
+                for o, i in map(weights.shape, PROJECTIONS)
+            ]
+        return cls(weights, dense, lora)
+
+
+def check(
+    block: Block,
+    isa: str,
+    compute: str,
+    hidden: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    act: str = "silu",
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> None:
+    """Forward and every gradient of one call against the reference."""
+    engine = ENGINES[isa]
+    arguments = {
+        "compute": compute,
+        "activation": act,
+        "lora": block.lora,
+        "dropout": dropout,
+        "dropout_seed": seed,
+    }
+    out, kept, _ = engine.forward(block.weights, hidden, index, weight, keep=True, **arguments)
+    assert kept is not None
+    d_out = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(9))
+    d_hidden, d_weight, d_lora, _ = engine.backward(
+        block.weights, hidden, index, weight, d_out, kept, **arguments
+    )
+
+    lora64 = tuple(
+        f and (f.a.double().requires_grad_(), f.b.double().requires_grad_(), f.scaling)
+        for f in block.lora
+    )
+    x64 = hidden.double().requires_grad_()
+    w64 = weight.double().requires_grad_()
+    keep = dropout_keep(seed, dropout) if dropout else None
+    want = Experts64(block.dense, act, lora64, keep)(x64, index, w64)
+    leaves = [x64, w64, *(t for f in lora64 if f for t in f[:2])]
+    grads = torch.autograd.grad(want, leaves, d_out.double(), allow_unused=True)
+    grads = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, leaves)]
+
+    # Worst rows: the inputs, and h, whose gated product is peakier than its factors.
+    crest = max(crest_factor(hidden, d_out), 6.0)
+    bound = tolerance(compute, crest, 3)
+    assert_matches(out, want, bound, "out")
+    assert_matches(d_hidden, grads[0], bound, "d_hidden")
+    assert_matches(d_weight, grads[1], bound, "d_weight")
+    got = [t for pair in d_lora if pair for t in pair]
+    for name, g, w in zip(("a", "b") * 3, got, grads[2:]):
+        used = w.flatten(1).abs().amax(1) > 0
+        assert_matches(g[used], w[used], bound, f"d_{name}")
+        assert torch.count_nonzero(g[~used]) == 0, "idle experts must get zeros"
+
+
+def inputs(tokens: int, hidden: int, experts: int, top_k: int, seed: int = 1):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, hidden, generator=g)
+    scores = torch.rand(tokens, experts, generator=g)
+    return x, scores.topk(top_k).indices, torch.rand(tokens, top_k, generator=g) + 0.1
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("stored", "compute"), MODES)
+def test_every_row_count(isa: str, stored: str, compute: str) -> None:
+    """One expert with 1 to twice the tile of rows, and a second with one."""
+    block = Block.make(3, 72, 40, stored, rank=4)
+    ran = 0
+    for rows in range(1, MAX_ROWS + 1):
+        x, _, weight = inputs(rows, 72, 3, 1)
+        index = torch.zeros(rows, 1, dtype=torch.int64)
+        if rows > 1:
+            index[rows // 2] = 2
+        check(block, isa, compute, x, index, weight)
+        ran += 1
+    assert ran == MAX_ROWS
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("stored", "compute"), MODES)
+@pytest.mark.parametrize(
+    ("hidden", "intermediate"), [(64, 64), (1, 1), (63, 65), (130, 33), (192, 320)]
+)
+def test_tails(isa: str, stored: str, compute: str, hidden: int, intermediate: int) -> None:
+    block = Block.make(4, hidden, intermediate, stored, rank=3)
+    x, index, weight = inputs(37, hidden, 4, 2)
+    check(block, isa, compute, x, index, weight)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("rank", [0, 1, 2, 5, 8, 16, 33, 64])
+def test_ranks(isa: str, rank: int) -> None:
+    block = Block.make(4, 96, 80, "int8", rank)
+    x, index, weight = inputs(29, 96, 4, 2)
+    check(block, isa, "exact", x, index, weight)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("which", range(3))
+def test_lora_on_one_projection_only(isa: str, which: int) -> None:
+    block = Block.make(4, 96, 80, "int8", 4)
+    block.lora = [f if i == which else None for i, f in enumerate(block.lora)]
+    x, index, weight = inputs(29, 96, 4, 2)
+    check(block, isa, "exact", x, index, weight)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "quick_gelu"])
+def test_activations(isa: str, act: str) -> None:
+    block = Block.make(4, 64, 96, "int8", 2)
+    x, index, weight = inputs(21, 64, 4, 2)
+    check(block, isa, "exact", x, index, weight, act=act)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("stored", "compute"), MODES)
+def test_routing_extremes(isa: str, stored: str, compute: str) -> None:
+    block = Block.make(5, 64, 64, stored, 4)
+    x, _, weight = inputs(40, 64, 5, 2)
+    all_to_one = torch.full((40, 2), 3)
+    all_to_one[:, 1] = 5  # the sentinel: skipped
+    check(block, isa, compute, x, all_to_one, weight)
+    same_twice = torch.full((40, 2), 1)
+    check(block, isa, compute, x, same_twice, weight)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_no_tokens_and_no_rows(isa: str) -> None:
+    block = Block.make(3, 64, 64, "int8", 2)
+    check(
+        block, isa, "exact", torch.empty(0, 64), torch.empty(0, 2, dtype=torch.int64),
+        torch.empty(0, 2),
+    )  # fmt: skip
+    x, _, weight = inputs(4, 64, 3, 2)
+    skipped = torch.full((4, 2), 3)
+    out, kept, report = ENGINES[isa].forward(
+        block.weights, x, skipped, weight, compute="exact", activation="silu", keep=True
+    )
+    assert report.rows == 0 and torch.count_nonzero(out) == 0
+    d_hidden, d_weight, _, _ = ENGINES[isa].backward(
+        block.weights, x, skipped, weight, x, kept, compute="exact", activation="silu"
+    )
+    assert torch.count_nonzero(d_hidden) == 0 and torch.count_nonzero(d_weight) == 0
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_dropout_follows_its_formula(isa: str) -> None:
+    block = Block.make(4, 96, 80, "int8", 4)
+    x, index, weight = inputs(33, 96, 4, 2)
+    check(block, isa, "exact", x, index, weight, dropout=0.3, seed=2**61 + 12345)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_hidden_states(isa: str, dtype: torch.dtype) -> None:
+    """Half inputs are exact in fp32; the result is rounded once."""
+    block = Block.make(4, 100, 64, "int8", 4)
+    x, index, weight = inputs(19, 100, 4, 2)
+    half = x.to(dtype)
+    arguments = {"compute": "exact", "activation": "silu", "lora": block.lora}
+    out, _, _ = ENGINES[isa].forward(block.weights, half, index, weight, **arguments)
+    wide, _, _ = ENGINES[isa].forward(block.weights, half.float(), index, weight, **arguments)
+    assert out.dtype == dtype
+    assert torch.equal(out, wide.to(dtype))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("stored", "compute"), MODES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_inf_come_out(isa: str, stored: str, compute: str, bad: float) -> None:
+    """A token with NaN or Inf poisons its own output, whole, and no other."""
+    block = Block.make(3, 64, 64, stored, 2)
+    x, index, weight = inputs(9, 64, 3, 2)
+    x[4, 10] = bad
+    out, _, _ = ENGINES[isa].forward(
+        block.weights, x, index, weight, compute=compute, activation="silu", lora=block.lora
+    )
+    finite = torch.isfinite(out)
+    assert not finite[4].any()
+    assert finite[torch.arange(9) != 4].all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_results_do_not_depend_on_threads_or_repetition(isa: str) -> None:
+    block = Block.make(6, 128, 192, "int8", 4)
+    x, index, weight = inputs(50, 128, 6, 3)
+    results = []
+    for threads in (1, 2, 5, 5):
+        out, kept, _ = Engine(threads, isa).forward(
+            block.weights, x, index, weight, compute="exact", activation="silu",
+            lora=block.lora, keep=True,
+        )  # fmt: skip
+        results.append(out)
+    assert all(torch.equal(results[0], r) for r in results[1:])
+
+
+def test_packed_weights_are_the_same_on_every_isa() -> None:
+    for stored in ("int8", "bf16"):
+        unpacked = []
+        for isa in ISAS:
+            g = torch.Generator().manual_seed(3)
+            weights = ExpertWeights(1, 130, 70, stored)
+            for p in PROJECTIONS:
+                weights.pack(ENGINES[isa], 0, p, torch.randn(weights.shape(p), generator=g))
+            unpacked.append([weights.unpack(0, p) for p in PROJECTIONS])
+        for other in unpacked[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(unpacked[0], other))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_quantization_error_of_the_store(dtype: torch.dtype) -> None:
+    """Half a step of absmax / 127 per output channel, for every input dtype and strided rows."""
+    w = torch.randn(70, 260, generator=torch.Generator().manual_seed(0)).to(dtype)[:, :130]
+    weights = ExpertWeights(2, 130, 70, "int8")
+    weights.pack(ENGINES[ISAS[0]], 1, "gate_proj", w)
+    step = w.float().abs().amax(1, keepdim=True) / 127
+    error = (weights.unpack(1, "gate_proj") - w.float()).abs()
+    assert (error <= step * 0.5001).all()
+    exact = ExpertWeights(2, 130, 70, "bf16")
+    exact.pack(ENGINES[ISAS[0]], 1, "gate_proj", w)
+    assert torch.equal(exact.unpack(1, "gate_proj"), w.bfloat16().float())
+
+
+def test_weights_that_are_not_finite_are_refused() -> None:
+    weights = ExpertWeights(2, 64, 64, "int8")
+    bad = torch.ones(64, 64)
+    bad[3, 7] = float("nan")
+    with pytest.raises(ValueError, match=r"up_proj of expert 1 has nan at \[3, 7\]"):
+        weights.pack(ENGINES["portable"], 1, "up_proj", bad)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_adjoint_identity(isa: str) -> None:
+    """<J v, g> = <v, J' g>: backward is the transpose of forward's derivative."""
+    block = Block.make(4, 96, 64, "int8", 4)
+    x, index, weight = inputs(25, 96, 4, 2)
+    g = torch.randn(25, 96, generator=torch.Generator().manual_seed(5))
+    v = torch.randn(25, 96, generator=torch.Generator().manual_seed(6))
+    lora64 = tuple(f and (f.a.double(), f.b.double(), f.scaling) for f in block.lora)
+    reference = Experts64(block.dense, "silu", lora64)
+    _, jv = torch.autograd.functional.jvp(
+        lambda t: reference(t, index, weight.double()), x.double(), v.double()
+    )
+    arguments = {"compute": "exact", "activation": "silu", "lora": block.lora}
+    _, kept, _ = ENGINES[isa].forward(block.weights, x, index, weight, keep=True, **arguments)
+    jtg, _, _, _ = ENGINES[isa].backward(
+        block.weights, x, index, weight, g, kept, **arguments
+    )  # fmt: skip
+    left, right = float((jv * g.double()).sum()), float((v.double() * jtg.double()).sum())
+    scale = float(jv.norm() * g.double().norm())
+    assert abs(left - right) <= tolerance("exact", 6.0, 3) * scale
+
+
+def test_reference_gradients_by_finite_differences() -> None:
+    block = Block.make(3, 5, 4, "int8", 2)
+    lora64 = [
+        (f.a.double().requires_grad_(), f.b.double().requires_grad_(), f.scaling)
+        for f in block.lora
+        if f
+    ]
+    x, index, weight = inputs(4, 5, 3, 2)
+    leaves = [x.double().requires_grad_(), weight.double().requires_grad_()]
+    leaves += [t for f in lora64 for t in f[:2]]
+
+    def run(*tensors: Tensor) -> Tensor:
+        lora = tuple(
+            (tensors[2 + 2 * i], tensors[3 + 2 * i], lora64[i][2]) for i in range(len(lora64))
+        )
+        return Experts64(block.dense, "silu", lora)(tensors[0], index, tensors[1])
+
+    assert torch.autograd.gradcheck(run, leaves)

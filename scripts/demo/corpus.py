@@ -28,6 +28,7 @@ _SKIPPED_MODULES = frozenset(
     "_tkinter encodings pydoc_data".split()
 )
 _SKIPPED_PREFIXES = ("_test", "_xx", "xx", "_ctypes_test")
+_HELD_OUT_ONE_IN = 50
 _PUBLIC_HOME = {"posix": "os", "nt": "os"}
 
 
@@ -82,10 +83,10 @@ def collect() -> list[Entry]:
     return sorted(entries, key=lambda entry: entry.name)
 
 
-def is_held_out(entry: Entry, one_in: int) -> bool:
-    """Whether `entry` is in the held-out part, about one entry of `one_in`, chosen by name."""
+def is_held_out(entry: Entry) -> bool:
+    """Whether no model of the demo may be trained on `entry`: one entry of 50, by its name."""
     digest = hashlib.sha256(entry.name.encode()).digest()
-    return int.from_bytes(digest[:8], "big") % one_in == 0
+    return int.from_bytes(digest[:8], "big") % _HELD_OUT_ONE_IN == 0
 
 
 def _module_specs() -> Iterator[ModuleSpec]:
@@ -171,7 +172,7 @@ def _entries_of_extension(name: str) -> Iterator[Entry]:
     prefix = "" if name == "builtins" else f"{home.__name__}."
     for attribute, value in sorted(vars(module).items()):
         # An accelerator's object is documented where users import it from.
-        if getattr(home, attribute, None) is not value:
+        if getattr(home, attribute, None) is not value or _is_alias(home, attribute, value):
             continue
         if inspect.isclass(value):
             yield from _entries_of_type(value, prefix + attribute)
@@ -182,6 +183,11 @@ def _entries_of_extension(name: str) -> Iterator[Entry]:
 def _public_home(name: str) -> ModuleType:
     public = _PUBLIC_HOME.get(name, name.lstrip("_"))
     return importlib.import_module(public if public in sys.stdlib_module_names else name)
+
+
+def _is_alias(home: ModuleType, attribute: str, value: object) -> bool:
+    own = getattr(value, "__name__", attribute)
+    return own != attribute and getattr(home, own, None) is value
 
 
 def _entries_of_type(cls: type, name: str) -> Iterator[Entry]:

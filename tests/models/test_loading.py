@@ -1,0 +1,207 @@
+"""Loading: every way experts lie on disk, bounded memory, and refusals that say what is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kt_sft import HybridExpertsConfig
+from kt_sft.errors import CheckpointError, UnsupportedModelError
+from kt_sft.experts import hybrid_experts_of
+from kt_sft.store.checkpoint import checkpoint_files
+from safetensors.torch import load_file, save_file
+from tiny_models import make_model
+from transformers import AutoModelForCausalLM
+
+
+def load(folder: Path, **settings):
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=HybridExpertsConfig(**settings), dtype=torch.float32
+    )
+
+
+def unpacked(model) -> list[torch.Tensor]:
+    return [
+        module.weights.unpack(e, p)
+        for module in hybrid_experts_of(model).values()
+        for e in range(module.shape.experts)
+        for p in ("gate_proj", "up_proj", "down_proj")
+    ]
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(unpacked(a), unpacked(b), strict=True))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    make_model("qwen3_moe").save_pretrained(tmp_path / "single")
+    return tmp_path / "single"
+
+
+def test_sharded_equals_single(folder: Path, tmp_path: Path) -> None:
+    make_model("qwen3_moe").save_pretrained(tmp_path / "sharded", max_shard_size="200KB")
+    assert len(checkpoint_files(tmp_path / "sharded")) > 3
+    assert same(load(folder), load(tmp_path / "sharded"))
+
+
+def test_fused_equals_per_expert(folder: Path, tmp_path: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    fused = {k: v for k, v in tensors.items() if ".experts." not in k}
+    for layer in range(3):
+        path = f"model.layers.{layer}.mlp.experts"
+
+        def stacked(name: str, path: str = path) -> torch.Tensor:
+            return torch.stack([tensors[f"{path}.{e}.{name}.weight"] for e in range(8)])
+
+        fused[f"{path}.gate_up_proj"] = torch.cat([stacked("gate_proj"), stacked("up_proj")], 1)
+        fused[f"{path}.down_proj"] = stacked("down_proj")
+    other = tmp_path / "fused"
+    other.mkdir()
+    save_file(fused, other / "model.safetensors", metadata={"format": "pt"})
+    (other / "config.json").write_text((folder / "config.json").read_text())
+    assert same(load(folder), load(other))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_checkpoints(folder: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    make_model("qwen3_moe").to(dtype).save_pretrained(tmp_path / "half")
+    half = load(tmp_path / "half", weights="bf16" if dtype == torch.bfloat16 else "int8")
+    tensors = load_file(tmp_path / "half" / "model.safetensors")
+    source = tensors["model.layers.1.mlp.experts.5.up_proj.weight"].float()
+    got = hybrid_experts_of(half)["model.layers.1.mlp.experts"].weights.unpack(5, "up_proj")
+    if dtype == torch.bfloat16:
+        assert torch.equal(got, source)
+    else:
+        assert (got - source).abs().max() <= source.abs().max() / 127 * 0.51
+
+
+def test_other_families_are_refused_by_name(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match=r"'llama' is not supported.*qwen3_moe"):
+        load(tmp_path)
+
+
+def test_unknown_activation_is_refused(tmp_path: Path) -> None:
+    make_model("qwen3_moe", hidden_act="relu").save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="'relu' has no kernel; supported are silu"):
+        load(tmp_path)
+
+
+def test_missing_expert_is_named(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.2.mlp.experts.3.up_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks 1 of 24 .*layers\.2\.mlp\.experts\.3\.up"):
+        load(folder)
+
+
+def test_wrong_shape_is_named(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.experts.0.up_proj.weight"] = torch.zeros(8, 8)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"experts\.0\.up_proj.*\(8, 8\).*\(72, 64\)"):
+        load(folder)
+
+
+def test_nan_in_the_checkpoint_is_named(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.experts.6.down_proj.weight"][2, 3] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layers\.1.*down_proj of expert 6.*\[2, 3\]"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..", "a\\b", "x\0"]
+)
+def test_shard_names_cannot_leave_the_folder(tmp_path: Path, name: str) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(CheckpointError):
+        checkpoint_files(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": []}'])
+def test_broken_index_is_a_named_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(CheckpointError, match="not a shard index"):
+        checkpoint_files(tmp_path)
+
+
+_MEMORY_PROBE = """
+import gc, json, sys, threading, time
+import torch
+from transformers import AutoModelForCausalLM
+import kt_sft
+from kt_sft.experts import hybrid_experts_of
+from kt_sft.host import anonymous_memory_bytes
+config = kt_sft.HybridExpertsConfig(weights=sys.argv[2])
+AutoModelForCausalLM.from_pretrained(sys.argv[3], quantization_config=config)  # imports, pools
+gc.collect()
+before = anonymous_memory_bytes()
+peak, done = [before], threading.Event()
+def watch():
+    while not done.is_set():
+        peak[0] = max(peak[0], anonymous_memory_bytes())
+        time.sleep(0.002)
+watcher = threading.Thread(target=watch); watcher.start()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=config)
+done.set(); watcher.join()
+experts = hybrid_experts_of(model)
+stored = sum(m.weights.nbytes for m in experts.values())
+rest = sum(p.numel() * p.element_size() for p in model.parameters())
+print(json.dumps({"before": before, "peak": peak[0], "stored": stored, "rest": rest,
+                  "layers": len(experts)}))
+"""
+
+
+@pytest.mark.parametrize("weights", ["int8", "bf16"])
+def test_peak_memory_of_loading(tmp_path: Path, weights: str) -> None:
+    """An 830 MB checkpoint: at most the store, the other weights, 1.2 layers and a constant."""
+    big, small = tmp_path / "big", tmp_path / "small"
+    with torch.device("meta"):
+        shape = make_model(
+            "qwen3_moe", hidden_size=512, moe_intermediate_size=512, num_experts=64,
+            num_hidden_layers=8, num_attention_heads=8, head_dim=64,
+        )  # fmt: skip
+    shape.config.save_pretrained(big)
+    generator = torch.Generator().manual_seed(0)
+    state: dict[str, torch.Tensor] = {}
+    for name, p in shape.named_parameters():
+        if name.endswith("gate_up_proj") or name.endswith("experts.down_proj"):
+            continue
+        state[name] = torch.zeros(p.shape, dtype=torch.bfloat16)
+    block = torch.randn(512, 512, generator=generator).bfloat16()
+    for layer in range(8):
+        for e in range(64):
+            for projection in ("gate_proj", "up_proj", "down_proj"):
+                state[f"model.layers.{layer}.mlp.experts.{e}.{projection}.weight"] = block.clone()
+    save_file(state, big / "model.safetensors", metadata={"format": "pt"})
+    size = (big / "model.safetensors").stat().st_size
+    assert size >= 800e6
+    del state
+    make_model("qwen3_moe").to(torch.bfloat16).save_pretrained(small)
+
+    done = subprocess.run(
+        [sys.executable, "-c", _MEMORY_PROBE, str(big), weights, str(small)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    got = json.loads(done.stdout.strip().splitlines()[-1])
+    layer = got["stored"] / got["layers"]
+    limit = got["stored"] + got["rest"] + 1.2 * layer + 64e6
+    assert got["stored"] >= (0.5 if weights == "int8" else 1.0) * 800e6
+    assert got["peak"] - got["before"] <= limit, got

@@ -71,6 +71,13 @@ def _round_up(n: int) -> int:
     return -(-n // 64) * 64
 
 
+def _refuse_pickling(self: object) -> tuple:
+    raise TypeError(
+        f"{type(self).__name__} cannot be pickled: packed experts and their threads belong to "
+        "this process; load the model in the other process instead"
+    )
+
+
 class ExpertWeights:
     """The frozen weights of one layer's experts, packed in host memory.
 
@@ -86,11 +93,7 @@ class ExpertWeights:
     def __deepcopy__(self, memo: dict) -> ExpertWeights:
         return self
 
-    def __reduce__(self) -> tuple:
-        raise TypeError(
-            "expert weights cannot be pickled: they belong to this process; "
-            "load the model in the other process instead"
-        )
+    __reduce__ = _refuse_pickling
 
     @property
     def nbytes(self) -> int:
@@ -180,6 +183,8 @@ class Engine:
 
     def __deepcopy__(self, memo: dict) -> Engine:
         return self
+
+    __reduce__ = _refuse_pickling
 
     @property
     def isa(self) -> str:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 from comparators import assert_matches, crest_factor, tolerance
-from kt_sft.kernels import PROJECTIONS, Engine, ExpertWeights, LoraFactors, isa_report
 from reference import Experts64, dropout_keep
 from torch import Tensor
+
+from kt_sft.kernels import PROJECTIONS, Engine, ExpertWeights, LoraFactors, isa_report
 
 ISAS = [name for name, missing in isa_report() if not missing]
 MODES = [("int8", "exact"), ("int8", "int8"), ("bf16", "bf16")]
@@ -91,7 +92,9 @@ def check(
     want = Experts64(block.dense, act, lora64, keep)(x64, index, w64)
     leaves = [x64, w64, *(t for f in lora64 if f for t in f[:2])]
     grads = torch.autograd.grad(want, leaves, d_out.double(), allow_unused=True)
-    grads = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, leaves)]
+    grads = [
+        torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, leaves, strict=True)
+    ]
 
     # Worst rows: the inputs, and h, whose gated product is peakier than its factors.
     crest = max(crest_factor(hidden, d_out), 6.0)
@@ -100,9 +103,9 @@ def check(
     assert_matches(d_hidden, grads[0], bound, "d_hidden")
     assert_matches(d_weight, grads[1], bound, "d_weight")
     got = [t for pair in d_lora if pair for t in pair]
-    for name, g, w in zip(("a", "b") * 3, got, grads[2:]):
+    for i, (g, w) in enumerate(zip(got, grads[2:], strict=True)):
         used = w.flatten(1).abs().amax(1) > 0
-        assert_matches(g[used], w[used], bound, f"d_{name}")
+        assert_matches(g[used], w[used], bound, f"LoRA gradient {i}")
         assert torch.count_nonzero(g[~used]) == 0, "idle experts must get zeros"
 
 
@@ -237,14 +240,17 @@ def test_nan_and_inf_come_out(isa: str, stored: str, compute: str, bad: float) -
 def test_results_do_not_depend_on_threads_or_repetition(isa: str) -> None:
     block = Block.make(6, 128, 192, "int8", 4)
     x, index, weight = inputs(50, 128, 6, 3)
+    arguments = {"compute": "exact", "activation": "silu", "lora": block.lora}
     results = []
     for threads in (1, 2, 5, 5):
-        out, kept, _ = Engine(threads, isa).forward(
-            block.weights, x, index, weight, compute="exact", activation="silu",
-            lora=block.lora, keep=True,
-        )  # fmt: skip
-        results.append(out)
-    assert all(torch.equal(results[0], r) for r in results[1:])
+        engine = Engine(threads, isa)
+        out, kept, _ = engine.forward(block.weights, x, index, weight, keep=True, **arguments)
+        d_hidden, d_weight, d_lora, _ = engine.backward(
+            block.weights, x, index, weight, out, kept, **arguments
+        )
+        results.append([out, d_hidden, d_weight, *(t for pair in d_lora for t in pair)])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def test_packed_weights_are_the_same_on_every_isa() -> None:
@@ -257,7 +263,7 @@ def test_packed_weights_are_the_same_on_every_isa() -> None:
                 weights.pack(ENGINES[isa], 0, p, torch.randn(weights.shape(p), generator=g))
             unpacked.append([weights.unpack(0, p) for p in PROJECTIONS])
         for other in unpacked[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(unpacked[0], other))
+            assert all(torch.equal(a, b) for a, b in zip(unpacked[0], other, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

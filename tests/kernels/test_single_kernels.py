@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from kt_sft.kernels import isa_report
 from kt_sft.kernels._core import single
 
@@ -168,6 +169,4 @@ def test_wrong_dtypes_are_refused_not_converted() -> None:
             "portable", np.ones((1, 64), dtype=np.int32), np.zeros(2048, dtype=np.uint8)
         )
     with pytest.raises(ValueError):
-        single.dot_u8s8(
-            "portable", np.ones((1, 60), dtype=np.int8), np.zeros(2048, dtype=np.uint8)
-        )
+        single.dot_u8s8("portable", np.ones((1, 60), dtype=np.int8), np.zeros(2048, dtype=np.uint8))

@@ -8,15 +8,16 @@ from __future__ import annotations
 import pytest
 import torch
 from comparators import assert_matches, tolerance
-from kt_sft import HybridExpertsConfig, hybridize
-from kt_sft.experts import hybrid_experts_of
-from kt_sft.families import FAMILIES
-from kt_sft.kernels import PROJECTIONS
 from peft import LoraConfig, get_peft_model
 from tiny_models import FAMILY_CONFIGS, make_model, stock_experts, take_effective_weights
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
+
+from kt_sft import HybridExpertsConfig, hybridize
+from kt_sft.experts import hybrid_experts_of
+from kt_sft.families import FAMILIES
+from kt_sft.kernels import PROJECTIONS
 
 RANK, ALPHA = 3, 6
 SCALING = ALPHA / RANK
@@ -169,9 +170,7 @@ def test_generate_equals_stock(family: str, tmp_path) -> None:
     take_effective_weights(stock, ours)
     ids = torch.randint(0, 300, (2, 7), generator=torch.Generator().manual_seed(2))
     arguments = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
-    assert torch.equal(
-        ours.generate(ids, **arguments), stock.eval().generate(ids, **arguments)
-    )
+    assert torch.equal(ours.generate(ids, **arguments), stock.eval().generate(ids, **arguments))
 
 
 @pytest.mark.parametrize("family", sorted(FAMILY_CONFIGS))

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import make_model
+from transformers import AutoModelForCausalLM
+
 from kt_sft import HybridExpertsConfig
 from kt_sft.errors import CheckpointError, UnsupportedModelError
 from kt_sft.experts import hybrid_experts_of
 from kt_sft.store.checkpoint import checkpoint_files
-from safetensors.torch import load_file, save_file
-from tiny_models import make_model
-from transformers import AutoModelForCausalLM
 
 
 def load(folder: Path, **settings):

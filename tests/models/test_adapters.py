@@ -1,0 +1,254 @@
+"""Adapters: the portable form, switching, and refusal on a base that does not match."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny_models import FAMILY_CONFIGS, make_model, take_effective_weights
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from kt_sft import HybridExpertsConfig, hybridize
+from kt_sft.errors import AdapterMismatchError, SettingsError
+from kt_sft.experts import hybrid_experts_of
+from kt_sft.export import export_merged
+
+TARGETS = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
+IDS = torch.randint(0, 300, (2, 11), generator=torch.Generator().manual_seed(4))
+
+
+def base(family: str = "qwen3_moe", expert_lora: bool = True, **changes) -> nn.Module:
+    return hybridize(
+        make_model(family, **changes), HybridExpertsConfig(expert_lora=expert_lora)
+    ).eval()
+
+
+def adapted(model: nn.Module, seed: int = 0, name: str = "default", **config) -> PeftModel:
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, **config}
+    peft_model = get_peft_model(model, LoraConfig(**settings), adapter_name=name)
+    randomize(peft_model, seed, name)
+    return peft_model
+
+
+def randomize(model: nn.Module, seed: int, name: str) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for key, p in model.named_parameters():
+        if "lora_B" in key and f".{name}" in key:
+            p.data = torch.randn(p.shape, generator=generator).to(p) * 0.2
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    adapted(base()).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_saved_form_is_portable(saved: Path) -> None:
+    tensors = load_file(saved / "adapter_model.safetensors")
+    prefix = "base_model.model.model.layers.1.mlp.experts.7"
+    assert tensors[f"{prefix}.gate_proj.lora_A.weight"].shape == (4, 64)
+    assert tensors[f"{prefix}.gate_proj.lora_B.weight"].shape == (72, 4)
+    assert tensors[f"{prefix}.down_proj.lora_A.weight"].shape == (4, 72)
+    assert tensors[f"{prefix}.down_proj.lora_B.weight"].shape == (64, 4)
+    # 3 layers: 8 experts x 3 projections and q, v; two matrices each.
+    assert len(tensors) == 3 * (8 * 3 + 2) * 2
+    config = json.loads((saved / "adapter_config.json").read_text())
+    assert sorted(config["target_modules"]) == sorted(TARGETS)
+    assert config["r"] == 4 and not config["rank_pattern"] and not config["use_rslora"]
+
+
+def test_save_and_load_give_the_same_model(saved: Path) -> None:
+    want = logits(adapted(base()))
+    loaded = PeftModel.from_pretrained(base(), str(saved))
+    assert torch.equal(logits(loaded), want)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILY_CONFIGS))
+def test_round_trip_of_each_family(family: str, tmp_path: Path) -> None:
+    model = adapted(base(family))
+    want = logits(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(base(family), str(tmp_path))), want)
+
+
+def test_disabled_is_the_base(saved: Path) -> None:
+    want = logits(base())
+    model = PeftModel.from_pretrained(base(), str(saved))
+    assert not torch.allclose(logits(model), want, atol=1e-2)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), want)
+
+
+def test_two_adapters_switch_and_add(tmp_path: Path) -> None:
+    single = {seed: logits(adapted(base(), seed)) for seed in (1, 2)}
+    model = adapted(base(), 1, "default")
+    model.add_adapter("second", LoraConfig(r=2, lora_alpha=6, target_modules=TARGETS))
+    assert torch.equal(logits(model), single[1])
+    model.set_adapter("second")
+    randomize(model, 7, "second")
+    second = logits(model)
+    assert not torch.allclose(second, single[1], atol=1e-3)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), single[1])
+    model.base_model.set_adapter(["default", "second"])
+    both = logits(model)
+    assert not torch.allclose(both, single[1], atol=1e-3)
+    assert not torch.allclose(both, second, atol=1e-3)
+    model.set_adapter("default")
+    model.delete_adapter("second")
+    assert torch.equal(logits(model), single[1])
+
+
+def test_expert_lora_false_adapts_the_rest_only() -> None:
+    model = adapted(base(expert_lora=False), target_modules=["q_proj", "v_proj"])
+    trainable = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert trainable and not any("experts" in n for n in trainable)
+
+
+def test_only_the_named_projections_train() -> None:
+    model = adapted(base(), target_modules=["down_proj"])
+    trainable = {n.split(".")[-3] for n, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {"down_proj"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts": 4}, r"got 8 experts, expected 4; unknown 4, 5, 6, 7"),
+        ({"num_experts": 16}, r"got 8 experts, expected 16; missing 8, 9"),
+        ({"moe_intermediate_size": 136}, r"got shape \(72, 4\).*expected \(136, 4\)"),
+        ({"num_hidden_layers": 2}, r"layers\.2\.mlp\.experts: in the adapter, not in this model"),
+        ({"num_hidden_layers": 5}, r"layers\.3\.mlp\.experts: in this model, not in the adapter"),
+    ],
+)
+def test_other_bases_are_refused(saved: Path, changes: dict, message: str) -> None:
+    with pytest.raises(AdapterMismatchError, match=message):
+        PeftModel.from_pretrained(base(**changes), str(saved))
+
+
+def test_other_rank_is_refused(saved: Path) -> None:
+    file = saved / "adapter_config.json"
+    config = json.loads(file.read_text())
+    config["r"] = 8
+    file.write_text(json.dumps(config))
+    with pytest.raises(AdapterMismatchError, match=r"got shape \(4, 64\).*expected \(8, 64\)"):
+        PeftModel.from_pretrained(base(), str(saved))
+
+
+def test_missing_expert_is_refused(saved: Path) -> None:
+    file = saved / "adapter_model.safetensors"
+    tensors = load_file(file)
+    del tensors["base_model.model.model.layers.0.mlp.experts.3.up_proj.lora_B.weight"]
+    save_file(tensors, file)
+    with pytest.raises(AdapterMismatchError, match=r"up_proj lora_B: got 7 experts.*missing 3"):
+        PeftModel.from_pretrained(base(), str(saved))
+
+
+def test_expert_lora_on_a_model_without_it_is_refused(saved: Path) -> None:
+    with pytest.raises(AdapterMismatchError, match=r"expert_lora: false"):
+        PeftModel.from_pretrained(base(expert_lora=False), str(saved))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"r": 513}, "expected 1 to 512"),
+    ],
+)
+def test_variants_without_kernels_are_refused(config: dict, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        adapted(base(), target_modules=["gate_proj"], **config)
+
+
+def test_rslora_scales_by_the_root_of_the_rank() -> None:
+    model = adapted(base(), use_rslora=True)
+    layer = next(iter(hybrid_experts_of(model).values())).gate_proj
+    assert layer.scaling["default"] == pytest.approx(8 / 4**0.5)
+
+
+def test_merging_is_refused_and_unload_restores_the_base() -> None:
+    want = logits(base())
+    model = adapted(base())
+    with pytest.raises(NotImplementedError, match="kt-sft export"):
+        model.merge_and_unload()
+    assert torch.equal(logits(adapted(base()).unload()), want)
+
+
+def test_a_deep_copy_shares_the_frozen_weights_only() -> None:
+    model = adapted(base())
+    want = logits(model)
+    copied = copy.deepcopy(model)
+    assert torch.equal(logits(copied), want)
+    randomize(copied, 5, "default")
+    assert not torch.equal(logits(copied), want)
+    assert torch.equal(logits(model), want)
+    ours, theirs = (next(iter(hybrid_experts_of(m).values())) for m in (model, copied))
+    assert ours.weights is theirs.weights
+
+
+def test_frozen_weights_are_not_pickled() -> None:
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        pickle.dumps(base())
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_export_is_the_adapted_model_in_full_precision(
+    family: str, fused: bool, tmp_path: Path
+) -> None:
+    """Stock Transformers loads it and computes what W + scaling B A says."""
+    stock = make_model(family)
+    stock.save_pretrained(tmp_path / "base")
+    if fused:
+        fuse(tmp_path / "base" / "model.safetensors", family)
+    model = adapted(base(family))
+    model.save_pretrained(tmp_path / "adapter")
+    out = export_merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    got = logits(merged)
+
+    # The hybrid model again, on the exact weights: bf16 and int8 storage would round them.
+    want_model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    hybrid = hybridize(make_model(family), HybridExpertsConfig())
+    take_effective_weights(want_model, hybrid)
+    quantized = adapted(hybrid)
+    difference = (logits(quantized) - got).norm() / got.norm()
+    assert difference < 0.05, "int8 storage explains about 2 %"
+    assert float((logits(want_model) - got).norm() / got.norm()) > 0.2, "LoRA must be in it"
+
+
+def fuse(file: Path, family: str) -> None:
+    names = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    tensors = load_file(file)
+    fused = {k: v for k, v in tensors.items() if ".experts." not in k or "shared" in k}
+    for path in {k.split(".experts.")[0] + ".experts" for k in tensors if k not in fused}:
+        count = len({k.split(".experts.")[1].split(".")[0] for k in tensors if k.startswith(path)})
+
+        def stacked(name: str, path: str = path, count: int = count) -> torch.Tensor:
+            return torch.stack([tensors[f"{path}.{e}.{name}.weight"] for e in range(count)])
+
+        fused[f"{path}.gate_up_proj"] = torch.cat([stacked(names[0]), stacked(names[1])], dim=1)
+        fused[f"{path}.down_proj"] = stacked(names[2])
+    save_file(fused, file, metadata={"format": "pt"})
+
+
+def test_export_refuses_an_adapter_of_another_base(saved: Path, tmp_path: Path) -> None:
+    make_model("qwen3_moe", num_experts=4).save_pretrained(tmp_path / "other")
+    with pytest.raises(AdapterMismatchError, match="not in the base checkpoint"):
+        export_merged(tmp_path / "other", saved, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    assert not list(tmp_path.glob("*.partial*"))

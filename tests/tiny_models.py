@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from kt_sft.experts import hybrid_experts_of
@@ -97,6 +98,24 @@ def take_effective_weights(stock: nn.Module, hybrid: nn.Module) -> None:
                 gate, up = (module.weights.unpack(e, p) for p in ("gate_proj", "up_proj"))
                 target.gate_up_proj[e] = torch.cat([gate, up])
                 target.down_proj[e] = module.weights.unpack(e, "down_proj")
+
+
+def stock_loss(
+    stock: nn.Module, lora: dict[str, Tensor], embeds: Tensor, labels: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Loss and logits of the stock model with LoRA folded into its expert parameters."""
+    parameters = {}
+    for path, module in stock_experts(stock).items():
+        delta = {
+            p: scaling * lora[f"{path}.{p}.lora_B"] @ lora[f"{path}.{p}.lora_A"]
+            for p in ("gate_proj", "up_proj", "down_proj")
+        }
+        parameters[f"{path}.gate_up_proj"] = module.gate_up_proj + torch.cat(
+            [delta["gate_proj"], delta["up_proj"]], dim=1
+        )
+        parameters[f"{path}.down_proj"] = module.down_proj + delta["down_proj"]
+    out = functional_call(stock, parameters, kwargs={"inputs_embeds": embeds, "labels": labels})
+    return out.loss, out.logits
 
 
 def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

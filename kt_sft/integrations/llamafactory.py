@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 SECTION = "kt_sft"
-
-logger = logging.getLogger(__name__)
 
 
 def _recipe_dir() -> Path | None:
@@ -65,11 +64,23 @@ HOOKS: Mapping[str, Callable[[Any], None]] = {
 }
 
 
+def _show_log() -> None:
+    """Lets our messages through where LLaMA-Factory shows its own: on the first rank."""
+    package = logging.getLogger("kt_sft")
+    if package.handlers or logging.getLogger().handlers:
+        return
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("[%(levelname)s|%(asctime)s] %(name)s >> %(message)s"))
+    package.addHandler(handler)
+    package.setLevel(logging.INFO if os.environ.get("LOCAL_RANK", "0") == "0" else logging.WARNING)
+
+
 def _activate(section: Any) -> None:
     """Checks the section and makes every model that LLaMA-Factory loads a hybrid one."""
     from kt_sft.config import read_section
 
     settings = read_section(section, _recipe_dir())
+    _show_log()
     from llamafactory.model import patcher
 
     from kt_sft.integrations.trainer import register_metrics

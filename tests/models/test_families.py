@@ -9,9 +9,14 @@ import pytest
 import torch
 from comparators import assert_matches, tolerance
 from peft import LoraConfig, get_peft_model
-from tiny_models import FAMILY_CONFIGS, make_model, stock_experts, take_effective_weights
+from tiny_models import (
+    FAMILY_CONFIGS,
+    make_model,
+    stock_experts,
+    stock_loss,
+    take_effective_weights,
+)
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
 from kt_sft import HybridExpertsConfig, hybridize
@@ -41,22 +46,6 @@ def lora_model(folder, **settings) -> nn.Module:
         # The router trains too, so that the gradients of the top-k weights are seen.
         p.requires_grad_("lora_" in name or ".mlp.gate." in name)
     return model
-
-
-def stock_loss(stock: nn.Module, lora: dict[str, Tensor], embeds: Tensor, labels: Tensor):
-    """Loss and logits of the stock model with LoRA folded into its expert parameters."""
-    parameters = {}
-    for path, module in stock_experts(stock).items():
-        delta = {
-            p: SCALING * lora[f"{path}.{p}.lora_B"] @ lora[f"{path}.{p}.lora_A"]
-            for p in ("gate_proj", "up_proj", "down_proj")
-        }
-        parameters[f"{path}.gate_up_proj"] = module.gate_up_proj + torch.cat(
-            [delta["gate_proj"], delta["up_proj"]], dim=1
-        )
-        parameters[f"{path}.down_proj"] = module.down_proj + delta["down_proj"]
-    out = functional_call(stock, parameters, kwargs={"inputs_embeds": embeds, "labels": labels})
-    return out.loss, out.logits
 
 
 class RoutesSeen:
@@ -117,7 +106,7 @@ def test_logits_and_gradients_equal_stock(family: str, weights: str, tmp_path) -
     ours_in, stock_in = (embeds.clone().requires_grad_() for _ in range(2))
     got = ours(inputs_embeds=ours_in, labels=labels)
     got.loss.backward()
-    loss, logits = stock_loss(stock, lora, stock_in, labels)
+    loss, logits = stock_loss(stock, lora, stock_in, labels, SCALING)
     loss.backward()
 
     # bf16 products round activations to 8 bits; the error passes two MoE layers and a residual.

@@ -1,0 +1,55 @@
+# make demo      the main job on real input, from nothing
+# make test      linters, type check, tests (what CI runs)
+# make test-full adds the long sweeps and the newest PEFT
+# VENV=path puts the virtual environment (6 GB) elsewhere; clones may take turns with one.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+STATE = .cache/make
+SOURCES = $(shell find csrc -type f) setup.py pyproject.toml
+
+export HF_HUB_OFFLINE ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+
+.PHONY: install demo test test-full lint format bench clean
+
+install: $(STATE)/package
+
+$(VENV)/dependencies: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("make: got Python %d.%d, expected 3.11 or later; set PYTHON=python3.11" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	@command -v g++ >/dev/null || { echo "make: g++ is not installed; install it (Debian: apt-get install g++)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing dependencies into $(VENV) (about 2 minutes, 6 GB) ..."
+	$(BIN)/pip install --quiet --requirement constraints.txt
+	@touch $@
+
+# The package is built from this clone; a shared VENV is pointed at it again when it changes.
+$(STATE)/package: $(VENV)/dependencies $(SOURCES)
+	@echo "Compiling the kernels (about 30 seconds) ..."
+	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
+	@mkdir -p $(STATE) && touch $@
+
+demo: install
+	$(BIN)/python scripts/demo/run.py
+
+test: install lint
+	$(BIN)/python -m pytest -q -m "not slow" --durations=10
+
+test-full: install lint
+	$(BIN)/python -m pytest -q --durations=20
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install
+	$(BIN)/kt-sft bench layer --vs torch
+
+clean:
+	rm -rf build .cache/make outputs kt_sft.egg-info kt_sft/kernels/*.so

@@ -1,0 +1,63 @@
+"""What the compiler made of the kernels, read from the shared object."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from kt_sft.kernels import _core
+
+OBJECT = _core.__file__
+pytestmark = pytest.mark.skipif(
+    shutil.which("objdump") is None or shutil.which("nm") is None, reason="binutils are missing"
+)
+
+
+@pytest.fixture(scope="module")
+def functions() -> dict[str, list[str]]:
+    """Symbol -> its instructions."""
+    text = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", OBJECT], capture_output=True, text=True, check=True
+    ).stdout
+    found: dict[str, list[str]] = {}
+    for block in text.split("\n\n"):
+        head, _, body = block.strip().partition("\n")
+        match = re.match(r"[0-9a-f]+ <(.+)>:$", head)
+        if match:
+            lines = (line.split("\t", 1)[-1].strip() for line in body.splitlines())
+            found.setdefault(match[1], []).extend(lines)
+    return found
+
+
+def test_no_shared_symbol_needs_a_newer_cpu(functions: dict[str, list[str]]) -> None:
+    """A weak symbol compiled for AVX may be the copy that the linker keeps for everyone."""
+    listing = subprocess.run(["nm", OBJECT], capture_output=True, text=True, check=True).stdout
+    weak = {line.split()[-1] for line in listing.splitlines() if re.search(r" [WwVvu] ", line)}
+    assert len(weak) > 20, "the list of weak symbols is empty: nothing was checked"
+    bad = [
+        name
+        for name in weak & functions.keys()
+        if any(re.search(r"%[yz]mm", line) for line in functions[name])
+    ]
+    assert not bad
+
+
+@pytest.mark.parametrize("instruction", ["vpdpbusd", "vdpbf16ps"])
+def test_hot_loops_keep_their_accumulators_in_registers(
+    functions: dict[str, list[str]], instruction: str
+) -> None:
+    """No 64-byte value goes through the stack between the products of a micro-kernel."""
+    checked = 0
+    for name, lines in functions.items():
+        at = [i for i, line in enumerate(lines) if line.startswith(instruction)]
+        for i in at:
+            near = lines[max(0, i - 4) : i + 5]
+            spills = [
+                x for x in near if re.search(r"mov\w+.*(%zmm.*\(%r[sb]p|\(%r[sb]p\).*%zmm)", x)
+            ]
+            assert not spills, f"{name}: {spills}"
+            checked += 1
+    assert checked >= sum(2 * rows for rows in range(1, 15)), "the micro-kernels were not found"

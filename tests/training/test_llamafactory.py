@@ -1,0 +1,286 @@
+"""The main job through stock LLaMA-Factory, in processes of their own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from llamafactory_runs import RECIPE, Workplace, run
+from safetensors.torch import load_file
+from tiny_models import (
+    make_dataset,
+    make_model,
+    make_tokenizer,
+    stock_loss,
+    take_effective_weights,
+)
+from transformers import AutoModelForCausalLM
+
+from kt_sft import HybridExpertsConfig
+
+EXPERTS = {"weights": "int8", "compute": "exact"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """A model in fp32 whose experts are exactly what int8 storage makes of them.
+
+    Quantizing them again changes nothing, so the stock path trains the same function.
+    """
+    folder = tmp_path_factory.mktemp("llamafactory")
+    tokenizer = make_tokenizer(folder / "model")
+    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    stock = make_model("qwen3_moe", **special)
+    stock.save_pretrained(folder / "raw")
+    hybrid = AutoModelForCausalLM.from_pretrained(
+        folder / "raw", quantization_config=HybridExpertsConfig(), dtype=torch.float32
+    )
+    take_effective_weights(stock, hybrid)
+    stock.save_pretrained(folder / "model")
+    make_dataset(folder / "data")
+    return Workplace(folder)
+
+
+@pytest.fixture(scope="module")
+def trained(place: Workplace) -> str:
+    """A run with expert LoRA, evaluation, checkpoints and W&B in offline mode."""
+    return place.train(
+        "trained",
+        env={"WANDB_MODE": "offline", "WANDB_DIR": str(place.folder)},
+        kt_sft=EXPERTS,
+        max_steps=8,
+        save_strategy="steps",
+        save_steps=4,
+        val_size=0.1,
+        eval_strategy="steps",
+        eval_steps=4,
+        plot_loss=True,
+        lora_dropout=0.1,
+        report_to="wandb",
+    )
+
+
+def sha(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_trains_saves_and_reports(place: Workplace, trained: str) -> None:
+    out = place.folder / "trained"
+    losses = place.losses("trained")
+    assert len(losses) == 8 and losses[-1] < losses[0]
+    keys = load_file(out / "adapter_model.safetensors")
+    assert sum(".experts." in k for k in keys) == 3 * 8 * 3 * 2
+    targets = json.loads((out / "adapter_config.json").read_text())["target_modules"]
+    assert {"gate_proj", "up_proj", "down_proj", "q_proj"} <= set(targets)
+    assert json.loads((out / "all_results.json").read_text())["eval_loss"] > 0
+    assert (out / "training_loss.png").is_file()
+    for entry in place.logs("trained"):
+        assert entry["tokens_per_second"] > 0 and entry["experts_backward_ms"] > 0
+    assert "3 layers of 8 experts as int8" in trained
+
+
+def test_wandb_run_has_metrics_settings_and_machine(place: Workplace, trained: str) -> None:
+    """The offline run is a log of protobuf records, whose strings are stored as they are."""
+    (file,) = place.folder.glob("wandb/offline-run-*/*.wandb")
+    written = file.read_bytes()
+    for name in (b"loss", b"tokens_per_second", b"experts_tflops", b"experts_load_max_over_mean"):
+        assert written.count(b"train/" + name) >= 8, "one for each step"
+    for text in (b'"weights":"int8"', b'"usable_threads"', b'"experts_per_layer":8'):
+        assert text in written.replace(b": ", b":")
+
+
+def test_resume_is_bit_identical(place: Workplace, trained: str) -> None:
+    """From checkpoint-4, with dropout on: the same losses and the same adapter bytes."""
+    shutil.copytree(place.folder / "trained", place.folder / "resumed")
+    shutil.rmtree(place.folder / "resumed" / "checkpoint-8")
+    (place.folder / "resumed" / "adapter_model.safetensors").unlink()
+    place.train(
+        "resumed",
+        kt_sft=EXPERTS,
+        max_steps=8,
+        save_strategy="steps",
+        save_steps=4,
+        val_size=0.1,
+        eval_strategy="steps",
+        eval_steps=4,
+        lora_dropout=0.1,
+        overwrite_output_dir=False,
+        resume_from_checkpoint=str(place.folder / "resumed" / "checkpoint-4"),
+    )
+    want = [x.hex() for x in place.losses("trained")]
+    got = [x.hex() for x in place.losses("resumed")]
+    assert got == want
+    adapter = "checkpoint-8/adapter_model.safetensors"
+    assert sha(place.folder / "resumed" / adapter) == sha(place.folder / "trained" / adapter)
+
+
+def test_thirty_steps_follow_the_stock_path(place: Workplace) -> None:
+    """Attention LoRA over frozen experts: same weights, same data, same seeds."""
+    settings = {
+        "max_steps": 30,
+        "learning_rate": 1.0e-2,
+        "lora_target": "q_proj,k_proj,v_proj,o_proj",
+    }
+    place.train("stock30", **settings)
+    place.train("hybrid30", kt_sft={**EXPERTS, "expert_lora": False}, **settings)
+    stock, hybrid = place.losses("stock30"), place.losses("hybrid30")
+    assert len(stock) == 30 and sum(stock[-5:]) < 0.95 * sum(stock[:5])
+    # exact arithmetic differs from fp32 by about 5e-5 a layer.
+    for step, (a, b) in enumerate(zip(stock, hybrid, strict=True)):
+        assert abs(a - b) < 2e-3 * max(1.0, a), f"step {step}: stock {a}, hybrid {b}"
+    for a, b in zip(place.logs("stock30"), place.logs("hybrid30"), strict=True):
+        assert abs(a["grad_norm"] - b["grad_norm"]) < 0.02 * a["grad_norm"]
+
+
+def test_expert_lora_follows_stock_transformers_with_equal_lora(place: Workplace) -> None:
+    """30 AdamW steps of LoRA on every expert, ours against W + scaling B A on the stock model."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = r".*\.experts\.(gate|up|down)_proj"
+    base = AutoModelForCausalLM.from_pretrained(
+        place.folder / "model", quantization_config=HybridExpertsConfig(), dtype=torch.float32
+    )
+    torch.manual_seed(0)
+    ours = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=targets))
+    stock = AutoModelForCausalLM.from_pretrained(place.folder / "model", dtype=torch.float32)
+    stock.requires_grad_(False)
+    lora = {
+        n.removeprefix("base_model.model.").removesuffix(".default"): p.detach()
+        .clone()
+        .requires_grad_()
+        for n, p in ours.named_parameters()
+        if p.requires_grad
+    }
+    mine = torch.optim.AdamW([p for p in ours.parameters() if p.requires_grad], lr=1e-3)
+    theirs = torch.optim.AdamW(lora.values(), lr=1e-3)
+    generator = torch.Generator().manual_seed(5)
+    data = torch.randint(0, 300, (2, 4, 24), generator=generator)
+    curves: tuple[list[float], list[float]] = ([], [])
+    for step in range(30):
+        ids = data[step % 2]
+        loss = ours(ids, labels=ids).loss
+        mine.zero_grad()
+        loss.backward()
+        mine.step()
+        curves[0].append(float(loss.detach()))
+        loss, _ = stock_loss(stock, lora, stock.get_input_embeddings()(ids), ids, scaling=2.0)
+        theirs.zero_grad()
+        loss.backward()
+        theirs.step()
+        curves[1].append(float(loss.detach()))
+    assert curves[1][-1] < 0.9 * curves[1][0]
+    for step, (a, b) in enumerate(zip(*curves, strict=True)):
+        # Mostly 1e-6; a rounding may tip a close decision of a router for one token.
+        assert abs(a - b) < 2e-3 * b, f"step {step}: ours {a}, stock {b}"
+
+
+def test_dpo_reference_is_the_base(place: Workplace) -> None:
+    """The first DPO loss is log 2: policy and reference agree before the first update."""
+    place.train(
+        "dpo", kt_sft=EXPERTS, stage="dpo", dataset="pairs", max_steps=3, pref_loss="sigmoid"
+    )
+    losses = place.losses("dpo")
+    assert losses[0] == pytest.approx(0.6931, abs=2e-4)
+    assert losses[-1] < losses[0] - 1e-3
+
+
+def test_bf16_with_either_checkpointing(place: Workplace) -> None:
+    settings = {"kt_sft": EXPERTS, "bf16": True, "max_steps": 4, "gradient_accumulation_steps": 2}
+    for reentrant in (True, False):
+        place.train(f"bf16_{reentrant}", use_reentrant_gc=reentrant, **settings)
+    losses = place.losses("bf16_True")
+    assert len(losses) == 4 and all(0 < loss < 20 for loss in losses)
+    for a, b in zip(losses, place.losses("bf16_False"), strict=True):
+        assert abs(a - b) < 0.01 * a
+
+
+def test_predicts_with_the_adapter(place: Workplace, trained: str) -> None:
+    place.train(
+        "predicted", kt_sft=EXPERTS, do_train=None, do_predict=True, predict_with_generate=True,
+        dataset=None, eval_dataset="sft", max_samples=6, max_new_tokens=6,
+        adapter_name_or_path=str(place.folder / "trained"),
+    )  # fmt: skip
+    lines = (place.folder / "predicted" / "generated_predictions.jsonl").read_text().splitlines()
+    assert len(lines) == 6
+    assert all({"prompt", "predict", "label"} <= json.loads(line).keys() for line in lines)
+
+
+def test_export_command_merges(place: Workplace, trained: str) -> None:
+    recipe = place.recipe(
+        "exporting", kt_sft=EXPERTS, adapter_name_or_path=str(place.folder / "trained"),
+        export_dir=str(place.folder / "merged"),
+        **{k: None for k in (*RECIPE, "output_dir", "dataset_dir") if k not in ("template",)},
+    )  # fmt: skip
+    run(["llamafactory-cli", "export", str(recipe)])
+    merged = AutoModelForCausalLM.from_pretrained(place.folder / "merged", dtype=torch.float32)
+    from peft import PeftModel
+
+    base = AutoModelForCausalLM.from_pretrained(
+        place.folder / "model", quantization_config=HybridExpertsConfig(), dtype=torch.float32
+    )
+    live = PeftModel.from_pretrained(base, str(place.folder / "trained")).eval()
+    ids = torch.randint(0, 300, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, live(ids).logits, rtol=1e-3, atol=2e-3)
+
+
+def test_two_ranks_equal_one(place: Workplace) -> None:
+    """The same global batch of 4 on one rank and on two, by LLaMA-Factory's own torchrun."""
+    # Without shuffling, rank 0 and 1 together see the batch that one rank sees.
+    settings = {"kt_sft": EXPERTS, "max_steps": 5, "disable_shuffling": True}
+    place.train("one_rank", **settings)
+    place.train(
+        "two_ranks", env={"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"},
+        per_device_train_batch_size=2, ddp_backend="gloo", **settings,
+    )  # fmt: skip
+    for a, b in zip(place.losses("one_rank"), place.losses("two_ranks"), strict=True):
+        assert abs(a - b) < 2e-3 * a
+    one, two = (
+        load_file(place.folder / name / "adapter_model.safetensors")
+        for name in ("one_rank", "two_ranks")
+    )
+    moved = [k for k in one if "lora_B" in k and ".experts." in k and one[k].abs().max() > 1e-4]
+    assert len(moved) > 20
+    for key in moved:
+        # Adam divides by the size of a gradient, so noise shows where it is next to nothing.
+        assert float((one[key] - two[key]).norm() / one[key].norm()) < 0.2, key
+
+
+def test_section_as_a_file_and_overrides(place: Workplace) -> None:
+    (place.folder / "experts.yaml").write_text("weights: bf16\n")
+    recipe = place.recipe("file", kt_sft="experts.yaml", max_steps=1)
+    text = run(["llamafactory-cli", "train", str(recipe)])
+    assert "3 layers of 8 experts as bf16" in text
+    recipe = place.recipe("override", kt_sft=EXPERTS, max_steps=1)
+    text = run(["llamafactory-cli", "train", str(recipe), "kt_sft.weights=bf16"])
+    assert "3 layers of 8 experts as bf16" in text
+
+
+def test_wrong_settings_end_the_run_before_it_starts(place: Workplace) -> None:
+    text = place.train("wrong", check=False, kt_sft={"weihgts": "int8", "compute": "fast"})
+    assert "2 problems in the settings" in text and "did you mean weights?" in text
+    assert not (place.folder / "wrong").exists()
+
+
+def test_switched_off_is_a_loud_refusal_and_kt_sft_works(place: Workplace) -> None:
+    off = {"KT_SFT_DISABLE": "1"}
+    text = place.train("off", env=off, check=False, kt_sft=EXPERTS)
+    assert "kt_sft" in text and "not used" in text
+    recipe = place.recipe("by_command", kt_sft=EXPERTS, max_steps=1)
+    text = run(["kt-sft", "train", str(recipe), "max_steps=2"], off)
+    assert "3 layers of 8 experts as int8" in text
+    assert len(place.losses("by_command")) == 2
+
+
+def test_without_the_section_nothing_changes(place: Workplace) -> None:
+    """Plug-in on and off: the same losses and the same adapter, to the bit."""
+    place.train("plain_on", max_steps=4)
+    place.train("plain_off", env={"KT_SFT_DISABLE": "1"}, max_steps=4)
+    on, off = ([x.hex() for x in place.losses(n)] for n in ("plain_on", "plain_off"))
+    assert on == off
+    files = [place.folder / n / "adapter_model.safetensors" for n in ("plain_on", "plain_off")]
+    assert sha(files[0]) == sha(files[1])

@@ -11,6 +11,8 @@ SOURCES = $(shell find csrc -type f) setup.py pyproject.toml
 
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+# Waiting OpenMP threads of torch would spin on the cores that the experts compute on.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: install demo test test-full lint format bench clean
 

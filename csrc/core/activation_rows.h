@@ -14,7 +14,9 @@ namespace kt {
 class FloatRows {
  public:
   FloatRows(const void* source, FloatType type, int64_t rows, int64_t width, Scratch& scratch)
-      : source_(static_cast<const char*>(source)), type_(type), width_(width),
+      : source_(static_cast<const char*>(source)),
+        type_(type),
+        width_(width),
         stride_(padded(width)) {
     if (type == FloatType::kFloat32 && stride_ == width)
       direct_ = static_cast<const float*>(source);
@@ -45,7 +47,9 @@ class FloatRows {
 class ActivationRows {
  public:
   ActivationRows(Compute compute, int64_t rows, int64_t width, Scratch& scratch)
-      : compute_(compute), terms_(compute == Compute::kExact ? 2 : 1), width_(width),
+      : compute_(compute),
+        terms_(compute == Compute::kExact ? 2 : 1),
+        width_(width),
         row_bytes_(width * (compute == Compute::kInt8 ? 1 : 2)),
         data_(scratch.bytes(rows * row_bytes_)) {
     if (compute == Compute::kBf16) return;

@@ -52,8 +52,8 @@ struct BlockInput {
 
 // What forward keeps for backward. Rows are sorted by expert; null pointers: keep nothing.
 struct KeptActivations {
-  float* gate = nullptr;                            // [T * K, F padded]
-  float* up = nullptr;                              // [T * K, F padded]
+  float* gate = nullptr;                             // [T * K, F padded]
+  float* up = nullptr;                               // [T * K, F padded]
   std::array<float*, kProjectionCount> lora_down{};  // [T * K, rank]: s (input~ A')
 };
 

@@ -32,9 +32,18 @@ class LoraOperands {
     }
     if (!present_) return;
     const int64_t active = static_cast<int64_t>(routing.active.size());
-    phases.run("lora_layout", active * kProjectionCount, [&](int64_t item, int) {
-      lay_out(static_cast<int>(item % kProjectionCount), routing.active[item / kProjectionCount]);
-    });
+    phases.run("lora_layout", active * kProjectionCount, active * rank_sum() * 1024,
+               [&](int64_t item, int) {
+                 lay_out(static_cast<int>(item % kProjectionCount),
+                         routing.active[item / kProjectionCount]);
+               });
+  }
+
+  // Ranks of all projections together.
+  int64_t rank_sum() const {
+    int64_t sum = 0;
+    for (const Lora& lora : in_.lora) sum += lora.rank;
+    return sum;
   }
 
   bool any(Projection p) const { return in_.lora[static_cast<size_t>(p)].rank > 0; }
@@ -42,9 +51,10 @@ class LoraOperands {
   DropoutKey dropout_key(Projection p, int64_t row) const {
     // splitmix64 over (seed, projection, token and choice): the same in forward, recompute and
     // backward, and independent of how rows are sorted.
-    uint64_t z = in_.dropout_seed + 0x9e3779b97f4a7c15ull *
-                 (static_cast<uint64_t>(routing_.slot_of_row[row]) * kProjectionCount +
-                  static_cast<uint64_t>(p) + 1);
+    uint64_t z = in_.dropout_seed +
+                 0x9e3779b97f4a7c15ull *
+                     (static_cast<uint64_t>(routing_.slot_of_row[row]) * kProjectionCount +
+                      static_cast<uint64_t>(p) + 1);
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
     z ^= z >> 31;
@@ -57,8 +67,8 @@ class LoraOperands {
 
   // p[row] = scaling * input~[row] A', rows begin to end of one expert.
   template <class RowOf>
-  void project_input(Projection p, int64_t expert, int64_t begin, int64_t end,
-                     const RowOf& row_of, float* out) const {
+  void project_input(Projection p, int64_t expert, int64_t begin, int64_t end, const RowOf& row_of,
+                     float* out) const {
     if (!any(p)) return;
     const Lora& lora = in_.lora[static_cast<size_t>(p)];
     const Operand& op = operands_[static_cast<size_t>(p)];
@@ -80,8 +90,8 @@ class LoraOperands {
 
   // q[row] = scaling * d_output[row] B.
   template <class RowOf>
-  void project_output(Projection p, int64_t expert, int64_t begin, int64_t end,
-                      const RowOf& row_of, float* out) const {
+  void project_output(Projection p, int64_t expert, int64_t begin, int64_t end, const RowOf& row_of,
+                      float* out) const {
     if (!any(p)) return;
     const Lora& lora = in_.lora[static_cast<size_t>(p)];
     const Operand& op = operands_[static_cast<size_t>(p)];

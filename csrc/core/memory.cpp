@@ -26,14 +26,14 @@ size_t size_class(size_t bytes) {
 
 LargeBuffer::LargeBuffer(size_t bytes) : size_(rounded_up(bytes ? bytes : 1, 4096)) {
   const size_t slack = size_ >= kHugePage ? kHugePage : 0;
-  void* raw = mmap(nullptr, size_ + slack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
-                   -1, 0);
+  void* raw =
+      mmap(nullptr, size_ + slack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (raw == MAP_FAILED) throw std::bad_alloc();
   uint8_t* begin = static_cast<uint8_t*>(raw);
   if (slack) {
     // Align to a huge page and give the surplus at both ends back.
-    uint8_t* aligned = reinterpret_cast<uint8_t*>(
-        rounded_up(reinterpret_cast<size_t>(begin), kHugePage));
+    uint8_t* aligned =
+        reinterpret_cast<uint8_t*>(rounded_up(reinterpret_cast<size_t>(begin), kHugePage));
     if (aligned > begin) munmap(begin, static_cast<size_t>(aligned - begin));
     uint8_t* end = begin + size_ + slack;
     if (end > aligned + size_) munmap(aligned + size_, static_cast<size_t>(end - aligned) - size_);
@@ -70,14 +70,14 @@ std::shared_ptr<LargeBuffer> BufferCache::acquire(size_t bytes) {
   }
   if (!found.data()) found = LargeBuffer(wanted);
   std::shared_ptr<BufferCache> self = shared_from_this();
-  return std::shared_ptr<LargeBuffer>(
-      new LargeBuffer(std::move(found)), [self, wanted](LargeBuffer* buffer) {
-        {
-          std::lock_guard<std::mutex> lock(self->mutex_);
-          self->free_.emplace(wanted, std::move(*buffer));
-        }
-        delete buffer;
-      });
+  return std::shared_ptr<LargeBuffer>(new LargeBuffer(std::move(found)),
+                                      [self, wanted](LargeBuffer* buffer) {
+                                        {
+                                          std::lock_guard<std::mutex> lock(self->mutex_);
+                                          self->free_.emplace(wanted, std::move(*buffer));
+                                        }
+                                        delete buffer;
+                                      });
 }
 
 size_t BufferCache::trim() {

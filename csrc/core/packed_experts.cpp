@@ -13,9 +13,7 @@ const char* const kProjectionNames[] = {"gate_proj", "up_proj", "down_proj"};
 int64_t element_bytes(FloatType type) { return type == FloatType::kFloat32 ? 4 : 2; }
 
 // Byte offset of weight (n, k) within its 32 x 64 super tile, in elements of the format.
-int64_t int8_index(int64_t n, int64_t k) {
-  return n / 16 * 1024 + k / 4 * 64 + n % 16 * 4 + k % 4;
-}
+int64_t int8_index(int64_t n, int64_t k) { return n / 16 * 1024 + k / 4 * 64 + n % 16 * 4 + k % 4; }
 int64_t bf16_index(int64_t n, int64_t k) { return k / 2 * 64 + n * 2 + k % 2; }
 
 }  // namespace

@@ -15,7 +15,8 @@ inline int lines_shift(int64_t tile_bytes) { return tile_bytes == kTileBytesInt8
 class ForwardPanels {
  public:
   ForwardPanels(const PackedExperts& weights, int64_t expert, Projection projection)
-      : tiles_(weights.tiles(expert, projection)), scales_(weights.scales(expert, projection)),
+      : tiles_(weights.tiles(expert, projection)),
+        scales_(weights.scales(expert, projection)),
         tile_bytes_(weights.tile_bytes()),
         panel_bytes_(padded(weights.inputs(projection)) / kBlock * tile_bytes_) {}
 
@@ -45,8 +46,8 @@ class ForwardPanels {
 // projections laid end to end (gate, then up). `buffer` holds both panels.
 class BackwardPanels {
  public:
-  BackwardPanels(const PackedExperts& weights, int64_t expert,
-                 std::vector<Projection> projections, uint8_t* buffer)
+  BackwardPanels(const PackedExperts& weights, int64_t expert, std::vector<Projection> projections,
+                 uint8_t* buffer)
       : tile_bytes_(weights.tile_bytes()), int8_(weights.format() == WeightFormat::kInt8) {
     for (const Projection p : projections) {
       const int64_t blocks_of_inputs = padded(weights.inputs(p)) / kBlock;
@@ -62,8 +63,7 @@ class BackwardPanels {
     for (const Source& source : sources_)
       for (int64_t pair = 0; pair < source.panels; pair += 2, ++at)
         for (int64_t which = 0; which < 2; ++which) {
-          const uint8_t* tile =
-              source.tiles + (pair + which) * source.stride + block * tile_bytes_;
+          const uint8_t* tile = source.tiles + (pair + which) * source.stride + block * tile_bytes_;
           if (int8_)
             place_int8(kernels, tile, at, which);
           else
@@ -109,8 +109,8 @@ class BackwardPanels {
   void place_bf16(const KernelTable& kernels, const uint8_t* super, int64_t at, int64_t which) {
     uint16_t* pieces[2];
     for (size_t h = 0; h < 2; ++h)
-      pieces[h] =
-          reinterpret_cast<uint16_t*>(halves_[h] + at * kTileBytesBf16 + which * kTileBytesBf16 / 2);
+      pieces[h] = reinterpret_cast<uint16_t*>(halves_[h] + at * kTileBytesBf16 +
+                                              which * kTileBytesBf16 / 2);
     kernels.transpose_bf16(reinterpret_cast<const uint16_t*>(super), pieces);
   }
 

@@ -17,8 +17,8 @@ Routing route(const int64_t* index, int64_t tokens, int64_t top_k, int64_t exper
     if (e < 0 || e > experts)
       throw std::invalid_argument("top_k_index: token " + std::to_string(s / top_k) +
                                   " names expert " + std::to_string(e) + ", expected 0 to " +
-                                  std::to_string(experts - 1) + " (or " +
-                                  std::to_string(experts) + " to skip)");
+                                  std::to_string(experts - 1) + " (or " + std::to_string(experts) +
+                                  " to skip)");
     if (e < experts) ++r.offset[static_cast<size_t>(e + 1)];
   }
   for (int64_t e = 0; e < experts; ++e) {

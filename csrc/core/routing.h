@@ -8,10 +8,10 @@ namespace kt {
 
 struct Routing {
   int64_t tokens = 0, top_k = 0, rows = 0;
-  std::vector<int64_t> offset;        // [E + 1]: rows of expert e are offset[e] .. offset[e + 1]
-  std::vector<int32_t> row_of_slot;   // [T * K]: the row of (token, k), or -1 when skipped
-  std::vector<int32_t> slot_of_row;   // [R]: token * K + k
-  std::vector<int32_t> active;        // experts that have rows, most rows first
+  std::vector<int64_t> offset;       // [E + 1]: rows of expert e are offset[e] .. offset[e + 1]
+  std::vector<int32_t> row_of_slot;  // [T * K]: the row of (token, k), or -1 when skipped
+  std::vector<int32_t> slot_of_row;  // [R]: token * K + k
+  std::vector<int32_t> active;       // experts that have rows, most rows first
 
   int64_t count(int64_t expert) const { return offset[expert + 1] - offset[expert]; }
   int64_t token_of_row(int64_t row) const { return slot_of_row[row] / top_k; }

@@ -12,6 +12,10 @@ namespace {
 // between calls the threads sleep and cost nothing.
 constexpr auto kSpin = std::chrono::microseconds(50);
 
+constexpr uint64_t kOpen = uint64_t{1} << 31;
+constexpr uint64_t kInside = kOpen - 1;
+constexpr int kPhaseShift = 32;
+
 template <class Ready>
 bool spin_until(const Ready& ready) {
   const auto deadline = std::chrono::steady_clock::now() + kSpin;
@@ -48,10 +52,9 @@ ThreadPool::~ThreadPool() {
 
 void ThreadPool::require_same_process() const {
   if (getpid() == owner_) return;
-  throw ForkedProcess(
-      "the expert thread pool was made by process " + std::to_string(owner_) +
-      " and cannot run in its forked child " + std::to_string(getpid()) +
-      "; run the model in the parent, or start the child with the 'spawn' method");
+  throw ForkedProcess("the expert thread pool was made by process " + std::to_string(owner_) +
+                      " and cannot run in its forked child " + std::to_string(getpid()) +
+                      "; run the model in the parent, or start the child with the 'spawn' method");
 }
 
 void ThreadPool::take_items(int thread) {
@@ -68,18 +71,37 @@ void ThreadPool::take_items(int thread) {
   }
 }
 
+// Enters the open phase, if it is a new one; `seen` is the last phase that was looked at.
+bool ThreadPool::enter_phase(uint64_t& seen) {
+  uint64_t state = state_.load(std::memory_order_acquire);
+  while (state >> kPhaseShift != seen) {
+    if (!(state & kOpen)) {
+      seen = state >> kPhaseShift;
+      return false;
+    }
+    if (state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel)) {
+      seen = state >> kPhaseShift;
+      return true;
+    }
+  }
+  return false;
+}
+
 void ThreadPool::worker(int thread) {
   uint64_t seen = 0;
   for (;;) {
-    const auto ready = [&] { return phase_.load(std::memory_order_acquire) != seen || stop_; };
+    const auto ready = [&] {
+      return state_.load(std::memory_order_acquire) >> kPhaseShift != seen || stop_;
+    };
     if (!spin_until(ready)) {
       std::unique_lock<std::mutex> lock(mutex_);
       wake_.wait(lock, ready);
     }
     if (stop_) return;
-    seen = phase_.load(std::memory_order_acquire);
+    if (!enter_phase(seen)) continue;
     take_items(thread);
-    if (busy_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+    const uint64_t left = state_.fetch_sub(1, std::memory_order_acq_rel) - 1;
+    if (!(left & kOpen) && !(left & kInside)) {
       std::lock_guard<std::mutex> lock(mutex_);
       done_.notify_one();
     }
@@ -98,12 +120,13 @@ void ThreadPool::run(int64_t items, const Body& body) {
   } else {
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      busy_.store(threads_ - 1, std::memory_order_relaxed);
-      phase_.fetch_add(1, std::memory_order_release);
+      const uint64_t phase = (state_.load(std::memory_order_relaxed) >> kPhaseShift) + 1;
+      state_.store(phase << kPhaseShift | kOpen, std::memory_order_release);
     }
     wake_.notify_all();
     take_items(0);
-    const auto finished = [&] { return busy_.load(std::memory_order_acquire) == 0; };
+    state_.fetch_and(~kOpen, std::memory_order_acq_rel);
+    const auto finished = [&] { return !(state_.load(std::memory_order_acquire) & kInside); };
     if (!spin_until(finished)) {
       std::unique_lock<std::mutex> lock(mutex_);
       done_.wait(lock, finished);

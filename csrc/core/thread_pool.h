@@ -38,6 +38,7 @@ class ThreadPool {
 
  private:
   void worker(int thread);
+  bool enter_phase(uint64_t& seen);
   void take_items(int thread);
   void require_same_process() const;
 
@@ -48,8 +49,10 @@ class ThreadPool {
   const Body* body_ = nullptr;
   int64_t items_ = 0;
   std::atomic<int64_t> next_{0};
-  std::atomic<uint64_t> phase_{0};
-  std::atomic<int> busy_{0};
+  // Phase number in the high half, kOpen, and in the low bits the workers inside the phase. A
+  // worker that wakes up late finds the phase closed: the caller never waits for a thread that
+  // the system has not scheduled yet, which on contended cores costs whole time slices.
+  std::atomic<uint64_t> state_{0};
   std::atomic<bool> stop_{false};
 
   std::mutex mutex_;

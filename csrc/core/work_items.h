@@ -15,14 +15,21 @@ constexpr int64_t kRowsPerItem = 16;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Below this many operations (some 20 microseconds on one thread) waking others takes longer.
+constexpr int64_t kWorthSharing = int64_t{1} << 20;
+
 // Runs phases on the pool and notes how long each took.
 class Phases {
  public:
   Phases(ThreadPool& pool, BlockReport& report) : pool_(pool), report_(report) {}
 
-  void run(const char* name, int64_t items, const ThreadPool::Body& body) {
+  // `operations` is an estimate of the whole phase's work.
+  void run(const char* name, int64_t items, int64_t operations, const ThreadPool::Body& body) {
     const auto start = std::chrono::steady_clock::now();
-    pool_.run(items, body);
+    if (operations < kWorthSharing)
+      for (int64_t i = 0; i < items; ++i) body(i, 0);
+    else
+      pool_.run(items, body);
     const std::chrono::duration<double, std::milli> ms = std::chrono::steady_clock::now() - start;
     report_.phase_ms.emplace_back(name, ms.count());
   }

@@ -1,7 +1,7 @@
 // AVX2 and FMA. Bytes are widened to 16 bits because vpmaddubsw saturates.
-#include "kernel_table.h"
-
 #include <immintrin.h>
+
+#include "kernel_table.h"
 
 #define KT_VEC_BYTES 32
 #define KT_PROJECT_ROWS 2
@@ -46,8 +46,8 @@ inline void dot_rows_u8s8(int64_t blocks, const int8_t* a, int64_t lda, const ui
       const uint8_t* w = half + b * kTileBytesInt8 + k4 * 64;
       __m256i weight[4];
       for (int v = 0; v < 4; ++v)
-        weight[v] = _mm256_cvtepu8_epi16(
-            _mm_loadu_si128(reinterpret_cast<const __m128i*>(w + v * 16)));
+        weight[v] =
+            _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w + v * 16)));
       for (int m = 0; m < kRows; ++m) {
         const __m256i x = broadcast_activation(a + m * lda + b * kBlock + k4 * 4);
         for (int v = 0; v < 4; ++v)
@@ -63,8 +63,7 @@ inline void dot_rows_u8s8(int64_t blocks, const int8_t* a, int64_t lda, const ui
 void dot_u8s8(int rows, int64_t blocks, const int8_t* a, int64_t lda, const uint8_t* panel,
               int32_t* c, const Prefetch& next) {
   for (int m = 0; m < rows; m += 2) {
-    prefetch_some(next, next.count * m / rows,
-                  next.count * (m + 2 < rows ? m + 2 : rows) / rows);
+    prefetch_some(next, next.count * m / rows, next.count * (m + 2 < rows ? m + 2 : rows) / rows);
     for (int half = 0; half < 2; ++half) {
       const int8_t* x = a + m * lda;
       int32_t* out = c + m * kPanelCols + half * 16;
@@ -110,12 +109,10 @@ void dot_bf16(int rows, int64_t blocks, const uint16_t* a, int64_t lda, const ui
   int m = 0;
   for (; m + 3 <= rows; m += 3)
     for (int half = 0; half < 2; ++half)
-      dot_rows_bf16<3>(blocks, a + m * lda, lda, panel + half * 32,
-                       c + m * kPanelCols + half * 16);
+      dot_rows_bf16<3>(blocks, a + m * lda, lda, panel + half * 32, c + m * kPanelCols + half * 16);
   for (; m < rows; ++m)
     for (int half = 0; half < 2; ++half)
-      dot_rows_bf16<1>(blocks, a + m * lda, lda, panel + half * 32,
-                       c + m * kPanelCols + half * 16);
+      dot_rows_bf16<1>(blocks, a + m * lda, lda, panel + half * 32, c + m * kPanelCols + half * 16);
 }
 
 void transpose_u8(const uint8_t* tile, uint8_t* const pieces[4]) {
@@ -123,8 +120,8 @@ void transpose_u8(const uint8_t* tile, uint8_t* const pieces[4]) {
   for (int g = 0; g < 4; ++g)
     for (int q = 0; q < 4; ++q)
       for (int n4 = 0; n4 < 4; ++n4) {
-        const __m128i four = _mm_loadu_si128(
-            reinterpret_cast<const __m128i*>(tile + (4 * g + q) * 64 + n4 * 16));
+        const __m128i four =
+            _mm_loadu_si128(reinterpret_cast<const __m128i*>(tile + (4 * g + q) * 64 + n4 * 16));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(pieces[g] + n4 * 64 + q * 16),
                          _mm_shuffle_epi8(four, order));
       }

@@ -1,8 +1,8 @@
 // AVX-512 with VNNI and BF16. The inner step is inline assembly because gcc otherwise moves the
 // broadcasts ahead and spills accumulators, which halves the speed.
-#include "kernel_table.h"
-
 #include <immintrin.h>
+
+#include "kernel_table.h"
 
 #define KT_VEC_BYTES 64
 #define KT_PROJECT_ROWS 4
@@ -26,29 +26,29 @@ inline void prefetch_some(const Prefetch& next, int64_t begin, int64_t end) {
 
 // Row m of the activations is group m / 5 plus (m % 5) strides, which x86 addressing forms for
 // free from three group pointers, the stride and three times the stride.
-#define KT_STEP(INSTRUCTION, ADDRESS)                                                      \
-  asm volatile("vpbroadcastd " ADDRESS ", %[x]\n\t" INSTRUCTION " %[x], %[w0], %[c0]\n\t"  \
-               INSTRUCTION " %[x], %[w1], %[c1]"                                           \
-               : [c0] "+v"(c0), [c1] "+v"(c1), [x] "=&v"(x)                                \
+#define KT_STEP(INSTRUCTION, ADDRESS)                                      \
+  asm volatile("vpbroadcastd " ADDRESS ", %[x]\n\t" INSTRUCTION            \
+               " %[x], %[w0], %[c0]\n\t" INSTRUCTION " %[x], %[w1], %[c1]" \
+               : [c0] "+v"(c0), [c1] "+v"(c1), [x] "=&v"(x)                \
                : [w0] "v"(w0), [w1] "v"(w1), [p] "r"(group), [s] "r"(stride), [s3] "r"(stride3))
 
-#define KT_STEP_ROW(INSTRUCTION)                                  \
-  if constexpr (kRow % 5 == 0) {                                  \
-    KT_STEP(INSTRUCTION, "(%[p])");                               \
-  } else if constexpr (kRow % 5 == 1) {                           \
-    KT_STEP(INSTRUCTION, "(%[p],%[s])");                          \
-  } else if constexpr (kRow % 5 == 2) {                           \
-    KT_STEP(INSTRUCTION, "(%[p],%[s],2)");                        \
-  } else if constexpr (kRow % 5 == 3) {                           \
-    KT_STEP(INSTRUCTION, "(%[p],%[s3])");                         \
-  } else {                                                        \
-    KT_STEP(INSTRUCTION, "(%[p],%[s],4)");                        \
+#define KT_STEP_ROW(INSTRUCTION)           \
+  if constexpr (kRow % 5 == 0) {           \
+    KT_STEP(INSTRUCTION, "(%[p])");        \
+  } else if constexpr (kRow % 5 == 1) {    \
+    KT_STEP(INSTRUCTION, "(%[p],%[s])");   \
+  } else if constexpr (kRow % 5 == 2) {    \
+    KT_STEP(INSTRUCTION, "(%[p],%[s],2)"); \
+  } else if constexpr (kRow % 5 == 3) {    \
+    KT_STEP(INSTRUCTION, "(%[p],%[s3])");  \
+  } else {                                 \
+    KT_STEP(INSTRUCTION, "(%[p],%[s],4)"); \
   }
 
 struct Int8Step {
-  static constexpr int kSteps = 16;          // of 4 inputs in a block
-  static constexpr int64_t kWeightStep = 64; // bytes between steps
-  static constexpr int64_t kSecond = 1024;   // bytes to the second vector of outputs
+  static constexpr int kSteps = 16;           // of 4 inputs in a block
+  static constexpr int64_t kWeightStep = 64;  // bytes between steps
+  static constexpr int64_t kSecond = 1024;    // bytes to the second vector of outputs
   static constexpr int64_t kTileBytes = kTileBytesInt8;
 
   template <int kRow>
@@ -141,20 +141,34 @@ template <class Step>
 inline void dot_any(int rows, int64_t blocks, const char* a, int64_t stride, const char* panel,
                     void* c, const Prefetch& next) {
   switch (rows) {
-    case 1: return dot_rows<Step, 1>(blocks, a, stride, panel, c, next);
-    case 2: return dot_rows<Step, 2>(blocks, a, stride, panel, c, next);
-    case 3: return dot_rows<Step, 3>(blocks, a, stride, panel, c, next);
-    case 4: return dot_rows<Step, 4>(blocks, a, stride, panel, c, next);
-    case 5: return dot_rows<Step, 5>(blocks, a, stride, panel, c, next);
-    case 6: return dot_rows<Step, 6>(blocks, a, stride, panel, c, next);
-    case 7: return dot_rows<Step, 7>(blocks, a, stride, panel, c, next);
-    case 8: return dot_rows<Step, 8>(blocks, a, stride, panel, c, next);
-    case 9: return dot_rows<Step, 9>(blocks, a, stride, panel, c, next);
-    case 10: return dot_rows<Step, 10>(blocks, a, stride, panel, c, next);
-    case 11: return dot_rows<Step, 11>(blocks, a, stride, panel, c, next);
-    case 12: return dot_rows<Step, 12>(blocks, a, stride, panel, c, next);
-    case 13: return dot_rows<Step, 13>(blocks, a, stride, panel, c, next);
-    case 14: return dot_rows<Step, 14>(blocks, a, stride, panel, c, next);
+    case 1:
+      return dot_rows<Step, 1>(blocks, a, stride, panel, c, next);
+    case 2:
+      return dot_rows<Step, 2>(blocks, a, stride, panel, c, next);
+    case 3:
+      return dot_rows<Step, 3>(blocks, a, stride, panel, c, next);
+    case 4:
+      return dot_rows<Step, 4>(blocks, a, stride, panel, c, next);
+    case 5:
+      return dot_rows<Step, 5>(blocks, a, stride, panel, c, next);
+    case 6:
+      return dot_rows<Step, 6>(blocks, a, stride, panel, c, next);
+    case 7:
+      return dot_rows<Step, 7>(blocks, a, stride, panel, c, next);
+    case 8:
+      return dot_rows<Step, 8>(blocks, a, stride, panel, c, next);
+    case 9:
+      return dot_rows<Step, 9>(blocks, a, stride, panel, c, next);
+    case 10:
+      return dot_rows<Step, 10>(blocks, a, stride, panel, c, next);
+    case 11:
+      return dot_rows<Step, 11>(blocks, a, stride, panel, c, next);
+    case 12:
+      return dot_rows<Step, 12>(blocks, a, stride, panel, c, next);
+    case 13:
+      return dot_rows<Step, 13>(blocks, a, stride, panel, c, next);
+    case 14:
+      return dot_rows<Step, 14>(blocks, a, stride, panel, c, next);
   }
 }
 
@@ -171,8 +185,8 @@ void dot_bf16(int rows, int64_t blocks, const uint16_t* a, int64_t lda, const ui
 }
 
 void transpose_u8(const uint8_t* tile, uint8_t* const pieces[4]) {
-  const __m512i order = _mm512_broadcast_i32x4(
-      _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  const __m512i order =
+      _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
   for (int g = 0; g < 4; ++g) {
     const uint8_t* source = tile + g * 256;
     const __m512i r0 = _mm512_loadu_si512(source);
@@ -185,24 +199,22 @@ void transpose_u8(const uint8_t* tile, uint8_t* const pieces[4]) {
     const __m512i low23 = _mm512_shuffle_i32x4(r2, r3, 0x44);
     const __m512i high23 = _mm512_shuffle_i32x4(r2, r3, 0xee);
     uint8_t* out = pieces[g];
-    _mm512_storeu_si512(
-        out, _mm512_shuffle_epi8(_mm512_shuffle_i32x4(low01, low23, 0x88), order));
-    _mm512_storeu_si512(
-        out + 64, _mm512_shuffle_epi8(_mm512_shuffle_i32x4(low01, low23, 0xdd), order));
-    _mm512_storeu_si512(
-        out + 128, _mm512_shuffle_epi8(_mm512_shuffle_i32x4(high01, high23, 0x88), order));
-    _mm512_storeu_si512(
-        out + 192, _mm512_shuffle_epi8(_mm512_shuffle_i32x4(high01, high23, 0xdd), order));
+    _mm512_storeu_si512(out, _mm512_shuffle_epi8(_mm512_shuffle_i32x4(low01, low23, 0x88), order));
+    _mm512_storeu_si512(out + 64,
+                        _mm512_shuffle_epi8(_mm512_shuffle_i32x4(low01, low23, 0xdd), order));
+    _mm512_storeu_si512(out + 128,
+                        _mm512_shuffle_epi8(_mm512_shuffle_i32x4(high01, high23, 0x88), order));
+    _mm512_storeu_si512(out + 192,
+                        _mm512_shuffle_epi8(_mm512_shuffle_i32x4(high01, high23, 0xdd), order));
   }
 }
 
 // 8 x 8 transpose of 64-bit units, each 2 n by 2 k, whose middle two values swap.
 inline void transpose_units(const uint16_t* source, uint16_t* out) {
-  const __m512i swap = _mm512_broadcast_i32x4(
-      _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
+  const __m512i swap =
+      _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
   __m512i r[8], t[8];
-  for (int i = 0; i < 8; ++i)
-    r[i] = _mm512_shuffle_epi8(_mm512_loadu_si512(source + i * 64), swap);
+  for (int i = 0; i < 8; ++i) r[i] = _mm512_shuffle_epi8(_mm512_loadu_si512(source + i * 64), swap);
   for (int i = 0; i < 8; i += 2) {
     t[i] = _mm512_unpacklo_epi64(r[i], r[i + 1]);
     t[i + 1] = _mm512_unpackhi_epi64(r[i], r[i + 1]);

@@ -17,13 +17,13 @@
 
 namespace kt {
 
-constexpr int64_t kPanelCols = 32;       // outputs of one panel
-constexpr int64_t kBlock = 64;           // contraction length of one super tile
-constexpr int64_t kTileBytesInt8 = 2048; // one super tile, int8
-constexpr int64_t kTileBytesBf16 = 4096; // one super tile, bf16
-constexpr int kMaxDotRows = 14;          // 14 x 2 accumulators + 2 weights + 1 broadcast <= 32 zmm
-constexpr float kExactLevels = 32639.0f; // 127 * 256 + 127: the largest |256 * hi + lo|
-constexpr int64_t kMaxFoldedRow = 65536; // longest contraction of a backward product
+constexpr int64_t kPanelCols = 32;        // outputs of one panel
+constexpr int64_t kBlock = 64;            // contraction length of one super tile
+constexpr int64_t kTileBytesInt8 = 2048;  // one super tile, int8
+constexpr int64_t kTileBytesBf16 = 4096;  // one super tile, bf16
+constexpr int kMaxDotRows = 14;           // 14 x 2 accumulators + 2 weights + 1 broadcast <= 32 zmm
+constexpr float kExactLevels = 32639.0f;  // 127 * 256 + 127: the largest |256 * hi + lo|
+constexpr int64_t kMaxFoldedRow = 65536;  // longest contraction of a backward product
 
 enum class Activation : int { kSilu = 0, kGeluErf = 1, kGeluTanh = 2, kQuickGelu = 3 };
 constexpr int kActivationCount = 4;
@@ -41,9 +41,9 @@ struct Prefetch {
 };
 
 struct DropoutKey {
-  uint32_t row_key = 0;    // mixes seed, projection and routed row
-  uint32_t threshold = 0;  // an element is dropped when its hash is below this
-  float keep_scale = 1.0f; // 1 / (1 - p)
+  uint32_t row_key = 0;     // mixes seed, projection and routed row
+  uint32_t threshold = 0;   // an element is dropped when its hash is below this
+  float keep_scale = 1.0f;  // 1 / (1 - p)
 };
 
 struct KernelTable {

@@ -21,8 +21,7 @@ void dot_u8s8(int rows, int64_t blocks, const int8_t* a, int64_t lda, const uint
       const int8_t* x = a + m * lda + b * kBlock;
       for (int k4 = 0; k4 < 16; ++k4)
         for (int j = 0; j < kPanelCols; ++j) {
-          const uint8_t* w =
-              panel + b * kTileBytesInt8 + (j / 16) * 1024 + k4 * 64 + (j % 16) * 4;
+          const uint8_t* w = panel + b * kTileBytesInt8 + (j / 16) * 1024 + k4 * 64 + (j % 16) * 4;
           int32_t sum = 0;
           for (int kk = 0; kk < 4; ++kk) sum += static_cast<int32_t>(w[kk]) * x[k4 * 4 + kk];
           c[m * kPanelCols + j] += sum;

@@ -131,8 +131,8 @@ void gate_forward_as(int64_t n, const float* gate, const float* up, float* h) {
 }
 
 template <class Act>
-float gate_backward_as(int64_t n, float weight, const float* dh, const float* gate,
-                       const float* up, float* dgate, float* dup, float* h) {
+float gate_backward_as(int64_t n, float weight, const float* dh, const float* gate, const float* up,
+                       float* dgate, float* dup, float* h) {
   for (int64_t i = 0; i < n; ++i) {
     const float activated = Act::value(gate[i]);
     h[i] = activated * up[i];
@@ -146,10 +146,14 @@ float gate_backward_as(int64_t n, float weight, const float* dh, const float* ga
 
 void gate_forward(Activation act, int64_t n, const float* gate, const float* up, float* h) {
   switch (act) {
-    case Activation::kSilu: return gate_forward_as<Silu>(n, gate, up, h);
-    case Activation::kGeluErf: return gate_forward_as<GeluErf>(n, gate, up, h);
-    case Activation::kGeluTanh: return gate_forward_as<GeluTanh>(n, gate, up, h);
-    case Activation::kQuickGelu: return gate_forward_as<QuickGelu>(n, gate, up, h);
+    case Activation::kSilu:
+      return gate_forward_as<Silu>(n, gate, up, h);
+    case Activation::kGeluErf:
+      return gate_forward_as<GeluErf>(n, gate, up, h);
+    case Activation::kGeluTanh:
+      return gate_forward_as<GeluTanh>(n, gate, up, h);
+    case Activation::kQuickGelu:
+      return gate_forward_as<QuickGelu>(n, gate, up, h);
   }
 }
 
@@ -181,8 +185,9 @@ void scale_tile(int rows, int terms, const int32_t* c, const float* row_scale,
       const int32_t* c1 = c0 + kPanelCols;
       const int32_t offset1 = 128 * row_sum[m * terms + 1];
       for (int j = 0; j < kPanelCols; ++j)
-        out[j] = (256.0f * static_cast<float>(c0[j] - offset0) +
-                  static_cast<float>(c1[j] - offset1)) * scale;
+        out[j] =
+            (256.0f * static_cast<float>(c0[j] - offset0) + static_cast<float>(c1[j] - offset1)) *
+            scale;
     }
     if (col_scale)
       for (int j = 0; j < kPanelCols; ++j) out[j] *= col_scale[j];
@@ -311,8 +316,8 @@ inline void project_rows(int rank, int64_t n, const float* const* x, const float
   for (; j < rank; ++j) project_block<kRows, 1>(n, x, a + j * lda, lda, scaling, p + j, rank);
 }
 
-void rank_project(int rows, int rank, int64_t n, const float* const* x, const float* a,
-                  int64_t lda, float scaling, float* p) {
+void rank_project(int rows, int rank, int64_t n, const float* const* x, const float* a, int64_t lda,
+                  float scaling, float* p) {
   int m = 0;
   for (; m + KT_PROJECT_ROWS <= rows; m += KT_PROJECT_ROWS)
     project_rows<KT_PROJECT_ROWS>(rank, n, x + m, a, lda, scaling, p + m * rank);
@@ -392,8 +397,7 @@ void dropout_row(const DropoutKey& key, int64_t first, int64_t n, const float* x
     y[j] = dropout_hash(row_key, start + j) < threshold ? 0.0f : x[j] * keep;
 }
 
-void weighted_sum(int count, int64_t n, const float* weight, const float* const* rows,
-                  float* out) {
+void weighted_sum(int count, int64_t n, const float* weight, const float* const* rows, float* out) {
   for (int64_t j = 0; j < n; j += kLanes) {
     VecF acc = {};
     for (int k = 0; k < count; ++k) acc += splat(weight[k]) * load(rows[k] + j);
@@ -401,9 +405,9 @@ void weighted_sum(int count, int64_t n, const float* weight, const float* const*
   }
 }
 
-#define KT_TABLE(NAME)                                                                        \
-  {                                                                                           \
-    NAME, dot_u8s8, dot_bf16, transpose_u8, transpose_bf16, scale_tile, quantize_row,         \
-        to_bf16_row, to_float_row, from_float_row, quantize_weight_row, gate_forward,         \
-        gate_backward, rank_project, rank_expand, rank_outer, dropout_row, weighted_sum       \
+#define KT_TABLE(NAME)                                                                             \
+  {                                                                                                \
+    NAME, dot_u8s8, dot_bf16, transpose_u8, transpose_bf16, scale_tile, quantize_row, to_bf16_row, \
+        to_float_row, from_float_row, quantize_weight_row, gate_forward, gate_backward,            \
+        rank_project, rank_expand, rank_outer, dropout_row, weighted_sum                           \
   }

@@ -135,6 +135,8 @@ def _doctor() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; errors made on purpose are one message and exit status 2."""
+    # Read when torch loads OpenMP: its waiting threads would spin on the experts' cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     arguments = _parser().parse_args(argv)
     try:

@@ -12,6 +12,8 @@ from typing import Any
 
 SECTION = "kt_sft"
 
+logger = logging.getLogger(__name__)
+
 
 def _recipe_dir() -> Path | None:
     """The folder of the recipe named on the command line."""
@@ -75,12 +77,27 @@ def _show_log() -> None:
     package.setLevel(logging.INFO if os.environ.get("LOCAL_RANK", "0") == "0" else logging.WARNING)
 
 
+def _warn_of_spinning_threads() -> None:
+    """Without an accelerator torch computes on the experts' cores, and its threads spin there."""
+    import torch
+
+    policy = os.environ.get("OMP_WAIT_POLICY", "").upper()
+    if not torch.cuda.is_available() and policy != "PASSIVE" and torch.get_num_threads() > 1:
+        logger.warning(
+            "no accelerator, and OMP_WAIT_POLICY is %s: waiting OpenMP threads of torch spin on "
+            "the cores that the experts need, which can slow a step down many times; "
+            "start with OMP_WAIT_POLICY=PASSIVE, or with `kt-sft`, which sets it",
+            policy or "not set",
+        )
+
+
 def _activate(section: Any) -> None:
     """Checks the section and makes every model that LLaMA-Factory loads a hybrid one."""
     from kt_sft.config import read_section
 
     settings = read_section(section, _recipe_dir())
     _show_log()
+    _warn_of_spinning_threads()
     from llamafactory.model import patcher
 
     from kt_sft.integrations.trainer import register_metrics

@@ -24,8 +24,22 @@ from types import ModuleType
 _SKIPPED_MODULES = frozenset(
     # Easter eggs, GUIs, test suites, data tables, and `readline`, whose import writes to the
     # terminal.
-    "antigravity this idlelib turtledemo turtle lib2to3 test tests __main__ __phello__ readline "
-    "_tkinter encodings pydoc_data".split()
+    [
+        "antigravity",
+        "this",
+        "idlelib",
+        "turtledemo",
+        "turtle",
+        "lib2to3",
+        "test",
+        "tests",
+        "__main__",
+        "__phello__",
+        "readline",
+        "_tkinter",
+        "encodings",
+        "pydoc_data",
+    ]
 )
 _SKIPPED_PREFIXES = ("_test", "_xx", "xx", "_ctypes_test")
 _HELD_OUT_ONE_IN = 50

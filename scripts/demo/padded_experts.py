@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-_CAPACITY_MULTIPLE = 64
+_CAPACITY_MULTIPLE = 32
 
 
 def padded_experts_forward(

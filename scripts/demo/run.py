@@ -36,6 +36,8 @@ def run_step(title: str, command: Sequence[str], log: Path | None = None) -> Non
         "WANDB_DIR": str(OUTPUTS),
         "WANDB_SILENT": "true",
         "HF_HUB_OFFLINE": "1",
+        # Without a GPU, torch and the experts share the cores: waiting threads must not spin.
+        "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
     }
     if log is None:

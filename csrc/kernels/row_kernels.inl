@@ -95,15 +95,18 @@ constexpr float kGeluTanhInner = 0.044715f;
 // Value and derivative of each activation, as functors so that one loop serves all of them.
 struct Silu {
   static inline float value(float x) { return x * sigmoid(x); }
-  static inline float slope(float x) {
+  static inline void both(float x, float& value, float& slope) {
     const float s = sigmoid(x);
-    return s * (1.0f + x * (1.0f - s));
+    value = x * s;
+    slope = s + value * (1.0f - s);
   }
 };
 struct GeluErf {
   static inline float value(float x) { return 0.5f * x * (1.0f + fast_erf(x * kInvSqrt2)); }
-  static inline float slope(float x) {
-    return 0.5f * (1.0f + fast_erf(x * kInvSqrt2)) + x * kInvSqrt2Pi * fast_exp(-0.5f * x * x);
+  static inline void both(float x, float& value, float& slope) {
+    const float half = 0.5f * (1.0f + fast_erf(x * kInvSqrt2));
+    value = x * half;
+    slope = half + x * kInvSqrt2Pi * fast_exp(-0.5f * x * x);
   }
 };
 struct GeluTanh {
@@ -111,36 +114,46 @@ struct GeluTanh {
   static inline float value(float x) {
     return x * sigmoid(2.0f * kGeluTanhOuter * (x + kGeluTanhInner * x * x * x));
   }
-  static inline float slope(float x) {
+  static inline void both(float x, float& value, float& slope) {
     const float s = sigmoid(2.0f * kGeluTanhOuter * (x + kGeluTanhInner * x * x * x));
     const float inner = 2.0f * kGeluTanhOuter * (1.0f + 3.0f * kGeluTanhInner * x * x);
-    return s + x * s * (1.0f - s) * inner;
+    value = x * s;
+    slope = s + value * (1.0f - s) * inner;
   }
 };
 struct QuickGelu {
   static inline float value(float x) { return x * sigmoid(1.702f * x); }
-  static inline float slope(float x) {
+  static inline void both(float x, float& value, float& slope) {
     const float s = sigmoid(1.702f * x);
-    return s + 1.702f * x * s * (1.0f - s);
+    value = x * s;
+    slope = s + 1.702f * value * (1.0f - s);
   }
 };
 
 template <class Act>
-void gate_forward_as(int64_t n, const float* gate, const float* up, float* h) {
+void gate_forward_as(int64_t n, const float* __restrict__ gate, const float* __restrict__ up,
+                     float* __restrict__ h) {
   for (int64_t i = 0; i < n; ++i) h[i] = Act::value(gate[i]) * up[i];
 }
 
+// Pieces of kPanelCols, so that the compiler knows the length and vectorizes without checks.
 template <class Act>
-float gate_backward_as(int64_t n, float weight, const float* dh, const float* gate, const float* up,
-                       float* dgate, float* dup, float* h) {
-  for (int64_t i = 0; i < n; ++i) {
-    const float activated = Act::value(gate[i]);
-    h[i] = activated * up[i];
-    dgate[i] = weight * dh[i] * up[i] * Act::slope(gate[i]);
-    dup[i] = weight * dh[i] * activated;
-  }
+float gate_backward_as(int64_t n, float weight, const float* __restrict__ dh,
+                       const float* __restrict__ gate, const float* __restrict__ up,
+                       float* __restrict__ dgate, float* __restrict__ dup, float* __restrict__ h) {
   VecF d_weight = {};
-  for (int64_t i = 0; i < n; i += kLanes) d_weight += load(dh + i) * load(h + i);
+  for (int64_t start = 0; start < n; start += kPanelCols) {
+    for (int64_t i = start; i < start + kPanelCols; ++i) {
+      float value, slope;
+      Act::both(gate[i], value, slope);
+      const float weighted = weight * dh[i];
+      h[i] = value * up[i];
+      dgate[i] = weighted * up[i] * slope;
+      dup[i] = weighted * value;
+    }
+    for (int64_t i = start; i < start + kPanelCols; i += kLanes)
+      d_weight += load(dh + i) * load(h + i);
+  }
   return horizontal_sum(d_weight);
 }
 

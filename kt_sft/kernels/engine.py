@@ -297,7 +297,7 @@ class Engine:
         addresses = self._kept_addresses(kept, weights, index_TK.numel(), lora)
         d_hidden_TD = torch.empty_like(hidden_TD)
         d_weight_TK = torch.empty_like(weight_TK)
-        d_lora = [(torch.empty_like(f.a), torch.empty_like(f.b)) if f else None for f in lora]
+        d_lora = [(self.empty(*f.a.shape), self.empty(*f.b.shape)) if f else None for f in lora]
         report = self.handle.backward(
             *call,
             d_out,

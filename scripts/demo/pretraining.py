@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,8 @@ from tqdm import tqdm
 from transformers import Qwen3MoeForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
+
+_BAR_FORMAT = "{desc}: {percentage:3.0f}% |{bar}| {elapsed} < {remaining}, {postfix}"
 
 
 @dataclass(frozen=True)
@@ -93,11 +96,84 @@ def pretrain(model: Qwen3MoeForCausalLM, documents: list[list[int]], recipe: Rec
 def evaluate(
     model: Qwen3MoeForCausalLM, documents: list[list[int]], num_bytes: int, recipe: Recipe
 ) -> Evaluation:
-    """Measure `model` on `documents` (token ids), packed as in training; `num_bytes` is their size."""
+    """Measure `model` on `documents` (token ids of `num_bytes` of text), packed as in training."""
     model.eval()
-    losses, loads = [], []
-    for batch in _pack(documents, recipe.sequence_length).split(recipe.batch_size):
+    sequences = _pack(documents, recipe.sequence_length)
+    loads = torch.zeros(model.config.num_hidden_layers, model.config.num_experts)
+    nats = 0.0
+    for batch in sequences.split(recipe.batch_size):
         loss, router_logits = _forward(model, batch)
-        losses.append(loss.item() * len(batch))
-        loads.append(_loads(model, router_logits) * len(batch))
-    ...
+        nats += loss.item() * len(batch) / len(sequences)
+        chosen = torch.stack(router_logits).topk(model.config.num_experts_per_tok).indices
+        loads += F.one_hot(chosen, model.config.num_experts).sum(dim=(1, 2))
+    relative = loads / loads.mean(dim=1, keepdim=True)
+    tokens_per_byte = sum(map(len, documents)) / num_bytes
+    return Evaluation(
+        nats_per_token=nats,
+        bits_per_byte=nats / math.log(2) * tokens_per_byte,
+        busiest_expert=relative.max().item(),
+        idlest_expert=relative.min().item(),
+    )
+
+
+def _forward(model: Qwen3MoeForCausalLM, batch: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the mean next-token loss (nats) and every layer's router logits (tokens, experts)."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=_computes_in_bfloat16()):
+        output = model(input_ids=batch, output_router_logits=True, use_cache=False)
+    loss = F.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
+    return loss, output.router_logits
+
+
+def _imbalance(model: Qwen3MoeForCausalLM, router_logits: tuple[Tensor, ...]) -> Tensor:
+    # Transformers' own sum pools the layers, which lets each of them starve other experts.
+    config = model.config
+    losses = [
+        load_balancing_loss_func((logits,), config.num_experts, config.num_experts_per_tok)
+        for logits in router_logits
+    ]
+    return torch.stack(losses).mean()
+
+
+def _parameter_groups(model: Qwen3MoeForCausalLM, recipe: Recipe) -> list[dict[str, Any]]:
+    """Return AdamW's groups: the embeddings, larger by their initialisation, learn faster."""
+    embedding, routers, vectors, matrices = [], [], [], []
+    for name, parameter in model.named_parameters():
+        if "embed_tokens" in name:
+            embedding.append(parameter)
+        elif "mlp.gate." in name:
+            routers.append(parameter)
+        elif parameter.ndim == 1:
+            vectors.append(parameter)
+        else:
+            matrices.append(parameter)
+    rate = recipe.learning_rate
+    return [
+        {"params": embedding, "lr": 10 * rate, "weight_decay": 0.0},
+        {"params": routers, "lr": 0.1 * rate, "weight_decay": recipe.weight_decay},
+        {"params": vectors, "lr": rate, "weight_decay": 0.0},
+        {"params": matrices, "lr": rate, "weight_decay": recipe.weight_decay},
+    ]
+
+
+def _schedule(progress: float, warmup: float) -> float:
+    return min(1.0, progress / warmup) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _batches(documents: list[list[int]], recipe: Recipe) -> Iterator[Tensor]:
+    """Yield (batch, sequence) token ids without end, the documents in a new order every epoch."""
+    shuffled = random.Random(recipe.seed)
+    order = list(documents)
+    while True:
+        shuffled.shuffle(order)
+        yield from _pack(order, recipe.sequence_length).split(recipe.batch_size)
+
+
+def _pack(documents: list[list[int]], sequence_length: int) -> Tensor:
+    """Join `documents` and cut them into (sequences, sequence_length); the rest is dropped."""
+    tokens = torch.tensor(list(chain.from_iterable(documents)))
+    return tokens[: len(tokens) // sequence_length * sequence_length].view(-1, sequence_length)
+
+
+def _computes_in_bfloat16() -> bool:
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))

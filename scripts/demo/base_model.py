@@ -64,7 +64,7 @@ def build(out: Path, recipe: Recipe) -> dict[str, Any]:
 
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.to(torch.bfloat16).save_pretrained(partial)
+    model.bfloat16().save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     summary = {
         "settings": settings(recipe),

@@ -8,13 +8,14 @@ longer than the product. Padding all experts to one rounded capacity leaves a ha
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 _CAPACITY_MULTIPLE = 32
 
 
 def padded_experts_forward(
-    experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    experts: Qwen3MoeExperts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """Return the experts' weighted sum for each token; same interface as Transformers' own.
 

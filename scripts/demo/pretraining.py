@@ -131,7 +131,7 @@ def _imbalance(model: Qwen3MoeForCausalLM, router_logits: tuple[Tensor, ...]) ->
         load_balancing_loss_func((logits,), config.num_experts, config.num_experts_per_tok)
         for logits in router_logits
     ]
-    return sum(losses, start=torch.zeros(())) / len(losses)
+    return torch.stack([torch.as_tensor(loss) for loss in losses]).mean()
 
 
 def _parameter_groups(model: Qwen3MoeForCausalLM, recipe: Recipe) -> list[dict[str, Any]]:

@@ -36,5 +36,6 @@ def padded_experts_forward(
     source[slot] = torch.arange(tokens).repeat_interleave(k)
     padded = hidden_states.index_select(0, source).view(experts.num_experts, capacity, -1)
     gate, up = (padded @ experts.gate_up_proj.mT).chunk(2, dim=-1)
-    output = (experts.act_fn(gate) * up @ experts.down_proj.mT).flatten(0, 1).index_select(0, slot).view(tokens, k, -1)
-    return (output * top_k_weights.unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype)
+    down = (experts.act_fn(gate) * up) @ experts.down_proj.mT
+    chosen = down.flatten(0, 1).index_select(0, slot).view(tokens, k, -1)
+    return (chosen * top_k_weights.unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype)

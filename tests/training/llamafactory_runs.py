@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +41,16 @@ RECIPE: dict[str, Any] = {
 }
 
 
+def _environment(more: dict[str, str] | None) -> dict[str, str]:
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **(more or {})}
+
+
 def run(command: list[str], env: dict[str, str] | None = None, check: bool = True) -> str:
     """Output of one command of this environment, both streams."""
     done = subprocess.run(
         [str(BIN / command[0]), *command[1:]],
-        env={
-            **os.environ,
-            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-            "OMP_NUM_THREADS": "1",
-            **(env or {}),
-        },
+        env=_environment(env),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -54,6 +59,35 @@ def run(command: list[str], env: dict[str, str] | None = None, check: bool = Tru
     if check and done.returncode:
         raise AssertionError(f"{command} ended with {done.returncode}:\n{done.stdout[-6000:]}")
     return done.stdout
+
+
+@contextmanager
+def serve(command: list[str], env: dict[str, str], port: int) -> Iterator[Path]:
+    """Runs a server until the block ends; yields its log once the port answers."""
+    with tempfile.NamedTemporaryFile("w", suffix=".log") as sink:
+        server = subprocess.Popen(
+            [str(BIN / command[0]), *command[1:]],
+            env=_environment(env),
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+        )
+        log = Path(sink.name)
+        try:
+            deadline = time.monotonic() + 120
+            while not _answers(port):
+                if server.poll() is not None or time.monotonic() > deadline:
+                    raise AssertionError(f"{command} does not serve:\n{log.read_text()[-6000:]}")
+                time.sleep(0.3)
+            yield log
+        finally:
+            server.terminate()
+            server.wait(timeout=30)
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 class Workplace:

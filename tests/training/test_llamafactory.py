@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import socket
+import urllib.request
 from pathlib import Path
 
 import pytest
 import torch
-from llamafactory_runs import RECIPE, Workplace, run
+from llamafactory_runs import RECIPE, Workplace, run, serve
 from safetensors.torch import load_file
 from tiny_models import (
     make_dataset,
@@ -207,6 +209,31 @@ def test_predicts_with_the_adapter(place: Workplace, trained: str) -> None:
     lines = (place.folder / "predicted" / "generated_predictions.jsonl").read_text().splitlines()
     assert len(lines) == 6
     assert all({"prompt", "predict", "label"} <= json.loads(line).keys() for line in lines)
+
+
+def test_api_serves_the_adapter(place: Workplace, trained: str) -> None:
+    """An OpenAI-style request to a server on loopback, answered on the hybrid path."""
+    recipe = place.recipe(
+        "serving", kt_sft=EXPERTS, adapter_name_or_path=str(place.folder / "trained"),
+        infer_backend="huggingface", max_new_tokens=5, do_sample=False,
+        **{k: None for k in (*RECIPE, "output_dir", "dataset_dir") if k not in ("template",)},
+    )  # fmt: skip
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {"API_HOST": "127.0.0.1", "API_PORT": str(port)}
+    with serve(["llamafactory-cli", "api", str(recipe)], environment, port) as log:
+        body = {"model": "ours", "messages": [{"role": "user", "content": "say one"}]}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/chat/completions",
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as response:
+            answer = json.load(response)
+        assert "3 layers of 8 experts as int8" in log.read_text()
+    assert answer["usage"]["completion_tokens"] >= 1
+    assert "content" in answer["choices"][0]["message"]
 
 
 def test_export_command_merges(place: Workplace, trained: str) -> None:

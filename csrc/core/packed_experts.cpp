@@ -16,6 +16,16 @@ int64_t element_bytes(FloatType type) { return type == FloatType::kFloat32 ? 4 :
 int64_t int8_index(int64_t n, int64_t k) { return n / 16 * 1024 + k / 4 * 64 + n % 16 * 4 + k % 4; }
 int64_t bf16_index(int64_t n, int64_t k) { return k / 2 * 64 + n * 2 + k % 2; }
 
+[[noreturn]] void refuse_row(int64_t expert, Projection projection, int64_t n,
+                             const std::vector<float>& row) {
+  size_t k = 0;
+  while (std::isfinite(row[k])) ++k;
+  throw std::invalid_argument(std::string("weights: ") +
+                              kProjectionNames[static_cast<int>(projection)] + " of expert " +
+                              std::to_string(expert) + " has " + std::to_string(row[k]) + " at [" +
+                              std::to_string(n) + ", " + std::to_string(k) + "]");
+}
+
 }  // namespace
 
 PackedExperts::PackedExperts(int64_t experts, int64_t hidden, int64_t intermediate,
@@ -80,12 +90,8 @@ void PackedExperts::pack(ThreadPool& pool, const KernelTable& kernels, int64_t e
       if (n < n_real) {
         kernels.to_float_row(k_real, type, source + n * row_stride * element_bytes(type),
                              row.data());
-        for (int64_t k = 0; k < k_real; ++k)
-          if (!std::isfinite(row[k]))
-            throw std::invalid_argument(
-                std::string("weights: ") + kProjectionNames[static_cast<int>(projection)] +
-                " of expert " + std::to_string(expert) + " has " + std::to_string(row[k]) +
-                " at [" + std::to_string(n) + ", " + std::to_string(k) + "]");
+        if (!std::isfinite(kernels.absmax_row(k_real, row.data())))
+          refuse_row(expert, projection, n, row);
       } else {
         std::fill(row.begin(), row.end(), 0.0f);
       }

@@ -77,6 +77,8 @@ struct KernelTable {
   void (*to_float_row)(int64_t n, FloatType type, const void* x, float* out);
   void (*from_float_row)(int64_t n, FloatType type, const float* x, void* out);
 
+  // The largest |x|; NaN or Inf when there is one in the row.
+  float (*absmax_row)(int64_t n, const float* x);
   // Weights of one output channel: scale = absmax / 127, out = rint(w / scale) + 128.
   void (*quantize_weight_row)(int64_t n, const float* w, uint8_t* out, float* scale);
 

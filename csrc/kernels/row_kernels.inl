@@ -296,6 +296,8 @@ void from_float_row(int64_t n, FloatType type, const float* x, void* out) {
   }
 }
 
+float absmax_row(int64_t n, const float* x) { return bits_float(absmax_bits(n, x)); }
+
 void quantize_weight_row(int64_t n, const float* w, uint8_t* out, float* scale) {
   const float absmax = bits_float(absmax_bits(n, w));
   const float inverse = absmax > 0x1p-100f ? 127.0f / absmax : 0.0f;
@@ -421,6 +423,6 @@ void weighted_sum(int count, int64_t n, const float* weight, const float* const*
 #define KT_TABLE(NAME)                                                                             \
   {                                                                                                \
     NAME, dot_u8s8, dot_bf16, transpose_u8, transpose_bf16, scale_tile, quantize_row, to_bf16_row, \
-        to_float_row, from_float_row, quantize_weight_row, gate_forward, gate_backward,            \
-        rank_project, rank_expand, rank_outer, dropout_row, weighted_sum                           \
+        to_float_row, from_float_row, absmax_row, quantize_weight_row, gate_forward,               \
+        gate_backward, rank_project, rank_expand, rank_outer, dropout_row, weighted_sum            \
   }

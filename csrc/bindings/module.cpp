@@ -88,6 +88,8 @@ class Engine {
 
   template <class Work>
   auto exclusively(const Work& work) {
+    // Before the lock, which another thread may have held when this process was forked.
+    process_.require_owner();
     py::gil_scoped_release unlocked;
     std::lock_guard<std::mutex> lock(mutex_);
     return work(pool_, block_);
@@ -98,6 +100,7 @@ class Engine {
   ThreadPool pool_;
   std::shared_ptr<BufferCache> cache_;
   ExpertsBlock block_;
+  const ProcessGuard process_;
   std::mutex mutex_;
 };
 

@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <new>
 #include <utility>
 
@@ -45,15 +46,19 @@ LargeBuffer::LargeBuffer(size_t bytes) : size_(rounded_up(bytes ? bytes : 1, 409
 }
 
 LargeBuffer::~LargeBuffer() {
-  if (data_) munmap(data_, size_);
+  // A forked child never had these pages (MADV_DONTFORK): what lies there now is not ours.
+  if (data_ && owner_ == getpid()) munmap(data_, size_);
 }
 
 LargeBuffer::LargeBuffer(LargeBuffer&& other) noexcept
-    : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+    : data_(std::exchange(other.data_, nullptr)),
+      size_(std::exchange(other.size_, 0)),
+      owner_(other.owner_) {}
 
 LargeBuffer& LargeBuffer::operator=(LargeBuffer&& other) noexcept {
   std::swap(data_, other.data_);
   std::swap(size_, other.size_);
+  std::swap(owner_, other.owner_);
   return *this;
 }
 
@@ -62,37 +67,53 @@ std::shared_ptr<LargeBuffer> BufferCache::acquire(size_t bytes) {
   LargeBuffer found;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    const auto it = free_.find(wanted);
-    if (it != free_.end()) {
+    // The smallest that fits, unless it would waste more than it holds.
+    const auto it = free_.lower_bound(wanted);
+    if (it != free_.end() && it->first <= 2 * wanted) {
       found = std::move(it->second);
       free_.erase(it);
+      free_bytes_ -= found.size();
     }
   }
   if (!found.data()) found = LargeBuffer(wanted);
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    used_bytes_ += found.size();
+    most_used_bytes_ = std::max(most_used_bytes_, used_bytes_);
+  }
   std::shared_ptr<BufferCache> self = shared_from_this();
   return std::shared_ptr<LargeBuffer>(new LargeBuffer(std::move(found)),
-                                      [self, wanted](LargeBuffer* buffer) {
-                                        {
-                                          std::lock_guard<std::mutex> lock(self->mutex_);
-                                          self->free_.emplace(wanted, std::move(*buffer));
-                                        }
+                                      [self](LargeBuffer* buffer) {
+                                        self->release(std::move(*buffer));
                                         delete buffer;
                                       });
 }
 
-size_t BufferCache::trim() {
+void BufferCache::release(LargeBuffer buffer) {
+  std::vector<LargeBuffer> surplus;  // unmapped after the lock is gone
   std::lock_guard<std::mutex> lock(mutex_);
-  size_t bytes = 0;
-  for (const auto& entry : free_) bytes += entry.second.size();
-  free_.clear();
-  return bytes;
+  used_bytes_ -= buffer.size();
+  free_bytes_ += buffer.size();
+  free_.emplace(buffer.size(), std::move(buffer));
+  // Small ones go first: they cost least to get again.
+  while (free_bytes_ + used_bytes_ > most_used_bytes_ + most_used_bytes_ / 4 && !free_.empty()) {
+    free_bytes_ -= free_.begin()->first;
+    surplus.push_back(std::move(free_.begin()->second));
+    free_.erase(free_.begin());
+  }
+}
+
+size_t BufferCache::trim() {
+  std::multimap<size_t, LargeBuffer> freed;
+  std::lock_guard<std::mutex> lock(mutex_);
+  freed.swap(free_);
+  most_used_bytes_ = used_bytes_;
+  return std::exchange(free_bytes_, 0);
 }
 
 size_t BufferCache::cached_bytes() const {
   std::lock_guard<std::mutex> lock(mutex_);
-  size_t bytes = 0;
-  for (const auto& entry : free_) bytes += entry.second.size();
-  return bytes;
+  return free_bytes_;
 }
 
 }  // namespace kt

@@ -8,6 +8,8 @@
 #include <mutex>
 #include <vector>
 
+#include "process_guard.h"
+
 namespace kt {
 
 class LargeBuffer {
@@ -27,11 +29,12 @@ class LargeBuffer {
  private:
   uint8_t* data_ = nullptr;
   size_t size_ = 0;
+  pid_t owner_ = getpid();
 };
 
-// Keeps released buffers for the next request of the same size class. A training step asks for
-// the same sizes again and again; giving the pages back to the system and faulting them in anew
-// costs more than the arithmetic on them.
+// Keeps released buffers for later requests. A training step asks for the same sizes again and
+// again; giving the pages back to the system and faulting them in anew costs more than the
+// arithmetic on them. What is kept and unused never exceeds the most that was in use at one time.
 class BufferCache : public std::enable_shared_from_this<BufferCache> {
  public:
   // A buffer of at least `bytes`, returned to the cache when the pointer dies. Contents undefined.
@@ -41,8 +44,11 @@ class BufferCache : public std::enable_shared_from_this<BufferCache> {
   size_t cached_bytes() const;
 
  private:
+  void release(LargeBuffer buffer);
+
   mutable std::mutex mutex_;
   std::multimap<size_t, LargeBuffer> free_;
+  size_t free_bytes_ = 0, used_bytes_ = 0, most_used_bytes_ = 0;
 };
 
 }  // namespace kt

@@ -111,6 +111,7 @@ void PackedExperts::pack(ThreadPool& pool, const KernelTable& kernels, int64_t e
 }
 
 void PackedExperts::unpack(int64_t expert, Projection projection, float* weight) const {
+  process_.require_owner();
   const int64_t n_real = outputs(projection), k_real = inputs(projection);
   const int64_t k_blocks = padded(k_real) / kBlock;
   const uint8_t* tiles = mutable_tiles(expert, projection);

@@ -55,6 +55,7 @@ class PackedExperts {
 
   const int64_t experts_, hidden_, intermediate_;
   const WeightFormat format_;
+  const ProcessGuard process_;
   LargeBuffer weights_, scales_;
 };
 

@@ -12,6 +12,9 @@ Routing route(const int64_t* index, int64_t tokens, int64_t top_k, int64_t exper
   r.top_k = top_k;
   r.offset.assign(static_cast<size_t>(experts + 1), 0);
   const int64_t slots = tokens * top_k;
+  if (slots > INT32_MAX)
+    throw std::invalid_argument("top_k_index: " + std::to_string(slots) +
+                                " routed rows in one call, expected fewer than 2^31");
   for (int64_t s = 0; s < slots; ++s) {
     const int64_t e = index[s];
     if (e < 0 || e > experts)

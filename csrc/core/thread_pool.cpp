@@ -1,9 +1,14 @@
 #include "thread_pool.h"
 
 #include <immintrin.h>
-#include <unistd.h>
 
+#include <atomic>
 #include <chrono>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <vector>
 
 namespace kt {
 namespace {
@@ -30,109 +35,124 @@ bool spin_until(const Ready& ready) {
 
 }  // namespace
 
-ThreadPool::ThreadPool(int threads) : threads_(threads), owner_(getpid()) {
+struct ThreadPool::Shared {
+  std::vector<std::thread> workers;
+  const Body* body = nullptr;
+  int64_t items = 0;
+  std::atomic<int64_t> next{0};
+  // Phase number in the high half, kOpen, and in the low bits the workers inside the phase. A
+  // worker that wakes up late finds the phase closed: the caller never waits for a thread that
+  // the system has not scheduled yet, which on contended cores costs whole time slices.
+  std::atomic<uint64_t> state{0};
+  std::atomic<bool> stop{false};
+
+  std::mutex mutex;
+  std::condition_variable wake, done;
+  std::exception_ptr error;
+
+  bool enter_phase(uint64_t& seen);
+  void take_items(int thread);
+  void work(int thread);
+};
+
+ThreadPool::ThreadPool(int threads) : threads_(threads) {
   if (threads < 1)
     throw std::invalid_argument("threads: got " + std::to_string(threads) + ", expected >= 1");
-  for (int t = 1; t < threads; ++t) workers_.emplace_back([this, t] { worker(t); });
+  shared_ = std::make_unique<Shared>();
+  for (int t = 1; t < threads; ++t)
+    shared_->workers.emplace_back([shared = shared_.get(), t] { shared->work(t); });
 }
 
 ThreadPool::~ThreadPool() {
-  if (getpid() != owner_) {
-    // After a fork the handles name threads that do not exist here and cannot be joined.
-    for (std::thread& worker : workers_) worker.detach();
+  if (!process_.is_owner()) {
+    shared_.release();
     return;
   }
   {
-    std::lock_guard<std::mutex> lock(mutex_);
-    stop_ = true;
+    std::lock_guard<std::mutex> lock(shared_->mutex);
+    shared_->stop = true;
   }
-  wake_.notify_all();
-  for (std::thread& worker : workers_) worker.join();
+  shared_->wake.notify_all();
+  for (std::thread& worker : shared_->workers) worker.join();
 }
 
-void ThreadPool::require_same_process() const {
-  if (getpid() == owner_) return;
-  throw ForkedProcess("the expert thread pool was made by process " + std::to_string(owner_) +
-                      " and cannot run in its forked child " + std::to_string(getpid()) +
-                      "; run the model in the parent, or start the child with the 'spawn' method");
-}
-
-void ThreadPool::take_items(int thread) {
+void ThreadPool::Shared::take_items(int thread) {
   try {
     for (;;) {
-      const int64_t item = next_.fetch_add(1, std::memory_order_relaxed);
-      if (item >= items_) return;
-      (*body_)(item, thread);
+      const int64_t item = next.fetch_add(1, std::memory_order_relaxed);
+      if (item >= items) return;
+      (*body)(item, thread);
     }
   } catch (...) {
-    next_.store(items_);  // the others stop after their current item
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (!error_) error_ = std::current_exception();
+    next.store(items);  // the others stop after their current item
+    std::lock_guard<std::mutex> lock(mutex);
+    if (!error) error = std::current_exception();
   }
 }
 
 // Enters the open phase, if it is a new one; `seen` is the last phase that was looked at.
-bool ThreadPool::enter_phase(uint64_t& seen) {
-  uint64_t state = state_.load(std::memory_order_acquire);
-  while (state >> kPhaseShift != seen) {
-    if (!(state & kOpen)) {
-      seen = state >> kPhaseShift;
+bool ThreadPool::Shared::enter_phase(uint64_t& seen) {
+  uint64_t now = state.load(std::memory_order_acquire);
+  while (now >> kPhaseShift != seen) {
+    if (!(now & kOpen)) {
+      seen = now >> kPhaseShift;
       return false;
     }
-    if (state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel)) {
-      seen = state >> kPhaseShift;
+    if (state.compare_exchange_weak(now, now + 1, std::memory_order_acq_rel)) {
+      seen = now >> kPhaseShift;
       return true;
     }
   }
   return false;
 }
 
-void ThreadPool::worker(int thread) {
+void ThreadPool::Shared::work(int thread) {
   uint64_t seen = 0;
   for (;;) {
     const auto ready = [&] {
-      return state_.load(std::memory_order_acquire) >> kPhaseShift != seen || stop_;
+      return state.load(std::memory_order_acquire) >> kPhaseShift != seen || stop;
     };
     if (!spin_until(ready)) {
-      std::unique_lock<std::mutex> lock(mutex_);
-      wake_.wait(lock, ready);
+      std::unique_lock<std::mutex> lock(mutex);
+      wake.wait(lock, ready);
     }
-    if (stop_) return;
+    if (stop) return;
     if (!enter_phase(seen)) continue;
     take_items(thread);
-    const uint64_t left = state_.fetch_sub(1, std::memory_order_acq_rel) - 1;
+    const uint64_t left = state.fetch_sub(1, std::memory_order_acq_rel) - 1;
     if (!(left & kOpen) && !(left & kInside)) {
-      std::lock_guard<std::mutex> lock(mutex_);
-      done_.notify_one();
+      std::lock_guard<std::mutex> lock(mutex);
+      done.notify_one();
     }
   }
 }
 
 void ThreadPool::run(int64_t items, const Body& body) {
-  require_same_process();
+  process_.require_owner();
   if (items <= 0) return;
-  body_ = &body;
-  items_ = items;
-  next_.store(0, std::memory_order_relaxed);
-  error_ = nullptr;
+  Shared& s = *shared_;
+  s.body = &body;
+  s.items = items;
+  s.next.store(0, std::memory_order_relaxed);
+  s.error = nullptr;
   if (threads_ == 1 || items == 1) {
-    take_items(0);
+    s.take_items(0);
   } else {
     {
-      std::lock_guard<std::mutex> lock(mutex_);
-      const uint64_t phase = (state_.load(std::memory_order_relaxed) >> kPhaseShift) + 1;
-      state_.store(phase << kPhaseShift | kOpen, std::memory_order_release);
+      std::lock_guard<std::mutex> lock(s.mutex);
+      const uint64_t phase = (s.state.load(std::memory_order_relaxed) >> kPhaseShift) + 1;
+      s.state.store(phase << kPhaseShift | kOpen, std::memory_order_release);
     }
-    wake_.notify_all();
-    take_items(0);
-    state_.fetch_and(~kOpen, std::memory_order_acq_rel);
-    const auto finished = [&] { return !(state_.load(std::memory_order_acquire) & kInside); };
+    s.wake.notify_all();
+    s.take_items(0);
+    s.state.fetch_and(~kOpen, std::memory_order_acq_rel);
+    const auto finished = [&] { return !(s.state.load(std::memory_order_acquire) & kInside); };
     if (!spin_until(finished)) {
-      std::unique_lock<std::mutex> lock(mutex_);
-      done_.wait(lock, finished);
+      std::unique_lock<std::mutex> lock(s.mutex);
+      s.done.wait(lock, finished);
     }
   }
-  if (error_) std::rethrow_exception(error_);
+  if (s.error) std::rethrow_exception(s.error);
 }
 
 }  // namespace kt

@@ -175,7 +175,7 @@ class Engine:
     """Threads, kernels and temporary memory, shared by all layers of a model.
 
     Calls from several Python threads are serialized; a call in a forked child raises
-    ForkedProcessError.
+    ForkedProcess.
     """
 
     def __init__(self, threads: int, isa: str = "auto") -> None:

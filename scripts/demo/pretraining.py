@@ -19,7 +19,7 @@ from transformers import Qwen3MoeForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-_BAR_FORMAT = "{desc}: {percentage:3.0f}% |{bar}| {elapsed} < {remaining}, {postfix}"
+_BAR_FORMAT = "{desc}: {percentage:3.0f}% |{bar}| {elapsed} < {remaining}{postfix}"
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,3 @@ class AdapterMismatchError(KtSftError, ValueError):
 
 class KernelArgumentError(KtSftError, ValueError):
     """A tensor handed to the kernels has the wrong dtype, shape, layout or device."""
-
-
-class NonFiniteError(KtSftError, FloatingPointError):
-    """NaN or Inf where training must not go on; names step and tensor."""

@@ -12,10 +12,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftConfig
@@ -56,6 +54,12 @@ class LoraDelta:
                 f"{adapter}: only plain LoRA can be merged by kt_sft, got peft_type "
                 f"{config.peft_type}, use_dora {config.use_dora}, bias {config.bias}"
             )
+        if config.init_lora_weights not in (True, False, "gaussian"):
+            raise SettingsError(
+                f"{adapter}: init_lora_weights {config.init_lora_weights!r} replaced the base's "
+                "weights by a residual before training, so the original ones cannot take the "
+                "adapter; merge it with the program that made the residual"
+            )
         self._config = config
         self._tensors = SafetensorsCheckpoint([Path(adapter) / SAFETENSORS_WEIGHTS_NAME])
         self._checkpoint, self._family = checkpoint, family
@@ -85,7 +89,13 @@ class LoraDelta:
     def apply(self, key: str, weight: Tensor) -> Tensor:
         """The merged tensor for `key`, in the dtype of `weight`."""
         if key in self._replaced:
-            return self._tensors.get(self._replaced[key]).to(weight.dtype)
+            trained = self._tensors.get(self._replaced[key])
+            if trained.shape != weight.shape:
+                raise AdapterMismatchError(
+                    f"{key}: the adapter has shape {tuple(trained.shape)}, the base "
+                    f"{tuple(weight.shape)}; a resized vocabulary cannot be exported"
+                )
+            return trained.to(weight.dtype)
         if key not in self._lora:
             return weight
         merged = weight.to(torch.float32, copy=True)
@@ -101,15 +111,15 @@ class LoraDelta:
                     f"{module}: the adapter is for a weight of {(b.shape[0], a.shape[1])}, "
                     f"the base has {tuple(view.shape)}"
                 )
-            view.addmm_(b, a, alpha=self._scaling(module))
+            view.addmm_(b, a, alpha=self._scaling(module, rank=a.shape[0]))
         return merged.to(weight.dtype)
 
-    def _scaling(self, module: str) -> float:
+    def _scaling(self, module: str, rank: int) -> float:
         config = self._config
-        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
-        alpha = config.alpha_pattern.get(
-            get_pattern_key(config.alpha_pattern, module), config.lora_alpha
-        )
+        # Training knows one module for all experts; patterns were matched against its name.
+        trained = _EXPERT.sub(r"\1.\3", module)
+        alpha_key = get_pattern_key(config.alpha_pattern.keys(), trained)
+        alpha = config.alpha_pattern.get(alpha_key, config.lora_alpha)
         return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
     def _target(self, module: str) -> _Target | None:
@@ -175,28 +185,3 @@ def _copy_side_files(base: Path, out: Path) -> None:
         is_weight = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf")
         if file.is_file() and not is_weight and (file.name == INDEX_NAME or file.suffix != ".png"):
             shutil.copyfile(file, out / file.name)
-
-
-def export_recipe(recipe: Mapping[str, Any]) -> Path:
-    """`llamafactory-cli export` and `kt-sft export` for a recipe with a `kt_sft:` section."""
-    from kt_sft.config import read_section
-
-    read_section(recipe.get("kt_sft"))
-    missing = [k for k in ("model_name_or_path", "export_dir") if not recipe.get(k)]
-    unsupported = [
-        k for k in ("export_quantization_bit", "export_hub_model_id") if recipe.get(k) is not None
-    ]
-    problems = [f"{k}: is missing" for k in missing]
-    problems += [f"{k}: is not supported with hybrid experts" for k in unsupported]
-    adapter = recipe.get("adapter_name_or_path")
-    adapters = adapter.split(",") if isinstance(adapter, str) else list(adapter or [])
-    if len(adapters) > 1:
-        problems.append(f"adapter_name_or_path: got {len(adapters)} adapters, expected one")
-    if problems:
-        raise SettingsError("export:\n" + "\n".join(f"  - {p}" for p in problems))
-    base = Path(recipe["model_name_or_path"])
-    if not base.is_dir():
-        from huggingface_hub import snapshot_download
-
-        base = Path(snapshot_download(str(recipe["model_name_or_path"])))
-    return export_merged(base, adapters[0] if adapters else None, recipe["export_dir"])

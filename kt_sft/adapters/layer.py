@@ -20,7 +20,7 @@ from kt_sft.kernels.engine import MAX_RANK
 
 @dataclass(frozen=True)
 class ActiveFactors:
-    """The LoRA in force: a [E, r, inputs], b [E, outputs, r]."""
+    """The LoRA in force: a [E, r, inputs], b [E, outputs, r]; dropout is 0 in evaluation."""
 
     a: Tensor
     b: Tensor
@@ -129,12 +129,12 @@ class HybridExpertsLinear(nn.Module, LoraLayer):
         names = [n for n in self.active_adapters if n in self.lora_A]
         if not names:
             return None
-        rates = {n: getattr(self.lora_dropout[n], "p", 0.0) for n in names}
+        rates = {n: getattr(self.lora_dropout[n], "p", 0.0) for n in names if self.training}
         if len(set(rates.values())) > 1:
             raise SettingsError(
                 f"lora_dropout: the active adapters differ ({rates}); give them the same rate"
             )
-        dropout = rates[names[0]]
+        dropout = max(rates.values(), default=0.0)
         if len(names) == 1:
             name = names[0]
             return ActiveFactors(self.lora_A[name], self.lora_B[name], self.scaling[name], dropout)

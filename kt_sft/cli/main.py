@@ -17,6 +17,7 @@ _RECIPE_COMMANDS = {
     "chat": "talk to a model in the terminal",
     "api": "serve a model with an OpenAI-style API",
     "webchat": "talk to a model in the browser",
+    "export": "merge an adapter into the original checkpoint, in full precision",
 }
 
 
@@ -32,14 +33,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in _RECIPE_COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text.capitalize() + ".")
-        command.add_argument("recipe", help="YAML or JSON recipe with a kt_sft section")
+        command.add_argument("recipe", help="YAML recipe with a kt_sft section")
         command.add_argument(
             "overrides", nargs="*", metavar="key=value", help="override settings of the recipe"
         )
-    text = "merge an adapter into the original checkpoint, in full precision"
-    command = commands.add_parser("export", help=text, description=text.capitalize() + ".")
-    command.add_argument("recipe", help="recipe with model_name_or_path and export_dir")
-    command.add_argument("overrides", nargs="*", metavar="key=value")
     _add_bench(commands)
     text = "show what this machine offers: instruction sets, threads, memory, versions"
     commands.add_parser("doctor", help=text, description=text.capitalize() + ".")
@@ -85,16 +82,6 @@ def _run_llamafactory(command: str, recipe: str, overrides: Sequence[str]) -> No
     from llamafactory.cli import main as llamafactory_main
 
     llamafactory_main()
-
-
-def _export(recipe: str, overrides: Sequence[str]) -> None:
-    from omegaconf import OmegaConf
-
-    from kt_sft.export import export_recipe
-
-    merged = OmegaConf.merge(OmegaConf.load(recipe), OmegaConf.from_cli(list(overrides)))
-    out = export_recipe(OmegaConf.to_container(merged))  # type: ignore[arg-type]
-    sys.stdout.write(f"merged model: {out}\n")
 
 
 def _bench(arguments: argparse.Namespace) -> None:
@@ -145,8 +132,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise FileNotFoundError(f"recipe: no file {recipe}")
         if arguments.command in _RECIPE_COMMANDS:
             _run_llamafactory(arguments.command, arguments.recipe, arguments.overrides)
-        elif arguments.command == "export":
-            _export(arguments.recipe, arguments.overrides)
         elif arguments.command == "bench":
             _bench(arguments)
         else:

@@ -35,7 +35,6 @@ class ExpertsMeter:
     """Counts calls; shared by all layers of a model. Not locked: readings are for people."""
 
     def __init__(self) -> None:
-        self.total_seconds = 0.0
         self._clear()
 
     def _clear(self) -> None:
@@ -59,7 +58,6 @@ class ExpertsMeter:
 
         A token passes each layer once in backward, however often its forward is recomputed.
         """
-        self.total_seconds += seconds
         self._seconds[direction] += seconds
         self._flops += flops
         self._tokens += counted_tokens

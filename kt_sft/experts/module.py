@@ -90,7 +90,7 @@ class HybridExperts(nn.Module):
         tensors: list[Tensor] = []
         for stack in stacks:
             tensors.extend((stack.a, stack.b) if stack else (empty, empty))
-        dropout = common_dropout([s for s in stacks if s], self.path) if self.training else 0.0
+        dropout = common_dropout([s for s in stacks if s], self.path)
         inputs: list[Any] = [hidden_states, top_k_weights, *tensors]
         call = ExpertsCall(
             runtime=self.runtime,

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from kt_sft.errors import SettingsError
+
 SECTION = "kt_sft"
 
 logger = logging.getLogger(__name__)
@@ -17,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 def _recipe_dir() -> Path | None:
     """The folder of the recipe named on the command line."""
-    if len(sys.argv) > 1 and sys.argv[1].endswith((".yaml", ".yml", ".json")):
+    if len(sys.argv) > 1 and sys.argv[1].endswith((".yaml", ".yml")):
         return Path(sys.argv[1]).absolute().parent
     return None
 
@@ -35,6 +37,8 @@ def hook_parser(parser_module: Any) -> None:
             _activate(args[SECTION])
             # A copy: the same recipe is parsed again, for other argument classes.
             args = {k: v for k, v in args.items() if k != SECTION}
+        elif isinstance(args, Mapping):
+            _deactivate()
         return stock(parser, args, allow_extra_keys)
 
     parse_args.kt_sft_stock = stock  # type: ignore[attr-defined]
@@ -52,9 +56,7 @@ def hook_tuner(tuner_module: Any) -> None:
         args = tuner_module.read_args(args)
         if not (isinstance(args, Mapping) and SECTION in args):
             return stock(args)
-        from kt_sft.export import export_recipe
-
-        return export_recipe(args)
+        return _export(args)
 
     export_model.kt_sft_stock = stock  # type: ignore[attr-defined]
     tuner_module.export_model = export_model
@@ -91,6 +93,70 @@ def _warn_of_spinning_threads() -> None:
         )
 
 
+# Settings of LLaMA-Factory that load the model in another way, past our quantization config.
+_OTHER_LOADERS = ("quantization_bit", "use_unsloth", "train_from_scratch", "mixture_of_depths")
+
+
+def _refuse_other_loaders(model_args: Any) -> None:
+    wrong = [name for name in _OTHER_LOADERS if getattr(model_args, name, None)]
+    if wrong:
+        raise SettingsError(
+            "kt_sft: the section does not go together with\n"
+            + "\n".join(f"  - {name}: {getattr(model_args, name)}" for name in wrong)
+            + "\nRemove these settings, or the section."
+        )
+
+
+def _export(recipe: Mapping[str, Any]) -> Path:
+    """Merges the adapter of an export recipe into the original checkpoint."""
+    from llamafactory.data import get_template_and_fix_tokenizer
+    from llamafactory.hparams import get_infer_args
+    from llamafactory.model import load_tokenizer
+
+    from kt_sft.export import export_merged
+
+    model_args, data_args, _, _ = get_infer_args(dict(recipe))
+    _refuse_other_loaders(model_args)
+    problems = []
+    if model_args.export_dir is None:
+        problems.append("export_dir: is missing")
+    for name in ("export_quantization_bit", "export_hub_model_id"):
+        if getattr(model_args, name) is not None:
+            problems.append(f"{name}: is not supported with hybrid experts")
+    adapters = model_args.adapter_name_or_path or []
+    if len(adapters) > 1:
+        problems.append(f"adapter_name_or_path: got {len(adapters)} adapters, expected one")
+    if problems:
+        raise SettingsError("export:\n" + "\n".join(f"  - {p}" for p in problems))
+    base = Path(model_args.model_name_or_path)
+    if not base.is_dir():
+        from huggingface_hub import snapshot_download
+
+        base = Path(
+            snapshot_download(
+                model_args.model_name_or_path,
+                revision=model_args.model_revision,
+                cache_dir=model_args.cache_dir,
+                token=model_args.hf_hub_token,
+            )
+        )
+    # The tokenizer as LLaMA-Factory saves it: with the template's chat format and stop tokens.
+    tokenizer = load_tokenizer(model_args)["tokenizer"]
+    get_template_and_fix_tokenizer(tokenizer, data_args)
+    out = export_merged(base, adapters[0] if adapters else None, model_args.export_dir)
+    tokenizer.save_pretrained(out)
+    logger.info("exported to %s", out)
+    return out
+
+
+def _deactivate() -> None:
+    """Undoes `_activate` for a later recipe of the same process that has no section."""
+    patcher = sys.modules.get("llamafactory.model.patcher")
+    stock = getattr(getattr(patcher, "configure_quantization", None), "kt_sft_stock", None)
+    if stock is not None:
+        patcher.configure_quantization = stock  # type: ignore[union-attr]
+
+
 def _activate(section: Any) -> None:
     """Checks the section and makes every model that LLaMA-Factory loads a hybrid one."""
     from kt_sft.config import read_section
@@ -110,6 +176,7 @@ def _activate(section: Any) -> None:
     def configure_quantization(
         config: Any, tokenizer: Any, model_args: Any, is_trainable: bool, init_kwargs: dict
     ) -> None:
+        _refuse_other_loaders(model_args)
         stock(config, tokenizer, model_args, is_trainable, init_kwargs)
         init_kwargs["quantization_config"] = HybridExpertsConfig(**settings.as_dict())
 

@@ -121,6 +121,10 @@ class HybridExpertsCallback(TrainerCallback):
     A model that was loaded without kt_sft has its experts moved to packed host memory when the
     Trainer is built, before its optimizer exists. With a PeftModel whose target modules include
     gate_proj, up_proj or down_proj, the experts train LoRA.
+
+    The Trainer moves a model to the accelerator before any callback is asked. One that does not fit
+    there must be made hybrid earlier: `from_pretrained(..., quantization_config=config)` or
+    `hybridize(model, config)`; the callback then finds nothing left to move.
     """
 
     def __init__(self, config: HybridExpertsConfig | None = None) -> None:

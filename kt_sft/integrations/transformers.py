@@ -6,6 +6,8 @@ import logging
 import warnings
 from typing import Any
 
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -17,6 +19,7 @@ from kt_sft.config import HybridExpertsSettings
 from kt_sft.errors import UnsupportedModelError
 from kt_sft.experts import ExpertsRuntime, ExpertsShape, HybridExperts, hybrid_experts_of
 from kt_sft.families import Family, family_of
+from kt_sft.kernels import PROJECTIONS
 from kt_sft.store.packing import pack_from_checkpoint, pack_from_module
 
 METHOD = "kt_sft"
@@ -176,17 +179,16 @@ def _adapt_new_experts(peft_model: Any, modules: list[HybridExperts]) -> None:
     """Gives the experts of an existing PeftModel the LoRA that its configuration asks for."""
     for adapter, config in peft_model.peft_config.items():
         for module in modules:
-            for layer, name in zip(
-                module.lora_layers(), ("gate_proj", "up_proj", "down_proj"), strict=True
-            ):
-                targets = config.target_modules
-                wanted = isinstance(targets, (set, list)) and name in targets
-                if layer is None or not wanted:
+            for layer, name in zip(module.lora_layers(), PROJECTIONS, strict=True):
+                path = f"{module.path}.{name}"
+                if layer is None or not check_target_module_exists(config, path):
                     continue
+                rank_key = get_pattern_key(config.rank_pattern.keys(), path)
+                alpha_key = get_pattern_key(config.alpha_pattern.keys(), path)
                 layer.update_layer(
                     adapter,
-                    config.r,
-                    config.lora_alpha,
+                    config.rank_pattern.get(rank_key, config.r),
+                    config.alpha_pattern.get(alpha_key, config.lora_alpha),
                     config.lora_dropout,
                     config.init_lora_weights,
                     config.use_rslora,

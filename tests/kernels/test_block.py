@@ -181,6 +181,15 @@ def test_routing_extremes(isa: str, stored: str, compute: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("stored", "compute"), MODES)
+def test_work_that_is_shared_among_threads(isa: str, stored: str, compute: str) -> None:
+    """Every phase above the size below which one thread does it alone."""
+    block = Block.make(6, 256, 192, stored, 16)
+    x, index, weight = inputs(600, 256, 6, 3)
+    check(block, isa, compute, x, index, weight)
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_no_tokens_and_no_rows(isa: str) -> None:
     block = Block.make(3, 64, 64, "int8", 2)
     check(

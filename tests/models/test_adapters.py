@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILY_CONFIGS, make_model, take_effective_weights
+from tiny_models import FAMILY_CONFIGS, make_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -207,28 +208,77 @@ def test_frozen_weights_are_not_pickled() -> None:
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3"])
 @pytest.mark.parametrize("fused", [False, True])
-def test_export_is_the_adapted_model_in_full_precision(
-    family: str, fused: bool, tmp_path: Path
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"use_rslora": True},
+        {"alpha_pattern": {"experts.gate_proj": 32}, "rank_pattern": {"experts.down_proj": 2}},
+    ],
+    ids=["plain", "rslora", "patterns"],
+)
+def test_export_adds_the_adapter_to_the_original_weights(
+    family: str, fused: bool, config: dict, tmp_path: Path
 ) -> None:
-    """Stock Transformers loads it and computes what W + scaling B A says."""
-    stock = make_model(family)
-    stock.save_pretrained(tmp_path / "base")
+    """Every tensor is W + scaling B A, rounded once, with the scaling that trained."""
+    make_model(family).save_pretrained(tmp_path / "base")
     if fused:
         fuse(tmp_path / "base" / "model.safetensors", family)
-    model = adapted(base(family))
+    model = adapted(base(family), **config)
     model.save_pretrained(tmp_path / "adapter")
     out = export_merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
-    merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-    got = logits(merged)
 
-    # The hybrid model again, on the exact weights: bf16 and int8 storage would round them.
-    want_model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
-    hybrid = hybridize(make_model(family), HybridExpertsConfig())
-    take_effective_weights(want_model, hybrid)
-    quantized = adapted(hybrid)
-    difference = (logits(quantized) - got).norm() / got.norm()
-    assert difference < 0.05, "int8 storage explains about 2 %"
-    assert float((logits(want_model) - got).norm() / got.norm()) > 0.2, "LoRA must be in it"
+    # The truth from the live modules, on the stock parameters in fp64.
+    want = {n: p.detach().double() for n, p in make_model(family).named_parameters()}
+    changed = set()
+    for path, module in model.base_model.model.named_modules():
+        if not isinstance(module, LoraLayer) or not module.lora_A:
+            continue
+        a, b = module.lora_A["default"], module.lora_B["default"]
+        stacked = isinstance(a, nn.Parameter)
+        delta = module.scaling["default"] * (
+            b.double() @ a.double() if stacked else b.weight.double() @ a.weight.double()
+        )
+        if not stacked:
+            name, rows = f"{path}.weight", slice(None)
+        else:
+            experts, _, projection = path.rpartition(".")
+            name = f"{experts}.{'down_proj' if projection == 'down_proj' else 'gate_up_proj'}"
+            half = want[name].shape[1] // 2
+            rows = {"gate_proj": slice(0, half), "up_proj": slice(half, None)}.get(
+                projection, slice(None)
+            )
+        (want[name][:, rows] if stacked else want[name]).add_(delta.detach())
+        changed.add(name)
+    merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    got = dict(merged.named_parameters())
+    original = dict(make_model(family).named_parameters())
+    assert sum("experts" in n for n in changed) >= 4
+    for name, tensor in want.items():
+        torch.testing.assert_close(got[name].double(), tensor, rtol=1e-6, atol=1e-6)
+        assert torch.equal(got[name], original[name]) == (name not in changed)
+
+
+def test_export_refuses_adapters_of_a_residual(saved: Path, tmp_path: Path) -> None:
+    """PiSSA and its like trained on another base than the one that lies on disk."""
+    file = saved / "adapter_config.json"
+    config = json.loads(file.read_text())
+    config["init_lora_weights"] = "pissa"
+    file.write_text(json.dumps(config))
+    make_model("qwen3_moe").save_pretrained(tmp_path / "base")
+    with pytest.raises(SettingsError, match=r"'pissa' replaced the base's weights"):
+        export_merged(tmp_path / "base", saved, tmp_path / "merged")
+
+
+def test_active_adapters_may_differ_in_dropout_in_evaluation() -> None:
+    model = adapted(base(), lora_dropout=0.1)
+    model.add_adapter(
+        "second", LoraConfig(r=2, lora_alpha=6, lora_dropout=0.05, target_modules=TARGETS)
+    )
+    model.base_model.set_adapter(["default", "second"])
+    logits(model)
+    with pytest.raises(SettingsError, match="the active adapters differ"):
+        model.train()(IDS)
 
 
 def fuse(file: Path, family: str) -> None:

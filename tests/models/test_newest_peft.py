@@ -46,10 +46,13 @@ def newest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe"])
 @pytest.mark.parametrize("targets", [["gate_proj", "up_proj", "down_proj"], None])
-def test_newest_peft_reads_the_adapter(newest: Path, tmp_path: Path, targets) -> None:
+def test_newest_peft_reads_the_adapter(
+    newest: Path, tmp_path: Path, family: str, targets: list[str] | None
+) -> None:
     targets = targets or ["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    stock = make_model("qwen3_moe")
+    stock = make_model(family)
     stock.save_pretrained(tmp_path / "raw")
     hybrid = AutoModelForCausalLM.from_pretrained(
         tmp_path / "raw", quantization_config=HybridExpertsConfig(), dtype=torch.float32

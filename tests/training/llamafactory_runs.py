@@ -46,11 +46,17 @@ def _environment(more: dict[str, str] | None) -> dict[str, str]:
     return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **(more or {})}
 
 
-def run(command: list[str], env: dict[str, str] | None = None, check: bool = True) -> str:
+def run(
+    command: list[str],
+    env: dict[str, str] | None = None,
+    check: bool = True,
+    cwd: Path | None = None,
+) -> str:
     """Output of one command of this environment, both streams."""
     done = subprocess.run(
         [str(BIN / command[0]), *command[1:]],
         env=_environment(env),
+        cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

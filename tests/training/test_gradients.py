@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
+import time
 from pathlib import Path
 
 import pytest
@@ -192,30 +194,70 @@ def test_metrics_leave_other_models_alone(tmp_path: Path) -> None:
     assert not any("tokens_per_second" in entry for entry in trainer.state.log_history)
 
 
-def _in_child(queue: multiprocessing.Queue, engine: Engine, weights: ExpertWeights) -> None:
-    try:
-        engine.forward(
-            weights, torch.zeros(1, 64), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1),
-            compute="exact", activation="silu",
-        )  # fmt: skip
-        queue.put("no error")
-    except ForkedProcess as error:
-        queue.put(str(error))
+def _forked(work) -> str:
+    """What `work()` returns or raises in a forked child, which must end by itself."""
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+
+    def child() -> None:
+        try:
+            queue.put(str(work()))
+        except ForkedProcess as error:
+            queue.put(str(error))
+
+    process = context.Process(target=child)
+    process.start()
+    message = queue.get(timeout=30)
+    process.join(timeout=30)
+    assert process.exitcode == 0
+    return message
 
 
-def test_a_forked_child_raises_and_does_not_hang() -> None:
+@pytest.mark.parametrize("tokens", [1, 512])
+def test_a_forked_child_raises_and_does_not_hang(tokens: int) -> None:
+    """With little work, which one thread does, and with much."""
     engine = Engine(2, "portable")
     weights = ExpertWeights(1, 64, 64, "int8")
     for p in ("gate_proj", "up_proj", "down_proj"):
         weights.pack(engine, 0, p, torch.ones(64, 64))
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    child = context.Process(target=_in_child, args=(queue, engine, weights))
-    child.start()
-    message = queue.get(timeout=30)
-    child.join(timeout=30)
-    assert child.exitcode == 0
-    assert "forked child" in message and "spawn" in message
+    inputs = torch.zeros(tokens, 64), torch.zeros(tokens, 1, dtype=torch.int64)
+
+    def forward() -> None:
+        engine.forward(weights, *inputs, torch.ones(tokens, 1), compute="exact", activation="silu")
+
+    forward()
+    assert "forked child" in _forked(forward)
+    assert "forked child" in _forked(lambda: weights.unpack(0, "gate_proj"))
+    forward()
+
+
+def test_a_forked_child_can_drop_an_engine() -> None:
+    """Its destructor must neither join threads that are not there nor wait for them."""
+    holder = [Engine(3, "portable")]
+    holder.append(holder[0].empty(1 << 20))
+    time.sleep(0.1)  # the workers sleep on their condition variable
+
+    def drop() -> str:
+        holder.clear()
+        gc.collect()
+        return "dropped"
+
+    assert _forked(drop) == "dropped"
+
+
+def test_reusable_memory_is_bounded() -> None:
+    """Batches of changing length keep little more than the most that was in use at once."""
+    engine = Engine(1, "portable")
+    generator = torch.Generator().manual_seed(0)
+    most = 0
+    for _ in range(300):
+        rows = int(torch.randint(32, 1024, (), generator=generator))
+        held = [engine.empty(rows * 8, 768) for _ in range(4)]
+        most = max(most, sum(4 * t.numel() for t in held))
+        del held
+    assert engine.cached_bytes <= 1.6 * most
+    assert engine.trim() > 0
+    assert engine.cached_bytes == 0
 
 
 def test_engine_refuses_what_it_cannot_read() -> None:

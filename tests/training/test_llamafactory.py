@@ -20,7 +20,7 @@ from tiny_models import (
     stock_loss,
     take_effective_weights,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kt_sft import HybridExpertsConfig
 
@@ -236,13 +236,15 @@ def test_api_serves_the_adapter(place: Workplace, trained: str) -> None:
     assert "content" in answer["choices"][0]["message"]
 
 
-def test_export_command_merges(place: Workplace, trained: str) -> None:
+def test_export_command_merges(place: Workplace, trained: str, tmp_path: Path) -> None:
+    """From another folder than the recipe's, whose section is a file beside it."""
+    (place.folder / "beside.yaml").write_text("weights: int8\n")
     recipe = place.recipe(
-        "exporting", kt_sft=EXPERTS, adapter_name_or_path=str(place.folder / "trained"),
+        "exporting", kt_sft="beside.yaml", adapter_name_or_path=str(place.folder / "trained"),
         export_dir=str(place.folder / "merged"),
         **{k: None for k in (*RECIPE, "output_dir", "dataset_dir") if k not in ("template",)},
     )  # fmt: skip
-    run(["llamafactory-cli", "export", str(recipe)])
+    run(["llamafactory-cli", "export", str(recipe)], cwd=tmp_path)
     merged = AutoModelForCausalLM.from_pretrained(place.folder / "merged", dtype=torch.float32)
     from peft import PeftModel
 
@@ -253,6 +255,35 @@ def test_export_command_merges(place: Workplace, trained: str) -> None:
     ids = torch.randint(0, 300, (2, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, live(ids).logits, rtol=1e-3, atol=2e-3)
+    # The tokenizer carries the chat format of the recipe's template.
+    saved = AutoTokenizer.from_pretrained(place.folder / "merged")
+    assert "<|im_start|>" in saved.apply_chat_template(
+        [{"role": "user", "content": "hi"}], tokenize=False
+    )
+    text = run(["kt-sft", "export", str(recipe)], check=False)
+    assert "is not empty; give a new folder" in text
+
+
+def test_settings_that_load_the_model_another_way_are_refused(place: Workplace) -> None:
+    text = place.train("bits", check=False, kt_sft=EXPERTS, quantization_bit=4)
+    assert "does not go together with" in text and "quantization_bit: 4" in text
+
+
+def test_a_later_recipe_without_the_section_is_stock(place: Workplace) -> None:
+    """In one process: the section of the first recipe does not stick."""
+    code = (
+        "import torch, yaml\n"
+        "from llamafactory.hparams import get_train_args\n"
+        "from llamafactory.model import patcher\n"
+        "recipe = yaml.safe_load(open({!r}))\n"
+        "get_train_args(dict(recipe))\n"
+        "assert hasattr(patcher.configure_quantization, 'kt_sft_stock')\n"
+        "del recipe['kt_sft']\n"
+        "get_train_args(dict(recipe))\n"
+        "assert not hasattr(patcher.configure_quantization, 'kt_sft_stock')\n"
+        "print('stock again')\n"
+    ).format(str(place.recipe("sticky", kt_sft=EXPERTS)))
+    assert "stock again" in run(["python", "-c", code])
 
 
 def test_two_ranks_equal_one(place: Workplace) -> None:
@@ -266,6 +297,9 @@ def test_two_ranks_equal_one(place: Workplace) -> None:
     )  # fmt: skip
     for a, b in zip(place.losses("one_rank"), place.losses("two_ranks"), strict=True):
         assert abs(a - b) < 2e-3 * a
+    # Adam does not see the size of a gradient, the logged norm does: a mean, not a sum.
+    for a, b in zip(place.logs("one_rank"), place.logs("two_ranks"), strict=True):
+        assert abs(a["grad_norm"] - b["grad_norm"]) < 0.02 * a["grad_norm"]
     one, two = (
         load_file(place.folder / name / "adapter_model.safetensors")
         for name in ("one_rank", "two_ranks")

@@ -26,7 +26,7 @@ _BAR_FORMAT = "{desc}: {percentage:3.0f}% |{bar}| {elapsed} < {remaining}{postfi
 class Recipe:
     """How to train: everything but the model and the text."""
 
-    seconds: float = 220.0
+    seconds: float = 290.0
     """Wall time of the training loop; the learning rate follows the share of it that has passed."""
     sequence_length: int = 256
     """Tokens of a packed sequence."""

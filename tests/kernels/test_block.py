@@ -96,8 +96,8 @@ def check(
         torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, leaves, strict=True)
     ]
 
-    # Worst rows: the inputs, and h, whose gated product is peakier than its factors.
-    crest = max(crest_factor(hidden, d_out), 6.0)
+    # Worst rows: the inputs, and h, whose gated product is peakier than they are when narrow.
+    crest = max(crest_factor(hidden, d_out), 4.0)
     bound = tolerance(compute, crest, 3)
     assert_matches(out, want, bound, "out")
     assert_matches(d_hidden, grads[0], bound, "d_hidden")

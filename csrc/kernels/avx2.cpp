@@ -14,15 +14,6 @@ namespace {
 
 #include "row_kernels.inl"
 
-inline void prefetch_some(const Prefetch& next, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t line = next.first + i;
-    const int64_t in_tile = line & ((int64_t{1} << next.tile_shift) - 1);
-    _mm_prefetch(next.base + (line >> next.tile_shift) * next.tile_stride + in_tile * 64,
-                 _MM_HINT_T1);
-  }
-}
-
 // Four signed activation bytes as four 16-bit values in every 64-bit lane.
 inline __m256i broadcast_activation(const int8_t* x) {
   int32_t four;

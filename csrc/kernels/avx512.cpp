@@ -15,15 +15,6 @@ namespace {
 
 #include "row_kernels.inl"
 
-inline void prefetch_some(const Prefetch& next, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t line = next.first + i;
-    const int64_t in_tile = line & ((int64_t{1} << next.tile_shift) - 1);
-    _mm_prefetch(next.base + (line >> next.tile_shift) * next.tile_stride + in_tile * 64,
-                 _MM_HINT_T1);
-  }
-}
-
 // Row m of the activations is group m / 5 plus (m % 5) strides, which x86 addressing forms for
 // free from three group pointers, the stride and three times the stride.
 #define KT_STEP(INSTRUCTION, ADDRESS)                                      \

@@ -18,6 +18,16 @@ inline float horizontal_sum(VecF v) {
   return lane[0];
 }
 
+// Lines [begin, end) of `next.count` into L2.
+inline void prefetch_some(const Prefetch& next, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t line = next.first + i;
+    const int64_t in_tile = line & ((int64_t{1} << next.tile_shift) - 1);
+    __builtin_prefetch(next.base + (line >> next.tile_shift) * next.tile_stride + in_tile * 64,
+                       /*write=*/0, /*locality=*/2);
+  }
+}
+
 inline uint32_t float_bits(float x) {
   uint32_t u;
   __builtin_memcpy(&u, &x, 4);

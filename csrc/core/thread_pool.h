@@ -22,8 +22,7 @@ class ThreadPool {
 
   // Calls body(item, thread) once for each item in [0, items), in ascending order of start, and
   // returns when all are done; the caller works as thread 0. The first exception is rethrown.
-  // Throws ForkedProcess in a child of the process that made the pool: its threads are not there.
-  // Calls must not overlap.
+  // Calls must not overlap, nor come from a forked child (Engine refuses those before any lock).
   void run(int64_t items, const Body& body);
 
  private:

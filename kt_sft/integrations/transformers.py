@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from typing import Any
 
@@ -23,8 +22,6 @@ from kt_sft.kernels import PROJECTIONS
 from kt_sft.store.packing import pack_from_checkpoint, pack_from_module
 
 METHOD = "kt_sft"
-
-logger = logging.getLogger(__name__)
 
 
 @register_quantization_config(METHOD)

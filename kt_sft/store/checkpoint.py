@@ -38,11 +38,6 @@ class SafetensorsCheckpoint:
                     raise CheckpointError(f"{file}: {key} is already in another shard")
                 self._by_key[key] = handle
 
-    @classmethod
-    def of_folder(cls, folder: str | Path) -> SafetensorsCheckpoint:
-        """The checkpoint of a model folder. Raises CheckpointError."""
-        return cls(checkpoint_files(folder))
-
     def __contains__(self, key: str) -> bool:
         return key in self._by_key
 

@@ -58,12 +58,6 @@ class ExpertsOnDisk:
         found._check(checkpoint, shape)
         return found
 
-    def keys(self, experts: int) -> list[str]:
-        """Every key of this layer's experts."""
-        if self.names is None:
-            return [f"{self.prefix}.{FUSED_GATE_UP}", f"{self.prefix}.{FUSED_DOWN}"]
-        return [self._key(e, p) for e in range(experts) for p in PROJECTIONS]
-
     def read(
         self, checkpoint: SafetensorsCheckpoint, expert: int, projection: str, intermediate: int
     ) -> Tensor:

@@ -25,6 +25,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kt_sft import HybridExpertsConfig
 
 EXPERTS = {"weights": "int8", "compute": "exact"}
+# Shared by the run that is resumed and the one that resumes it.
+CHECKPOINTS = {
+    "max_steps": 8,
+    "save_strategy": "steps",
+    "save_steps": 4,
+    "val_size": 0.1,
+    "eval_strategy": "steps",
+    "eval_steps": 4,
+    "lora_dropout": 0.1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +64,8 @@ def trained(place: Workplace) -> str:
         "trained",
         env={"WANDB_MODE": "offline", "WANDB_DIR": str(place.folder)},
         kt_sft=EXPERTS,
-        max_steps=8,
-        save_strategy="steps",
-        save_steps=4,
-        val_size=0.1,
-        eval_strategy="steps",
-        eval_steps=4,
+        **CHECKPOINTS,
         plot_loss=True,
-        lora_dropout=0.1,
         report_to="wandb",
     )
 
@@ -103,13 +107,7 @@ def test_resume_is_bit_identical(place: Workplace, trained: str) -> None:
     place.train(
         "resumed",
         kt_sft=EXPERTS,
-        max_steps=8,
-        save_strategy="steps",
-        save_steps=4,
-        val_size=0.1,
-        eval_strategy="steps",
-        eval_steps=4,
-        lora_dropout=0.1,
+        **CHECKPOINTS,
         overwrite_output_dir=False,
         resume_from_checkpoint=str(place.folder / "resumed" / "checkpoint-4"),
     )

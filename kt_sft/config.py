@@ -13,7 +13,7 @@ import yaml
 from kt_sft.errors import SettingsError
 
 _CHOICES = {
-    "weights": ("int8", "bf16"),
+    "weights": ("int8", "bf16", "int4_g128", "int4_g32"),
     "compute": ("exact", "int8"),
 }
 
@@ -22,12 +22,14 @@ _CHOICES = {
 class HybridExpertsSettings:
     """How the routed experts are stored and computed.
 
-    weights: storage of the frozen experts: int8 (per output channel) or bf16.
-    compute: how int8 weights are multiplied: exact (activations in 16 bits, error about 3e-5) or
-        int8 (activations in 8 bits, about 1e-2, faster). bf16 weights use bf16 products.
+    weights: storage of the frozen experts: int8 (per output channel), bf16, or int4 in groups of
+        128 or 32 (integer multipliers on the channel's scale).
+    compute: how int8 and int4 weights are multiplied: exact (activations in 16 bits, error about
+        3e-5) or int8 (activations in 8 bits, about 1e-2, faster). bf16 weights use bf16 products.
     expert_lora: LoRA on the routed experts, with the recipe's rank, alpha and dropout.
     threads: CPU threads for the experts, or auto (affinity, container quota, physical cores).
-    isa: auto, or the name of an instruction set that `kt-sft doctor` lists.
+    isa: auto, or the name of an instruction set that `kt-sft doctor` lists; the environment
+        variable KT_SFT_ISA overrides it.
     """
 
     weights: str = "int8"
@@ -59,7 +61,7 @@ class HybridExpertsSettings:
 
     @property
     def arithmetic(self) -> str:
-        """The kernels' compute mode: exact or int8 for int8 weights, bf16 for bf16 weights."""
+        """The kernels' compute mode: exact or int8 for integer weights, bf16 for bf16 weights."""
         return "bf16" if self.weights == "bf16" else self.compute
 
     def as_dict(self) -> dict[str, Any]:
@@ -78,7 +80,7 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
         found.append(f"{name}: got {value!r}, expected {' or '.join(choices)}{hint}")
     if values["weights"] == "bf16" and values["compute"] == "int8":
         found.append(
-            "compute: int8 needs int8 weights, got weights: bf16; "
+            "compute: int8 needs int8 or int4 weights, got weights: bf16; "
             "set weights: int8 or leave compute out"
         )
     if not isinstance(values["expert_lora"], bool):
@@ -91,10 +93,10 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
         found.append(f"isa: got {values['isa']!r}, expected auto or a name of `kt-sft doctor`")
         return found
     # The compiled core is asked last so that a broken build does not hide the other problems.
-    from kt_sft.kernels import select_isa
+    from kt_sft.kernels import requested_isa
 
     try:
-        select_isa(values["isa"])
+        requested_isa(values["isa"])
     except ValueError as error:
         found.append(str(error))
     return found

@@ -35,8 +35,17 @@ def crest_factor(*tensors: Tensor) -> float:
     return worst
 
 
-def assert_matches(got: Tensor, want: Tensor, bound: float, name: str = "result") -> None:
+def assert_matches(
+    got: Tensor,
+    want: Tensor,
+    bound: float,
+    name: str = "result",
+    typical: Tensor | None = None,
+) -> None:
     """`got` equals `want` within `bound` of its norm, and no element strays by itself.
+
+    `typical` is what the elements would be if nothing cancelled by chance: few inner products may
+    come out far below it, but their errors do not.
 
     NaN and Inf must be where the reference has them. A reference that is mostly zero proves
     nothing and is refused unless both are all zero.
@@ -47,12 +56,16 @@ def assert_matches(got: Tensor, want: Tensor, bound: float, name: str = "result"
         return
     finite = torch.isfinite(want)
     assert torch.equal(torch.isfinite(got), finite), f"{name}: NaN or Inf in other places"
+    if typical is not None:
+        typical = typical[finite]
     got, want = got[finite], want[finite]
     norm = want.norm()
     if norm == 0:
         assert torch.count_nonzero(got) == 0, f"{name}: expected zeros"
         return
     assert torch.count_nonzero(want) * 20 >= want.numel(), f"{name}: reference is mostly zero"
+    if typical is not None:
+        norm = torch.maximum(norm, typical.norm())
     error = float((got - want).norm() / norm)
     assert error <= bound, f"{name}: relative error {error:.2e} > {bound:.2e}"
     rms = norm / want.numel() ** 0.5

@@ -11,32 +11,46 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kt_sft.kernels import Gate
+
 # keep(projection 0..2, slots [M], width) -> factors [M, width] by which dropout multiplies
 Keep = Callable[[int, Tensor, int], Tensor]
 
 
-def activation(name: str, x: Tensor) -> Tensor:
-    if name == "silu":
-        return x * torch.sigmoid(x)
-    if name == "gelu":
+def activation(gate: Gate, x: Tensor) -> Tensor:
+    if gate.activation == "swish":
+        return x * torch.sigmoid(gate.alpha * x)
+    if gate.activation == "gelu":
         return torch.nn.functional.gelu(x)
-    if name == "gelu_tanh":
+    if gate.activation == "gelu_tanh":
         return torch.nn.functional.gelu(x, approximate="tanh")
-    assert name == "quick_gelu"
-    return x * torch.sigmoid(1.702 * x)
+    positive = torch.relu(x)
+    return positive if gate.activation == "relu" else positive**2
+
+
+def gated(kind: Gate, gate: Tensor | None, up: Tensor) -> Tensor:
+    """h [M, F]; `gate` is None without a gate projection."""
+    if gate is None:
+        return activation(kind, up.clamp(max=kind.limit))
+    value = activation(kind, gate.clamp(max=kind.limit))
+    return value * (up.clamp(-kind.limit, kind.limit) + kind.up_offset)
 
 
 @dataclass
 class Experts64:
-    """weights: gate, up [E, F, D] and down [E, D, F]; lora: (a, b, scaling) or None, all fp64."""
+    """weights: gate (or None), up [E, F, D] and down [E, D, F]; lora: (a, b, scaling) or None;
+    bias: [E, outputs] or None; all fp64."""
 
-    weights: tuple[Tensor, Tensor, Tensor]
-    act: str = "silu"
+    weights: tuple[Tensor | None, Tensor, Tensor]
+    gate: Gate = Gate()  # noqa: RUF009 - frozen
     lora: tuple = (None, None, None)
     keep: Keep | None = None
+    bias: tuple = (None, None, None)
 
     def _linear(self, x: Tensor, e: int, which: int, slots: Tensor) -> Tensor:
         y = x @ self.weights[which][e].T
+        if self.bias[which] is not None:
+            y = y + self.bias[which][e]
         if self.lora[which] is None:
             return y
         a, b, scaling = self.lora[which]
@@ -46,15 +60,15 @@ class Experts64:
 
     def __call__(self, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         out = 0 * x_TD  # stays in the graph when there are no rows
-        for e in range(self.weights[0].shape[0]):
+        for e in range(self.weights[1].shape[0]):
             token, k = torch.where(index_TK == e)
             if token.numel() == 0:
                 continue
             slots = token * index_TK.shape[1] + k
             x = x_TD[token]
-            gate = self._linear(x, e, 0, slots)
+            gate = None if self.weights[0] is None else self._linear(x, e, 0, slots)
             up = self._linear(x, e, 1, slots)
-            y = self._linear(activation(self.act, gate) * up, e, 2, slots)
+            y = self._linear(gated(self.gate, gate, up), e, 2, slots)
             out = out.index_add(0, token, weight_TK[token, k, None] * y)
         return out
 

@@ -7,7 +7,7 @@ import pytest
 from kt_sft.config import HybridExpertsSettings, read_section
 from kt_sft.cpu_budget import available_threads
 from kt_sft.errors import SettingsError
-from kt_sft.kernels import isa_report, select_isa
+from kt_sft.kernels import isa_report, requested_isa, select_isa
 
 
 def test_defaults() -> None:
@@ -31,12 +31,12 @@ def test_every_problem_is_reported_at_once() -> None:
     assert "compute: got 'exakt', expected exact or int8; did you mean exact?" in text
     assert "threads: got 0, expected auto or a positive integer" in text
     assert "expert_lora: got 'yes', expected true or false" in text
-    assert "isa: got 'avx1024', expected one of auto, avx512, avx2, portable" in text
+    assert "isa: got 'avx1024', expected one of auto, amx, avx512_bf16" in text
     assert "colour: unknown setting; expected weights" in text
 
 
 def test_int8_arithmetic_needs_int8_weights() -> None:
-    with pytest.raises(SettingsError, match="compute: int8 needs int8 weights"):
+    with pytest.raises(SettingsError, match="compute: int8 needs int8 or int4 weights"):
         HybridExpertsSettings(weights="bf16", compute="int8")
 
 
@@ -54,28 +54,57 @@ def test_other_values_are_refused(section: object) -> None:
         read_section(section)
 
 
-ALL_FLAGS = dict.fromkeys(
-    ["avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"],
-    True,
-)
+ALL_FLAGS = dict.fromkeys({flag for _, missing in isa_report({}) for flag in missing}, True)
 
 
-def test_isa_is_chosen_from_the_flags() -> None:
-    assert select_isa("auto", ALL_FLAGS) == "avx512"
-    assert select_isa("auto", {**ALL_FLAGS, "avx512_bf16": False}) == "avx2"
-    assert select_isa("auto", {**ALL_FLAGS, "fma": False}) == "portable"
+def without(*flags: str) -> dict[str, bool]:
+    return {**ALL_FLAGS, **dict.fromkeys(flags, False)}
+
+
+# The best table of processors that lack what is named.
+CHOICES = [
+    ("amx", ()),
+    ("avx512_bf16", ("amx_tile", "amx_int8", "amx_bf16", "amx_permission")),
+    ("avx512_bf16", ("amx_permission",)),
+    ("avx512_bf16", ("amx_int8",)),
+    ("avx512_vnni", ("amx_tile", "avx512_bf16")),
+    ("avx512", ("amx_tile", "avx512_bf16", "avx512_vnni")),
+    ("avx_vnni", ("avx512f",)),
+    ("avx_vnni", ("avx512bw",)),
+    ("avx2", ("avx512f", "avx_vnni")),
+    ("portable", ("fma",)),
+    ("portable", ("avx512f", "avx_vnni", "avx2")),
+]
+
+
+@pytest.mark.parametrize(("isa", "missing"), CHOICES)
+def test_isa_is_chosen_from_the_flags(isa: str, missing: tuple[str, ...]) -> None:
+    assert select_isa("auto", without(*missing)) == isa
+
+
+def test_every_isa_is_chosen_somewhere() -> None:
+    assert {isa for isa, _ in CHOICES} == {name for name, _ in isa_report({})}
     assert select_isa("auto", {}) == "portable"
     assert select_isa("portable", ALL_FLAGS) == "portable"
-    assert [name for name, _ in isa_report({})] == ["avx512", "avx2", "portable"]
 
 
-def test_an_override_is_honest() -> None:
-    with pytest.raises(ValueError, match="avx512 cannot run on this CPU, which lacks avx512_vnni"):
-        select_isa("avx512", {**ALL_FLAGS, "avx512_vnni": False})
-    with pytest.raises(ValueError, match="isa: got 'sse', expected one of auto, avx512"):
+@pytest.mark.parametrize("isa", [name for name, _ in isa_report({})])
+def test_each_missing_flag_is_named(isa: str) -> None:
+    for flag in dict(isa_report({}))[isa]:
+        with pytest.raises(ValueError, match=f"{isa} cannot run on this CPU, which lacks {flag};"):
+            select_isa(isa, without(flag))
+
+
+def test_an_override_is_honest(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="isa: got 'sse', expected one of auto, amx, avx512_bf16"):
         select_isa("sse", ALL_FLAGS)
     with pytest.raises(ValueError, match="cpu flag: got 'mmx'"):
         select_isa("auto", {"mmx": True})
+    monkeypatch.setenv("KT_SFT_ISA", "portable")
+    assert requested_isa("auto") == "portable"
+    monkeypatch.setenv("KT_SFT_ISA", "sse")
+    with pytest.raises(SettingsError, match="got 'sse'.*from the environment variable KT_SFT_ISA"):
+        HybridExpertsSettings()
 
 
 @pytest.fixture

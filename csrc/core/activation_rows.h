@@ -43,59 +43,75 @@ class FloatRows {
   float* copy_ = nullptr;
 };
 
-// Routed rows in the form that the dot kernels read: one or two int8 terms, or bf16.
+// Routed rows in the form that the dot kernels read: one or two integer terms, or floats.
 class ActivationRows {
  public:
-  ActivationRows(Compute compute, int64_t rows, int64_t width, Scratch& scratch)
-      : compute_(compute),
+  ActivationRows(const KernelTable& kernels, Compute compute, int64_t rows, int64_t width,
+                 Scratch& scratch)
+      : kernels_(kernels),
+        integer_(compute != Compute::kBf16),
         terms_(compute == Compute::kExact ? 2 : 1),
         width_(width),
-        row_bytes_(width * (compute == Compute::kInt8 ? 1 : 2)),
+        element_bytes_(element_bytes(integer_ ? kernels.int_panel : kernels.float_panel)),
+        row_bytes_(width * element_bytes_ * (byte_terms() ? terms_ : 1)),
         data_(scratch.bytes(rows * row_bytes_)) {
-    if (compute == Compute::kBf16) return;
+    if (!integer_) return;
     scale_ = scratch.floats(rows);
     sums_ = reinterpret_cast<int32_t*>(scratch.floats(rows * terms_));
   }
 
-  // Rows of the integer product for each routed row.
-  int terms() const { return terms_; }
+  int64_t row_bytes() const { return row_bytes_; }
+  // Routed rows that one dot takes.
+  int max_rows() const {
+    return integer_ ? kernels_.max_int_rows[terms_ - 1] : kernels_.max_float_rows;
+  }
+  // Rows of a dot's result for each routed row.
+  int sums_per_row() const { return integer_ ? terms_ : 1; }
 
-  void pack(const KernelTable& kernels, int64_t row, const float* x, const float* fold) {
+  void pack(int64_t row, const float* x, const float* fold) {
     uint8_t* out = data_ + row * row_bytes_;
-    if (compute_ == Compute::kBf16)
-      kernels.to_bf16_row(width_, x, reinterpret_cast<uint16_t*>(out));
+    if (integer_)
+      kernels_.pack_int_row(terms_, width_, x, fold, out, scale_ + row, sums_ + row * terms_);
     else
-      kernels.quantize_row(terms_, width_, x, fold, reinterpret_cast<int8_t*>(out), scale_ + row,
-                           sums_ + row * terms_);
+      kernels_.pack_float_row(width_, x, fold, out);
   }
   void copy(int64_t from, int64_t to) {
     std::memcpy(data_ + to * row_bytes_, data_ + from * row_bytes_,
                 static_cast<size_t>(row_bytes_));
-    if (compute_ == Compute::kBf16) return;
+    if (!integer_) return;
     scale_[to] = scale_[from];
     for (int t = 0; t < terms_; ++t) sums_[to * terms_ + t] = sums_[from * terms_ + t];
   }
 
-  // y[m][j] = <row + m, output j of the panel>, m < rows, in fp32.
-  void dot(const KernelTable& kernels, int64_t row, int rows, const uint8_t* panel,
-           const float* col_scale, const Prefetch& next, float* y) const {
-    const int64_t blocks = width_ / kBlock;
-    const uint8_t* a = data_ + row * row_bytes_;
-    if (compute_ == Compute::kBf16) {
-      kernels.dot_bf16(rows, blocks, reinterpret_cast<const uint16_t*>(a), width_,
-                       reinterpret_cast<const uint16_t*>(panel), y, next);
-      return;
-    }
-    int32_t c[kMaxDotRows * kPanelCols];
-    kernels.dot_u8s8(rows * terms_, blocks, reinterpret_cast<const int8_t*>(a), width_, panel, c,
-                     next);
-    kernels.scale_tile(rows, terms_, c, scale_ + row, sums_ + row * terms_, col_scale, y);
+  // sums[rows * sums_per_row][32] (+)= rows times `blocks` blocks of a panel, from block `first` of
+  // the contraction; int32 for the integer products.
+  void dot(int64_t row, int rows, int64_t first, int64_t blocks, const void* panel, bool accumulate,
+           float* sums, const Prefetch& next) const {
+    const uint8_t* a = data_ + row * row_bytes_ + first * kBlock * element_bytes_;
+    if (integer_)
+      kernels_.dot_int(rows, terms_, blocks, a, row_bytes_, panel, accumulate,
+                       reinterpret_cast<int32_t*>(sums), next);
+    else
+      kernels_.dot_float(rows, blocks, a, row_bytes_, panel, accumulate, sums, next);
+  }
+  // y[m][j] = <row + m, output j of the panel>; returns where y lies, in `buffer` or in `sums`.
+  float* finish(int64_t row, int rows, const float* col_scale, float* sums, float* buffer) const {
+    if (!integer_) return sums;
+    kernels_.scale_tile(rows, terms_, reinterpret_cast<const int32_t*>(sums), scale_ + row,
+                        sums_ + row * terms_, col_scale, buffer);
+    return buffer;
   }
 
  private:
-  Compute compute_;
+  static int64_t element_bytes(PanelForm form) {
+    return form == PanelForm::kU8 ? 1 : form == PanelForm::kF32 ? 4 : 2;
+  }
+  bool byte_terms() const { return integer_ && kernels_.int_panel == PanelForm::kU8; }
+
+  const KernelTable& kernels_;
+  bool integer_;
   int terms_;
-  int64_t width_, row_bytes_;
+  int64_t width_, element_bytes_, row_bytes_;
   uint8_t* data_;
   float* scale_ = nullptr;
   int32_t* sums_ = nullptr;

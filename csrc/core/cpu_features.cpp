@@ -1,7 +1,10 @@
 #include "cpu_features.h"
 
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
+#include <sstream>
 #include <stdexcept>
 
 namespace kt {
@@ -19,26 +22,22 @@ std::string joined(const std::vector<std::string>& names) {
   return out;
 }
 
-std::vector<std::string> missing_for_avx512(const CpuFeatures& f) {
-  std::vector<std::string> out;
-  if (!f.fma) out.push_back("fma");
-  if (!f.avx512f) out.push_back("avx512f");
-  if (!f.avx512bw) out.push_back("avx512bw");
-  if (!f.avx512vl) out.push_back("avx512vl");
-  if (!f.avx512dq) out.push_back("avx512dq");
-  if (!f.avx512_vnni) out.push_back("avx512_vnni");
-  if (!f.avx512_bf16) out.push_back("avx512_bf16");
+// The flags of a row of KT_ISAS, "a, b, c".
+std::vector<CpuFlag> flags_named(const std::string& list) {
+  std::vector<CpuFlag> out;
+  std::istringstream names(list);
+  for (std::string name; std::getline(names >> std::ws, name, ',');)
+    for (const CpuFlag& flag : cpu_flags())
+      if (flag.name == name) out.push_back(flag);
   return out;
 }
 
-std::vector<std::string> missing_for_avx2(const CpuFeatures& f) {
-  std::vector<std::string> out;
-  if (!f.avx2) out.push_back("avx2");
-  if (!f.fma) out.push_back("fma");
-  return out;
+// Linux hands out the 8 KB of tile state on demand, once for the process.
+bool ask_for_amx() {
+  constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr long kTileData = 18;               // XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
-
-std::vector<std::string> missing_for_portable(const CpuFeatures&) { return {}; }
 
 }  // namespace
 
@@ -51,6 +50,7 @@ CpuFeatures detect_cpu_features() {
   const uint64_t saved = extended_control_register();
   const bool ymm = (saved & 0x6) == 0x6;
   const bool zmm = (saved & 0xe6) == 0xe6;
+  const bool tiles = (saved & 0x60000) == 0x60000;
   f.fma = ymm && (c & (1u << 12));
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return f;
   const uint32_t max_subleaf = a;
@@ -60,16 +60,40 @@ CpuFeatures detect_cpu_features() {
   f.avx512bw = zmm && (b & (1u << 30));
   f.avx512vl = zmm && (b & (1u << 31));
   f.avx512_vnni = zmm && (c & (1u << 11));
-  if (max_subleaf >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d))
+  f.amx_bf16 = tiles && (d & (1u << 22));
+  f.amx_tile = tiles && (d & (1u << 24));
+  f.amx_int8 = tiles && (d & (1u << 25));
+  f.amx_permission = f.amx_tile && ask_for_amx();
+  if (max_subleaf >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) {
+    f.avx_vnni = ymm && (a & (1u << 4));
     f.avx512_bf16 = zmm && (a & (1u << 5));
+  }
   return f;
+}
+
+const std::vector<CpuFlag>& cpu_flags() {
+  static const std::vector<CpuFlag> flags = {
+#define KT_FLAG(name) {#name, &CpuFeatures::name},
+      KT_CPU_FLAGS(KT_FLAG)
+#undef KT_FLAG
+  };
+  return flags;
+}
+
+std::vector<std::string> IsaEntry::missing(const CpuFeatures& features) const {
+  std::vector<std::string> out;
+  for (const CpuFlag& flag : needs)
+    if (!(features.*flag.value)) out.push_back(flag.name);
+  return out;
 }
 
 const std::vector<IsaEntry>& isa_entries() {
   static const std::vector<IsaEntry> entries = {
-      {&kAvx512Kernels, missing_for_avx512},
-      {&kAvx2Kernels, missing_for_avx2},
-      {&kPortableKernels, missing_for_portable},
+#define KT_TEXT(...) #__VA_ARGS__
+#define KT_ENTRY(symbol, name, ...) {&symbol, flags_named(KT_TEXT(__VA_ARGS__))},
+      KT_ISAS(KT_ENTRY)
+#undef KT_ENTRY
+#undef KT_TEXT
   };
   return entries;
 }

@@ -4,15 +4,30 @@
 #include "activation_rows.h"
 #include "experts_block.h"
 #include "lora_operands.h"
-#include "panels.h"
+#include "products.h"
 #include "work_items.h"
 
 namespace kt {
 namespace {
 
-// Columns of a LoRA gradient per work item, and rows of its input gathered at a time.
+// Columns of a LoRA gradient per work item, and rows of its input taken at a time: the sums of the
+// ranks and the rows' columns share the first-level cache.
 constexpr int64_t kGradientCols = 256;
-constexpr int64_t kGradientRows = 64;
+constexpr int64_t kGradientRows = 32;
+
+// A LoRA gradient: sum over rows of factor[row]' source[row], [rank, cols].
+struct RankProduct {
+  Projection projection;
+  bool of_a;              // of A (source: the projection's input) or of B (its output gradient)
+  const float* factor_R;  // [R, rank]
+  bool weighted;          // the factor still lacks the routing weight
+};
+
+// Rank products over the same source rows, computed together.
+struct RankProducts {
+  const std::vector<RankProduct> products;
+  int64_t cols;
+};
 
 }  // namespace
 
@@ -22,8 +37,10 @@ BlockReport ExpertsBlock::backward(const BlockInput& in, const void* d_out,
   BlockReport report;
   Phases phases(pool_, report);
   const PackedExperts& weights = *in.weights;
+  const bool gated = weights.gated();
   const int64_t d = weights.hidden(), dp = weights.hidden_padded();
   const int64_t fp = weights.intermediate_padded();
+  const int64_t gp = gated ? 2 * fp : fp;  // a row of d_gate and d_up, or of d_up alone
   const Routing routing = route(in.index, in.tokens, in.top_k, weights.experts());
   report.rows = routing.rows;
   report.max_rows = routing.max_count();
@@ -35,22 +52,26 @@ BlockReport ExpertsBlock::backward(const BlockInput& in, const void* d_out,
   const LoraOperands lora(in, routing, kernels_, phases, scratch);
   const FloatRows x(in.hidden, in.type, in.tokens, d, scratch);
   const FloatRows g(d_out, in.type, in.tokens, d, scratch);
-  ActivationRows dy_rows(in.compute, routing.rows, dp, scratch);
-  ActivationRows dgu_rows(in.compute, routing.rows, 2 * fp, scratch);
-  float* dgu_RF2 = scratch.floats(routing.rows * 2 * fp);
+  ActivationRows dy_rows(kernels_, in.compute, routing.rows, dp, scratch);
+  ActivationRows dgu_rows(kernels_, in.compute, routing.rows, gp, scratch);
+  float* dgu_RG = scratch.floats(routing.rows * gp);
   float* dx_RD = scratch.floats(routing.rows * dp);
-  float* d_weight_parts = scratch.floats(routing.rows * f_blocks);
+  // Per block of F, and at the end the share of down's bias.
+  const int64_t weight_parts = f_blocks + 1;
+  float* d_weight_parts = scratch.floats(routing.rows * weight_parts);
   float* h_RF = lora.any(Projection::kDown) ? scratch.floats(routing.rows * fp) : nullptr;
   std::array<float*, kProjectionCount> q{};
   for (int i = 0; i < kProjectionCount; ++i)
     if (in.lora[i].rank) q[i] = scratch.floats(routing.rows * in.lora[i].rank);
+  float* weight_R = scratch.floats(routing.rows);
+  for (int64_t r = 0; r < routing.rows; ++r) weight_R[r] = in.routing_weight[routing.slot_of_row[r]];
+  const bool stream_f = streams(routing.rows * fp), stream_d = streams(routing.rows * dp);
 
-  const auto weight_of_row = [&](int64_t r) { return in.routing_weight[routing.slot_of_row[r]]; };
   const auto x_of_row = [&](int64_t r) { return x.row(routing.token_of_row(r)); };
   const auto dout_of_row = [&](int64_t r) { return g.row(routing.token_of_row(r)); };
   const auto h_of_row = [&](int64_t r) { return h_RF + r * fp; };
-  const auto dgate_of_row = [&](int64_t r) { return dgu_RF2 + r * 2 * fp; };
-  const auto dup_of_row = [&](int64_t r) { return dgu_RF2 + r * 2 * fp + fp; };
+  const auto dgate_of_row = [&](int64_t r) { return dgu_RG + r * gp; };
+  const auto dup_of_row = [&](int64_t r) { return dgu_RG + r * gp + (gated ? fp : 0); };
 
   phases.run("to_float", token_items, in.tokens * dp * 2, [&](int64_t item, int) {
     const int64_t end = std::min(in.tokens, (item + 1) * kTokensPerItem);
@@ -65,172 +86,211 @@ BlockReport ExpertsBlock::backward(const BlockInput& in, const void* d_out,
              routing.rows * dp * (4 + lora.rank_sum()), [&](int64_t i, int) {
                const ExpertItem& item = by_rows[i];
                const float* fold = weights.scales(item.expert, Projection::kDown);
-               for (int64_t r = item.begin; r < item.end; ++r)
-                 dy_rows.pack(kernels_, r, dout_of_row(r), fold);
-               lora.project_output(Projection::kDown, item.expert, item.begin, item.end,
+               const float* bias = weights.bias(item.expert, Projection::kDown);
+               for (int64_t r = item.row_begin; r < item.row_end; ++r) {
+                 dy_rows.pack(r, dout_of_row(r), fold);
+                 d_weight_parts[r * weight_parts + f_blocks] =
+                     bias ? kernels_.dot_row(dp, dout_of_row(r), bias) : 0.0f;
+               }
+               lora.project_output(Projection::kDown, item.expert, item.row_begin, item.row_end,
                                    dout_of_row, q[2]);
              });
 
-  const int64_t f_group = group_size(routing, f_blocks, pool_.size());
-  const std::vector<ExpertItem> dh_items = expert_items(routing, f_blocks, f_group);
-  const int64_t panel_bytes = std::max(dp, 2 * fp) * kBlock * weights.tile_bytes() / 2048;
+  const std::vector<ExpertItem> dh_items =
+      expert_items(routing, f_blocks, pool_.size(), dy_rows.row_bytes());
   phases.run(
       "d_h", static_cast<int64_t>(dh_items.size()), routing.rows * fp * dp,
       [&](int64_t i, int thread) {
         const ExpertItem& item = dh_items[i];
-        const int64_t base = routing.offset[item.expert];
-        const Chunks chunks(routing.count(item.expert), dy_rows.terms());
-        BackwardPanels panels(weights, item.expert, {Projection::kDown},
-                              scratch.thread_bytes(thread, panel_bytes));
-        Tile dh, gate, up, dgate, dup, h;
-        for (int64_t block = item.begin; block < item.end; ++block) {
-          panels.build(kernels_, block);
-          for (int64_t c = 0; c < chunks.count; ++c)
-            for (int m = 0; m < chunks.size(c); ++m)
-              d_weight_parts[(base + chunks.begin(c) + m) * f_blocks + block] = 0.0f;
-          for (int half = 0; half < 2; ++half) {
-            const int64_t col = block * kBlock + half * kPanelCols;
-            for (int64_t c = 0; c < chunks.count; ++c) {
-              const int64_t r = base + chunks.begin(c);
-              const int rows = chunks.size(c);
-              dy_rows.dot(kernels_, r, rows, panels.half(half), nullptr,
-                          panels.prefetch(block + 1, block + 1 == item.end, half, c, chunks.count),
-                          dh);
-              lora.add_input(Projection::kDown, item.expert, r, rows, q[2], col, dh);
-              copy_tile_in(rows, kept.gate + r * fp + col, fp, gate);
-              copy_tile_in(rows, kept.up + r * fp + col, fp, up);
-              for (int m = 0; m < rows; ++m) {
-                const int at = m * static_cast<int>(kPanelCols);
-                d_weight_parts[(r + m) * f_blocks + block] +=
-                    kernels_.gate_backward(in.activation, kPanelCols, weight_of_row(r + m), dh + at,
-                                           gate + at, up + at, dgate + at, dup + at, h + at);
-              }
-              copy_tile_out(rows, dgate, dgu_RF2 + r * 2 * fp + col, 2 * fp);
-              copy_tile_out(rows, dup, dgu_RF2 + r * 2 * fp + fp + col, 2 * fp);
-              if (h_RF) copy_tile_out(rows, h, h_RF + r * fp + col, fp);
-            }
-          }
-        }
+        BackwardPanels panels(
+            kernels_, weights, item.expert, {Projection::kDown},
+            scratch.thread_bytes(thread, BackwardPanels::buffer_bytes(kernels_, weights, dp)));
+        for (int64_t unit = item.begin; unit < item.end; ++unit)
+          multiply(dy_rows, panels, unit, unit + 1 < item.end, item.row_begin, item.row_end, {},
+                   [&](int64_t row, int rows, const std::array<float*, 2>& dh) {
+                     float* parts = d_weight_parts + row * weight_parts + unit;
+                     for (int m = 0; m < rows; ++m) parts[m * weight_parts] = 0.0f;
+                     for (int64_t half = 0; half < 2; ++half) {
+                       const int64_t col = unit * kBlock + half * kPanelCols;
+                       lora.add_input(Projection::kDown, item.expert, row, rows, q[2], col,
+                                      dh[half]);
+                       GateBackward io{};
+                       io.rows = rows;
+                       io.weight = weight_R + row;
+                       io.dh = dh[half];
+                       io.gate = gated ? kept.gate + row * fp + col : nullptr;
+                       io.up = kept.up + row * fp + col;
+                       io.ldk = io.ldh = fp;
+                       io.dgate = gated ? dgate_of_row(row) + col : nullptr;
+                       io.dup = dup_of_row(row) + col;
+                       io.ldd = gp;
+                       io.h = h_RF ? h_of_row(row) + col : nullptr;
+                       io.d_weight = parts;
+                       io.ldw = weight_parts;
+                       io.stream = stream_f;
+                       kernels_.gate_backward(in.gate, io);
+                     }
+                   });
       });
 
   phases.run("pack_d_gate_up", static_cast<int64_t>(by_rows.size()),
              routing.rows * fp * (8 + lora.rank_sum()), [&](int64_t i, int) {
                const ExpertItem& item = by_rows[i];
                // Gate and up scales lie next to each other, as the two halves of a row do.
-               const float* fold = weights.scales(item.expert, Projection::kGate);
-               for (int64_t r = item.begin; r < item.end; ++r)
-                 dgu_rows.pack(kernels_, r, dgate_of_row(r), fold);
-               lora.project_output(Projection::kGate, item.expert, item.begin, item.end,
+               const float* fold =
+                   weights.scales(item.expert, gated ? Projection::kGate : Projection::kUp);
+               for (int64_t r = item.row_begin; r < item.row_end; ++r)
+                 dgu_rows.pack(r, dgu_RG + r * gp, fold);
+               lora.project_output(Projection::kGate, item.expert, item.row_begin, item.row_end,
                                    dgate_of_row, q[0]);
-               lora.project_output(Projection::kUp, item.expert, item.begin, item.end, dup_of_row,
-                                   q[1]);
+               lora.project_output(Projection::kUp, item.expert, item.row_begin, item.row_end,
+                                   dup_of_row, q[1]);
              });
 
-  const int64_t d_group = group_size(routing, d_blocks, pool_.size());
-  const std::vector<ExpertItem> dx_items = expert_items(routing, d_blocks, d_group);
-  phases.run("d_x", static_cast<int64_t>(dx_items.size()), routing.rows * fp * dp,
-             [&](int64_t i, int thread) {
-               const ExpertItem& item = dx_items[i];
-               const int64_t base = routing.offset[item.expert];
-               const Chunks chunks(routing.count(item.expert), dgu_rows.terms());
-               BackwardPanels panels(weights, item.expert, {Projection::kGate, Projection::kUp},
-                                     scratch.thread_bytes(thread, panel_bytes));
-               Tile tile;
-               for (int64_t block = item.begin; block < item.end; ++block) {
-                 panels.build(kernels_, block);
-                 for (int half = 0; half < 2; ++half) {
-                   const int64_t col = block * kBlock + half * kPanelCols;
-                   for (int64_t c = 0; c < chunks.count; ++c) {
-                     const int64_t r = base + chunks.begin(c);
-                     const int rows = chunks.size(c);
-                     dgu_rows.dot(
-                         kernels_, r, rows, panels.half(half), nullptr,
-                         panels.prefetch(block + 1, block + 1 == item.end, half, c, chunks.count),
-                         tile);
-                     lora.add_input(Projection::kGate, item.expert, r, rows, q[0], col, tile);
-                     lora.add_input(Projection::kUp, item.expert, r, rows, q[1], col, tile);
-                     copy_tile_out(rows, tile, dx_RD + r * dp + col, dp);
-                   }
-                 }
-               }
-             });
+  const std::vector<ExpertItem> dx_items =
+      expert_items(routing, d_blocks, pool_.size(), dgu_rows.row_bytes());
+  const std::vector<Projection> inner = gated
+                                            ? std::vector{Projection::kGate, Projection::kUp}
+                                            : std::vector{Projection::kUp};
+  phases.run(
+      "d_x", static_cast<int64_t>(dx_items.size()), routing.rows * fp * dp,
+      [&](int64_t i, int thread) {
+        const ExpertItem& item = dx_items[i];
+        BackwardPanels panels(
+            kernels_, weights, item.expert, inner,
+            scratch.thread_bytes(thread, BackwardPanels::buffer_bytes(kernels_, weights, gp)));
+        for (int64_t unit = item.begin; unit < item.end; ++unit)
+          multiply(dgu_rows, panels, unit, unit + 1 < item.end, item.row_begin, item.row_end, {},
+                   [&](int64_t row, int rows, const std::array<float*, 2>& dx) {
+                     for (int64_t half = 0; half < 2; ++half) {
+                       const int64_t col = unit * kBlock + half * kPanelCols;
+                       for (const Projection proj : {Projection::kGate, Projection::kUp})
+                         lora.add_input(proj, item.expert, row, rows, q[static_cast<int>(proj)],
+                                        col, dx[half]);
+                       kernels_.store_tile(rows, dx[half], dx_RD + row * dp + col, dp, stream_d);
+                     }
+                   });
+      });
 
-  // Per projection: dA = sum over rows of q' input~, dB = sum over rows of d_output' p.
-  struct Product {
-    Projection projection;
-    bool of_a;
-    int64_t cols;
+  // dA = sum over rows of q' input~, dB = sum over rows of d_output' p. Down's output is weighted by
+  // the router, so both of its gradients carry the weight.
+  std::vector<RankProducts> rank_products;
+  const auto add_products = [&](const std::vector<RankProduct>& products) {
+    std::vector<RankProduct> present;
+    for (const RankProduct& product : products)
+      if (lora.any(product.projection)) present.push_back(product);
+    if (present.empty()) return;
+    const Projection proj = present[0].projection;
+    const bool of_a = present[0].of_a;
+    rank_products.push_back({present, of_a ? weights.inputs(proj) : weights.outputs(proj)});
   };
-  std::vector<Product> products;
-  for (const Projection proj : {Projection::kGate, Projection::kUp, Projection::kDown})
-    if (lora.any(proj)) {
-      products.push_back({proj, true, weights.inputs(proj)});
-      products.push_back({proj, false, weights.outputs(proj)});
-    }
+  const RankProduct a_gate{Projection::kGate, true, q[0], false};
+  const RankProduct a_up{Projection::kUp, true, q[1], false};
+  if (in.dropout > 0.0f) {  // each projection drops other elements of x
+    add_products({a_gate});
+    add_products({a_up});
+  } else {
+    add_products({a_gate, a_up});
+  }
+  add_products({{Projection::kDown, true, q[2], true}});
+  add_products({{Projection::kGate, false, kept.lora_down[0], false}});
+  add_products({{Projection::kUp, false, kept.lora_down[1], false}});
+  add_products({{Projection::kDown, false, kept.lora_down[2], true}});
+
   struct GradientItem {
-    Product product;
+    const RankProducts* group;
     int32_t expert;
     int64_t col;
   };
   std::vector<GradientItem> gradient_items;
-  for (const Product& product : products)
-    for (int32_t e = 0; e < weights.experts(); ++e)
-      for (int64_t col = 0; col < product.cols; col += kGradientCols)
-        gradient_items.push_back({product, e, col});
+  const auto add_items = [&](int32_t expert) {
+    for (const RankProducts& group : rank_products)
+      for (int64_t col = 0; col < group.cols; col += kGradientCols)
+        gradient_items.push_back({&group, expert, col});
+  };
+  for (const int32_t expert : routing.active) add_items(expert);
+  for (int32_t e = 0; e < weights.experts(); ++e)
+    if (!routing.count(e)) add_items(e);
+
+  const auto source_row = [&](const RankProduct& product, int64_t r) -> const float* {
+    if (product.of_a) return product.projection == Projection::kDown ? h_of_row(r) : x_of_row(r);
+    return product.projection == Projection::kDown   ? dout_of_row(r)
+           : product.projection == Projection::kGate ? dgate_of_row(r)
+                                                     : dup_of_row(r);
+  };
+  // Where one expert's gradient is: of A [rank, inputs], of B [outputs, rank].
+  const auto write_gradient = [&](const RankProduct& product, const GradientItem& item, int rank,
+                                  const float* sum) {
+    const int64_t width = item.group->cols, cols = std::min(kGradientCols, width - item.col);
+    const LoraGradient& target = d_lora[static_cast<size_t>(product.projection)];
+    if (product.of_a) {
+      float* out = target.a + item.expert * rank * width + item.col;
+      for (int j = 0; j < rank; ++j)
+        std::memcpy(out + j * width, sum + j * kGradientCols,
+                    sizeof(float) * static_cast<size_t>(cols));
+    } else {
+      float* out = target.b + (item.expert * width + item.col) * rank;
+      for (int64_t n = 0; n < cols; ++n)
+        for (int j = 0; j < rank; ++j) out[n * rank + j] = sum[j * kGradientCols + n];
+    }
+  };
   phases.run(
       "lora_gradients", static_cast<int64_t>(gradient_items.size()),
       (routing.rows + weights.experts()) * (dp + fp) * lora.rank_sum(), [&](int64_t i, int thread) {
         const GradientItem& item = gradient_items[i];
-        const Projection proj = item.product.projection;
-        const int which = static_cast<int>(proj);
-        const int rank = in.lora[which].rank;
-        const int64_t cols = std::min(kGradientCols, item.product.cols - item.col);
-        const int64_t cols_padded = std::min(kGradientCols, padded(item.product.cols) - item.col);
-        float* sum = scratch.thread_floats(
-            thread, rank * kGradientCols + kGradientRows * (kGradientCols + rank));
-        float* gathered = sum + rank * kGradientCols;
-        float* factor = gathered + kGradientRows * kGradientCols;
-        std::fill_n(sum, rank * kGradientCols, 0.0f);
+        const std::vector<RankProduct>& products = item.group->products;
+        const int64_t cols = std::min(kGradientCols, padded(item.group->cols) - item.col);
+        int64_t ranks = 0;
+        for (const RankProduct& product : products)
+          ranks += in.lora[static_cast<int>(product.projection)].rank;
+        float* sums = scratch.thread_floats(
+            thread, ranks * kGradientCols + kGradientRows * (kGradientCols + ranks));
+        float* gathered = sums + ranks * kGradientCols;
+        float* weighted = gathered + kGradientRows * kGradientCols;
+        std::fill_n(sums, ranks * kGradientCols, 0.0f);
         const int64_t end = routing.offset[item.expert + 1];
+        // Rows are copied together: at their own strides they would all fall into the same few
+        // sets of the cache. Each batch is brought near while the one before is computed.
         const float* rows[kGradientRows];
-        for (int64_t begin = routing.offset[item.expert]; begin < end; begin += kGradientRows) {
+        for (int64_t m = 0; m < kGradientRows; ++m) rows[m] = gathered + m * kGradientCols;
+        const int64_t first = routing.offset[item.expert];
+        const auto bring_near = [&](int64_t begin) {
+          for (int64_t r = begin; r < std::min(end, begin + kGradientRows); ++r)
+            for (int64_t j = 0; j < cols; j += 16)
+              __builtin_prefetch(source_row(products[0], r) + item.col + j, 0, 2);
+        };
+        bring_near(first);
+        for (int64_t begin = first; begin < end; begin += kGradientRows) {
           const int count = static_cast<int>(std::min(kGradientRows, end - begin));
-          const float* left = (item.product.of_a ? q[which] : kept.lora_down[which]) + begin * rank;
-          if (proj == Projection::kDown) {
-            // Down's output is weighted by the router, so both of its gradients carry the weight.
-            for (int m = 0; m < count; ++m)
-              for (int j = 0; j < rank; ++j)
-                factor[m * rank + j] = weight_of_row(begin + m) * left[m * rank + j];
-            left = factor;
-          }
           for (int m = 0; m < count; ++m) {
-            const int64_t r = begin + m;
-            const float* row;
-            if (item.product.of_a)
-              row = proj == Projection::kDown ? h_of_row(r) : x_of_row(r);
+            const float* row = source_row(products[0], begin + m) + item.col;
+            float* copy = gathered + m * kGradientCols;
+            if (products[0].of_a && in.dropout > 0.0f)
+              kernels_.dropout_row(lora.dropout_key(products[0].projection, begin + m), item.col,
+                                   cols, row, copy);
             else
-              row = proj == Projection::kDown   ? dout_of_row(r)
-                    : proj == Projection::kGate ? dgate_of_row(r)
-                                                : dup_of_row(r);
-            rows[m] = row + item.col;
-            if (item.product.of_a && in.dropout > 0.0f) {
-              float* dropped = gathered + m * kGradientCols;
-              kernels_.dropout_row(lora.dropout_key(proj, r), item.col, cols_padded, rows[m],
-                                   dropped);
-              rows[m] = dropped;
-            }
+              std::memcpy(copy, row, sizeof(float) * static_cast<size_t>(cols));
           }
-          kernels_.rank_outer(count, rank, cols_padded, left, rows, sum, kGradientCols);
+          bring_near(begin + kGradientRows);
+          float* sum = sums;
+          for (const RankProduct& product : products) {
+            const int rank = in.lora[static_cast<int>(product.projection)].rank;
+            const float* factor = product.factor_R + begin * rank;
+            if (product.weighted) {
+              for (int m = 0; m < count; ++m)
+                for (int j = 0; j < rank; ++j)
+                  weighted[m * rank + j] = weight_R[begin + m] * factor[m * rank + j];
+              factor = weighted;
+            }
+            kernels_.rank_outer(count, rank, cols, factor, rank, rows, sum, kGradientCols);
+            sum += rank * kGradientCols;
+          }
         }
-        if (item.product.of_a) {
-          float* out = d_lora[which].a + item.expert * rank * item.product.cols + item.col;
-          for (int j = 0; j < rank; ++j)
-            std::memcpy(out + j * item.product.cols, sum + j * kGradientCols,
-                        sizeof(float) * static_cast<size_t>(cols));
-        } else {
-          float* out = d_lora[which].b + (item.expert * item.product.cols + item.col) * rank;
-          for (int64_t n = 0; n < cols; ++n)
-            for (int j = 0; j < rank; ++j) out[n * rank + j] = sum[j * kGradientCols + n];
+        const float* sum = sums;
+        for (const RankProduct& product : products) {
+          const int rank = in.lora[static_cast<int>(product.projection)].rank;
+          write_gradient(product, item, rank, sum);
+          sum += rank * kGradientCols;
         }
       });
 
@@ -245,7 +305,7 @@ BlockReport ExpertsBlock::backward(const BlockInput& in, const void* d_out,
         float total = 0.0f;
         if (r >= 0) {
           sum.add(1.0f, dx_RD + r * dp);
-          for (int64_t b = 0; b < f_blocks; ++b) total += d_weight_parts[r * f_blocks + b];
+          for (int64_t b = 0; b < weight_parts; ++b) total += d_weight_parts[r * weight_parts + b];
         }
         d_weight[slot] = total;
       }

@@ -1,10 +1,11 @@
 // Forward and backward of the routed experts of one layer.
 //
-//   gate = x Wg' + s (x~ Ag') Bg'      up = x Wu' + s (x~ Au') Bu'      h = act(gate) * up
-//   y    = h Wd' + s (h~ Ad') Bd'      out[t] = sum_k weight[t, k] * y[row(t, k)]
+//   gate = x Wg' + bg + s (x~ Ag') Bg'      up = x Wu' + bu + s (x~ Au') Bu'
+//   h    = act(gate) * up, in the variants of Gate (without a gate: act(up))
+//   y    = h Wd' + bd + s (h~ Ad') Bd'      out[t] = sum_k weight[t, k] * y[row(t, k)]
 //
-// x~ and h~ are x and h under the LoRA dropout (themselves when it is off). Frozen weights have no
-// gradient. d_weight comes from <d_out Wd, h>, so y is never kept.
+// x~ and h~ are x and h under the LoRA dropout (themselves when it is off). Frozen weights and
+// biases have no gradient. d_weight comes from <d_out Wd, h> + <d_out, bd>, so y is never kept.
 #pragma once
 
 #include <array>
@@ -39,7 +40,7 @@ struct LoraGradient {
 struct BlockInput {
   const PackedExperts* weights = nullptr;
   Compute compute = Compute::kExact;
-  Activation activation = Activation::kSilu;
+  Gate gate;
   int64_t tokens = 0, top_k = 0;
   FloatType type = FloatType::kFloat32;   // of hidden, out and their gradients
   const void* hidden = nullptr;           // [T, D]
@@ -52,7 +53,7 @@ struct BlockInput {
 
 // What forward keeps for backward. Rows are sorted by expert; null pointers: keep nothing.
 struct KeptActivations {
-  float* gate = nullptr;                             // [T * K, F padded]
+  float* gate = nullptr;                             // [T * K, F padded]; null without a gate
   float* up = nullptr;                               // [T * K, F padded]
   std::array<float*, kProjectionCount> lora_down{};  // [T * K, rank]: s (input~ A')
 };

@@ -3,7 +3,7 @@
 #include "activation_rows.h"
 #include "experts_block.h"
 #include "lora_operands.h"
-#include "panels.h"
+#include "products.h"
 #include "work_items.h"
 
 namespace kt {
@@ -23,10 +23,11 @@ BlockReport ExpertsBlock::forward(const BlockInput& in, void* out, const KeptAct
   Scratch scratch(cache_, pool_.size());
   const LoraOperands lora(in, routing, kernels_, phases, scratch);
   const FloatRows x(in.hidden, in.type, in.tokens, d, scratch);
-  ActivationRows x_rows(in.compute, routing.rows, dp, scratch);
-  ActivationRows h_rows(in.compute, routing.rows, fp, scratch);
+  ActivationRows x_rows(kernels_, in.compute, routing.rows, dp, scratch);
+  ActivationRows h_rows(kernels_, in.compute, routing.rows, fp, scratch);
   float* h_RF = scratch.floats(routing.rows * fp);
   float* y_RD = scratch.floats(routing.rows * dp);
+  const bool stream_f = streams(routing.rows * fp), stream_d = streams(routing.rows * dp);
 
   phases.run("pack_hidden", token_items, routing.rows * dp * 4, [&](int64_t item, int) {
     const int64_t end = std::min(in.tokens, (item + 1) * kTokensPerItem);
@@ -37,7 +38,7 @@ BlockReport ExpertsBlock::forward(const BlockInput& in, void* out, const KeptAct
         const int64_t r = routing.row_of_slot[t * in.top_k + k];
         if (r < 0) continue;
         if (first < 0)
-          x_rows.pack(kernels_, first = r, row, nullptr);
+          x_rows.pack(first = r, row, nullptr);
         else
           x_rows.copy(first, r);
       }
@@ -57,74 +58,105 @@ BlockReport ExpertsBlock::forward(const BlockInput& in, void* out, const KeptAct
                routing.rows * dp * lora.rank_sum(), [&](int64_t i, int) {
                  const ExpertItem& item = by_rows[i];
                  for (const Projection proj : {Projection::kGate, Projection::kUp})
-                   lora.project_input(proj, item.expert, item.begin, item.end, x_of_row,
+                   lora.project_input(proj, item.expert, item.row_begin, item.row_end, x_of_row,
                                       p[static_cast<int>(proj)]);
                });
 
-  const int64_t f_panels = fp / kPanelCols, d_panels = dp / kPanelCols;
-  const std::vector<ExpertItem> gate_items =
-      expert_items(routing, f_panels, group_size(routing, f_panels, pool_.size()));
-  phases.run("gate_up", static_cast<int64_t>(gate_items.size()), routing.rows * fp * dp,
-             [&](int64_t i, int) {
-               const ExpertItem& item = gate_items[i];
-               const int64_t base = routing.offset[item.expert];
-               const Chunks chunks(routing.count(item.expert), x_rows.terms());
-               const ForwardPanels gate(weights, item.expert, Projection::kGate);
-               const ForwardPanels up(weights, item.expert, Projection::kUp);
-               Tile gate_tile, up_tile, h_tile;
-               for (int64_t panel = item.begin; panel < item.end; ++panel) {
-                 const int64_t col = panel * kPanelCols;
-                 for (int64_t c = 0; c < chunks.count; ++c) {
-                   const int64_t r = base + chunks.begin(c);
-                   const int rows = chunks.size(c);
-                   const bool last = panel + 1 == item.end;
-                   x_rows.dot(kernels_, r, rows, gate.panel(panel), gate.scales(panel),
-                              gate.prefetch(panel + 1, last, c, chunks.count), gate_tile);
-                   x_rows.dot(kernels_, r, rows, up.panel(panel), up.scales(panel),
-                              up.prefetch(panel + 1, last, c, chunks.count), up_tile);
-                   lora.add_output(Projection::kGate, item.expert, r, rows, p[0], col, gate_tile);
-                   lora.add_output(Projection::kUp, item.expert, r, rows, p[1], col, up_tile);
-                   kernels_.gate_forward(in.activation, rows * kPanelCols, gate_tile, up_tile,
-                                         h_tile);
-                   copy_tile_out(rows, h_tile, h_RF + r * fp + col, fp);
-                   if (kept.gate) {
-                     copy_tile_out(rows, gate_tile, kept.gate + r * fp + col, fp);
-                     copy_tile_out(rows, up_tile, kept.up + r * fp + col, fp);
-                   }
-                 }
-               }
-             });
+  // What follows a frozen product: its bias and the adapter's share, for 32 outputs from `col`.
+  const auto complete = [&](Projection proj, int64_t expert, int64_t row, int rows, int64_t col,
+                            float* tile) {
+    if (const float* bias = weights.bias(expert, proj)) kernels_.add_row(rows, bias + col, tile);
+    lora.add_output(proj, expert, row, rows, p[static_cast<int>(proj)], col, tile);
+  };
+  const auto col_scale = [&](int64_t expert, Projection proj, int64_t col) {
+    const float* scales = weights.scales(expert, proj);
+    return scales ? scales + col : nullptr;
+  };
+
+  const bool gated = weights.gated();
+  const int64_t f_units = fp / (gated ? kPanelCols : 2 * kPanelCols);
+  const std::vector<Projection> inner = gated
+                                            ? std::vector{Projection::kGate, Projection::kUp}
+                                            : std::vector{Projection::kUp};
+  const std::vector<ExpertItem> inner_items =
+      expert_items(routing, f_units, pool_.size(), x_rows.row_bytes());
+  phases.run(
+      "gate_up", static_cast<int64_t>(inner_items.size()), routing.rows * fp * dp,
+      [&](int64_t i, int thread) {
+        const ExpertItem& item = inner_items[i];
+        ForwardPanels panels(
+            kernels_, weights, item.expert, inner,
+            scratch.thread_bytes(thread, ForwardPanels::buffer_bytes(kernels_, weights, dp)));
+        const auto activate = [&](int64_t row, int rows, int64_t col, const float* gate,
+                                  const float* up) {
+          GateForward io{};
+          io.rows = rows;
+          io.gate = gate;
+          io.up = up;
+          io.h = h_RF + row * fp + col;
+          io.ldh = io.ldk = fp;
+          if (kept.up) {
+            io.keep_gate = gate ? kept.gate + row * fp + col : nullptr;
+            io.keep_up = kept.up + row * fp + col;
+          }
+          io.stream = stream_f;
+          kernels_.gate_forward(in.gate, io);
+        };
+        for (int64_t unit = item.begin; unit < item.end; ++unit) {
+          const int64_t col = unit * (gated ? kPanelCols : 2 * kPanelCols);
+          const std::array<const float*, 2> scales = {
+              col_scale(item.expert, inner.front(), col),
+              col_scale(item.expert, Projection::kUp, gated ? col : col + kPanelCols)};
+          multiply(x_rows, panels, unit, unit + 1 < item.end, item.row_begin, item.row_end, scales,
+                   [&](int64_t row, int rows, const std::array<float*, 2>& y) {
+                     if (gated) {
+                       complete(Projection::kGate, item.expert, row, rows, col, y[0]);
+                       complete(Projection::kUp, item.expert, row, rows, col, y[1]);
+                       activate(row, rows, col, y[0], y[1]);
+                     } else {
+                       for (int64_t half = 0; half < 2; ++half) {
+                         const int64_t at = col + half * kPanelCols;
+                         complete(Projection::kUp, item.expert, row, rows, at, y[half]);
+                         activate(row, rows, at, nullptr, y[half]);
+                       }
+                     }
+                   });
+        }
+      });
 
   phases.run("pack_h", static_cast<int64_t>(by_rows.size()),
              routing.rows * fp * (4 + lora.rank_sum()), [&](int64_t i, int) {
                const ExpertItem& item = by_rows[i];
-               for (int64_t r = item.begin; r < item.end; ++r)
-                 h_rows.pack(kernels_, r, h_of_row(r), nullptr);
-               lora.project_input(Projection::kDown, item.expert, item.begin, item.end, h_of_row,
-                                  p[2]);
+               for (int64_t r = item.row_begin; r < item.row_end; ++r)
+                 h_rows.pack(r, h_of_row(r), nullptr);
+               lora.project_input(Projection::kDown, item.expert, item.row_begin, item.row_end,
+                                  h_of_row, p[2]);
              });
 
   const std::vector<ExpertItem> down_items =
-      expert_items(routing, d_panels, group_size(routing, d_panels, pool_.size()));
-  phases.run(
-      "down", static_cast<int64_t>(down_items.size()), routing.rows * fp * dp, [&](int64_t i, int) {
-        const ExpertItem& item = down_items[i];
-        const int64_t base = routing.offset[item.expert];
-        const Chunks chunks(routing.count(item.expert), h_rows.terms());
-        const ForwardPanels down(weights, item.expert, Projection::kDown);
-        Tile tile;
-        for (int64_t panel = item.begin; panel < item.end; ++panel) {
-          const int64_t col = panel * kPanelCols;
-          for (int64_t c = 0; c < chunks.count; ++c) {
-            const int64_t r = base + chunks.begin(c);
-            const int rows = chunks.size(c);
-            h_rows.dot(kernels_, r, rows, down.panel(panel), down.scales(panel),
-                       down.prefetch(panel + 1, panel + 1 == item.end, c, chunks.count), tile);
-            lora.add_output(Projection::kDown, item.expert, r, rows, p[2], col, tile);
-            copy_tile_out(rows, tile, y_RD + r * dp + col, dp);
-          }
-        }
-      });
+      expert_items(routing, dp / kBlock, pool_.size(), h_rows.row_bytes());
+  phases.run("down", static_cast<int64_t>(down_items.size()), routing.rows * fp * dp,
+             [&](int64_t i, int thread) {
+               const ExpertItem& item = down_items[i];
+               ForwardPanels panels(
+                   kernels_, weights, item.expert, {Projection::kDown},
+                   scratch.thread_bytes(thread, ForwardPanels::buffer_bytes(kernels_, weights, fp)));
+               for (int64_t unit = item.begin; unit < item.end; ++unit) {
+                 const int64_t col = unit * kBlock;
+                 multiply(h_rows, panels, unit, unit + 1 < item.end, item.row_begin,
+                          item.row_end,
+                          {col_scale(item.expert, Projection::kDown, col),
+                           col_scale(item.expert, Projection::kDown, col + kPanelCols)},
+                          [&](int64_t row, int rows, const std::array<float*, 2>& y) {
+                            for (int64_t half = 0; half < 2; ++half) {
+                              const int64_t at = col + half * kPanelCols;
+                              complete(Projection::kDown, item.expert, row, rows, at, y[half]);
+                              kernels_.store_tile(rows, y[half], y_RD + row * dp + at, dp,
+                                                  stream_d);
+                            }
+                          });
+               }
+             });
 
   phases.run("reduce", token_items, routing.rows * dp * 2, [&](int64_t item, int thread) {
     TokenSum sum(scratch.thread_floats(thread, dp), in.top_k);

@@ -5,9 +5,7 @@
 #include <array>
 #include <cstring>
 
-#include "experts_block.h"
-#include "scratch.h"
-#include "work_items.h"
+#include "products.h"
 
 namespace kt {
 
@@ -85,7 +83,7 @@ class LoraOperands {
       rows.push_back(row);
     }
     kernels_.rank_project(static_cast<int>(rows.size()), lora.rank, op.lda, rows.data(),
-                          a(p, expert), op.lda, lora.scaling, out + begin * lora.rank);
+                          a(p, expert), op.lda, lora.scaling, out + begin * lora.rank, lora.rank);
   }
 
   // q[row] = scaling * d_output[row] B.
@@ -98,7 +96,7 @@ class LoraOperands {
     std::vector<const float*> rows;
     for (int64_t r = begin; r < end; ++r) rows.push_back(row_of(r));
     kernels_.rank_project(static_cast<int>(rows.size()), lora.rank, op.ldb, rows.data(),
-                          bt(p, expert), op.ldb, lora.scaling, out + begin * lora.rank);
+                          bt(p, expert), op.ldb, lora.scaling, out + begin * lora.rank, lora.rank);
   }
 
   // tile += p B', for 32 outputs from `col`.
@@ -106,7 +104,7 @@ class LoraOperands {
                   int64_t col, float* tile) const {
     if (!any(p)) return;
     const int rank = in_.lora[static_cast<size_t>(p)].rank;
-    kernels_.rank_expand(rows, rank, factors + row * rank, bt(p, expert) + col,
+    kernels_.rank_expand(rows, rank, factors + row * rank, rank, bt(p, expert) + col,
                          operands_[static_cast<size_t>(p)].ldb, tile);
   }
 
@@ -118,11 +116,11 @@ class LoraOperands {
     const float* a_cols = a(p, expert) + col;
     const int64_t lda = operands_[static_cast<size_t>(p)].lda;
     if (in_.dropout == 0.0f) {
-      kernels_.rank_expand(rows, rank, factors + row * rank, a_cols, lda, tile);
+      kernels_.rank_expand(rows, rank, factors + row * rank, rank, a_cols, lda, tile);
       return;
     }
     Tile path{};
-    kernels_.rank_expand(rows, rank, factors + row * rank, a_cols, lda, path);
+    kernels_.rank_expand(rows, rank, factors + row * rank, rank, a_cols, lda, path);
     for (int m = 0; m < rows; ++m) {
       float* path_row = path + m * kPanelCols;
       kernels_.dropout_row(dropout_key(p, row + m), col, kPanelCols, path_row, path_row);

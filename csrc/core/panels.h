@@ -1,5 +1,6 @@
-// Weight panels of one expert: forward as stored, backward transposed into a thread's buffer, and
-// what to prefetch of the next one meanwhile.
+// The weight panels of one expert, two at a time: forward as stored where that is the form the dot
+// products read, otherwise built in a thread's buffer; backward always built. A unit is the two
+// panels of one step: (gate, up) of the same 32 outputs, or 64 neighbouring outputs or inputs.
 #pragma once
 
 #include <array>
@@ -9,115 +10,211 @@
 
 namespace kt {
 
-inline int lines_shift(int64_t tile_bytes) { return tile_bytes == kTileBytesInt8 ? 5 : 6; }
+inline PanelForm panel_form(const KernelTable& kernels, const PackedExperts& weights) {
+  return weights.is_bf16() ? kernels.float_panel : kernels.int_panel;
+}
+inline int64_t panel_block_bytes(const KernelTable& kernels, const PackedExperts& weights) {
+  return kPanelBlockBytes[static_cast<int>(panel_form(kernels, weights))];
+}
 
-// Panels of 32 outputs that contract over the inputs.
-class ForwardPanels {
+// Reads the stored tiles of one expert's projection.
+class StoredTiles {
  public:
-  ForwardPanels(const PackedExperts& weights, int64_t expert, Projection projection)
-      : tiles_(weights.tiles(expert, projection)),
-        scales_(weights.scales(expert, projection)),
-        tile_bytes_(weights.tile_bytes()),
-        panel_bytes_(padded(weights.inputs(projection)) / kBlock * tile_bytes_) {}
+  StoredTiles(const KernelTable& kernels, const PackedExperts& weights, int64_t expert,
+              Projection projection)
+      : kernels_(kernels),
+        weights_(weights),
+        expert_(expert),
+        projection_(projection),
+        tiles_(weights.tiles(expert, projection)),
+        blocks_(padded(weights.inputs(projection)) / kBlock),
+        panels_(padded(weights.outputs(projection)) / kPanelCols) {}
 
-  const uint8_t* panel(int64_t i) const { return tiles_ + i * panel_bytes_; }
-  const float* scales(int64_t i) const { return scales_ ? scales_ + i * kPanelCols : nullptr; }
+  int64_t blocks() const { return blocks_; }  // super tiles along the inputs
+  int64_t panels() const { return panels_; }  // along the outputs
+  const uint8_t* tile(int64_t panel, int64_t block) const {
+    return tiles_ + (panel * blocks_ + block) * weights_.tile_bytes();
+  }
 
-  // The share of chunk c of `chunks` in bringing panel i near; nothing when there is none.
-  Prefetch prefetch(int64_t i, bool none, int64_t c, int64_t chunks) const {
-    Prefetch next;
-    if (none) return next;
-    const int64_t lines = panel_bytes_ / 64;
-    next.base = reinterpret_cast<const char*>(panel(i));
-    next.tile_stride = tile_bytes_;
-    next.tile_shift = lines_shift(tile_bytes_);
-    next.first = lines * c / chunks;
-    next.count = lines * (c + 1) / chunks - next.first;
-    return next;
+  // Half a super tile, 16 outputs, in int8; unpacked into `buffer` when stored in int4.
+  const uint8_t* int8_half(int64_t panel, int64_t block, int64_t half, uint8_t* buffer) const {
+    const uint8_t* stored = tile(panel, block);
+    if (!weights_.is_int4()) return stored + half * kTileBytesInt8 / 2;
+    kernels_.unpack_int4(
+        stored + half * kTileBytesInt4 / 2,
+        weights_.multipliers(expert_, projection_, panel, block, half).data(), buffer);
+    return buffer;
   }
 
  private:
+  const KernelTable& kernels_;
+  const PackedExperts& weights_;
+  int64_t expert_;
+  Projection projection_;
   const uint8_t* tiles_;
-  const float* scales_;
-  int64_t tile_bytes_, panel_bytes_;
+  int64_t blocks_, panels_;
 };
 
-// For a block of 64 inputs, two panels of 32 that contract over the outputs of one or more
-// projections laid end to end (gate, then up). `buffer` holds both panels.
-class BackwardPanels {
+inline int tile_lines_shift(const PackedExperts& weights) {
+  return weights.is_bf16() ? 6 : weights.is_int4() ? 4 : 5;
+}
+
+// The part'th of `parts` shares of `lines` stored lines from `first`.
+inline Prefetch prefetch_share(const PackedExperts& weights, const uint8_t* base, int64_t stride,
+                               int64_t first, int64_t lines, int64_t part, int64_t parts) {
+  Prefetch next;
+  next.base = reinterpret_cast<const char*>(base);
+  next.tile_stride = stride;
+  next.tile_shift = tile_lines_shift(weights);
+  next.first = first + lines * part / parts;
+  next.count = first + lines * (part + 1) / parts - next.first;
+  return next;
+}
+
+// Contracts over the inputs. With one projection a unit is panels (2i, 2i + 1), with two it is
+// panel i of each.
+class ForwardPanels {
  public:
-  BackwardPanels(const PackedExperts& weights, int64_t expert, std::vector<Projection> projections,
-                 uint8_t* buffer)
-      : tile_bytes_(weights.tile_bytes()), int8_(weights.format() == WeightFormat::kInt8) {
-    for (const Projection p : projections) {
-      const int64_t blocks_of_inputs = padded(weights.inputs(p)) / kBlock;
-      sources_.push_back({weights.tiles(expert, p), blocks_of_inputs * tile_bytes_,
-                          padded(weights.outputs(p)) / kPanelCols});
-      panels_ += padded(weights.outputs(p)) / kPanelCols;
+  ForwardPanels(const KernelTable& kernels, const PackedExperts& weights, int64_t expert,
+                const std::vector<Projection>& projections, uint8_t* buffer)
+      : kernels_(kernels), weights_(weights), block_bytes_(panel_block_bytes(kernels, weights)) {
+    for (const Projection p : projections) sources_.emplace_back(kernels, weights, expert, p);
+    const PanelForm form = panel_form(kernels, weights);
+    in_place_ = weights.is_bf16() ? form == PanelForm::kBf16
+                                  : form == PanelForm::kU8 && !weights.is_int4();
+    buffers_ = {buffer, buffer + blocks() * block_bytes_};
+  }
+
+  static int64_t buffer_bytes(const KernelTable& kernels, const PackedExperts& weights,
+                              int64_t contraction) {
+    return 2 * contraction / kBlock * panel_block_bytes(kernels, weights);
+  }
+
+  bool built() const { return !in_place_; }
+  int64_t blocks() const { return sources_[0].blocks(); }
+  const void* part(int p) const { return parts_[static_cast<size_t>(p)]; }
+
+  // Makes blocks [begin, end) of a unit's panels available as part(0) and part(1).
+  void prepare(int64_t unit, int64_t begin, int64_t end) {
+    for (int p = 0; p < 2; ++p) {
+      const StoredTiles& source = of_part(p);
+      const int64_t panel = panel_of(unit, p);
+      const size_t which = static_cast<size_t>(p);
+      parts_[which] = in_place_ ? source.tile(panel, begin) : buffers_[which];
+      if (in_place_) continue;
+      for (int64_t b = begin; b < end; ++b)
+        build(source, panel, b, buffers_[which] + (b - begin) * block_bytes_);
     }
-    halves_ = {buffer, buffer + panels_ / 2 * tile_bytes_};
   }
 
-  void build(const KernelTable& kernels, int64_t block) {
-    int64_t at = 0;  // super tiles of 64 contracted outputs done
-    for (const Source& source : sources_)
-      for (int64_t pair = 0; pair < source.panels; pair += 2, ++at)
-        for (int64_t which = 0; which < 2; ++which) {
-          const uint8_t* tile = source.tiles + (pair + which) * source.stride + block * tile_bytes_;
-          if (int8_)
-            place_int8(kernels, tile, at, which);
-          else
-            place_bf16(kernels, tile, at, which);
-        }
-  }
-
-  const uint8_t* half(int h) const { return halves_[static_cast<size_t>(h)]; }
-
-  // The share of (half, chunk) in bringing the tiles of block `block` near.
-  Prefetch prefetch(int64_t block, bool none, int half, int64_t c, int64_t chunks) const {
-    Prefetch next;
-    if (none) return next;
-    const bool two = sources_.size() == 2;
-    const Source& source = sources_[two ? static_cast<size_t>(half) : 0];
-    const int64_t lines = source.panels * (tile_bytes_ / 64);
-    const int64_t begin = two ? 0 : lines * half / 2;
-    const int64_t share = two ? lines : lines / 2;
-    next.base = reinterpret_cast<const char*>(source.tiles + block * tile_bytes_);
-    next.tile_stride = source.stride;
-    next.tile_shift = lines_shift(tile_bytes_);
-    next.first = begin + share * c / chunks;
-    next.count = begin + share * (c + 1) / chunks - next.first;
-    return next;
+  Prefetch prefetch(int64_t unit, int p, int64_t share, int64_t shares) const {
+    const int64_t bytes = blocks() * weights_.tile_bytes();
+    return prefetch_share(weights_, of_part(p).tile(panel_of(unit, p), 0), weights_.tile_bytes(),
+                          0, bytes / 64, share, shares);
   }
 
  private:
-  struct Source {
-    const uint8_t* tiles;
-    int64_t stride;  // bytes from one panel of 32 outputs to the next
-    int64_t panels;  // even: outputs are padded to 64
-  };
+  const StoredTiles& of_part(int p) const {
+    return sources_[sources_.size() == 2 ? static_cast<size_t>(p) : 0];
+  }
+  int64_t panel_of(int64_t unit, int p) const { return sources_.size() == 2 ? unit : 2 * unit + p; }
 
-  void place_int8(const KernelTable& kernels, const uint8_t* super, int64_t at, int64_t which) {
-    for (int64_t side = 0; side < 2; ++side) {
-      uint8_t* pieces[4];
-      for (int64_t g = 0; g < 4; ++g)
-        pieces[g] = halves_[static_cast<size_t>(g / 2)] + at * kTileBytesInt8 + g % 2 * 1024 +
-                    (2 * which + side) * 256;
-      kernels.transpose_u8(super + side * 1024, pieces);
+  void build(const StoredTiles& source, int64_t panel, int64_t b, uint8_t* out) const {
+    if (weights_.is_bf16()) {
+      kernels_.place_float_forward(reinterpret_cast<const uint16_t*>(source.tile(panel, b)), out);
+      return;
+    }
+    const bool bytes = kernels_.int_panel == PanelForm::kU8;
+    for (int64_t half = 0; half < 2; ++half) {
+      uint8_t* place = out + half * (bytes ? kTileBytesInt8 / 2 : 64);
+      if (bytes) {
+        source.int8_half(panel, b, half, place);
+      } else {
+        alignas(64) uint8_t unpacked[kTileBytesInt8 / 2];
+        kernels_.place_int_forward(source.int8_half(panel, b, half, unpacked), place);
+      }
     }
   }
-  void place_bf16(const KernelTable& kernels, const uint8_t* super, int64_t at, int64_t which) {
-    uint16_t* pieces[2];
-    for (size_t h = 0; h < 2; ++h)
-      pieces[h] = reinterpret_cast<uint16_t*>(halves_[h] + at * kTileBytesBf16 +
-                                              which * kTileBytesBf16 / 2);
-    kernels.transpose_bf16(reinterpret_cast<const uint16_t*>(super), pieces);
+
+  const KernelTable& kernels_;
+  const PackedExperts& weights_;
+  int64_t block_bytes_;
+  bool in_place_;
+  std::vector<StoredTiles> sources_;
+  std::array<uint8_t*, 2> buffers_{};
+  std::array<const void*, 2> parts_{};
+};
+
+// Contracts over the outputs of one or more projections laid end to end (gate, then up). A unit is
+// a block of 64 inputs.
+class BackwardPanels {
+ public:
+  BackwardPanels(const KernelTable& kernels, const PackedExperts& weights, int64_t expert,
+                 const std::vector<Projection>& projections, uint8_t* buffer)
+      : kernels_(kernels), weights_(weights), block_bytes_(panel_block_bytes(kernels, weights)) {
+    for (const Projection p : projections) sources_.emplace_back(kernels, weights, expert, p);
+    halves_ = {buffer, buffer + blocks() * block_bytes_};
   }
 
-  int64_t tile_bytes_;
-  bool int8_;
-  std::vector<Source> sources_;
-  int64_t panels_ = 0;
+  static int64_t buffer_bytes(const KernelTable& kernels, const PackedExperts& weights,
+                              int64_t contraction) {
+    return ForwardPanels::buffer_bytes(kernels, weights, contraction);
+  }
+
+  bool built() const { return true; }
+  int64_t blocks() const {  // of 64 contracted outputs
+    return sources_[0].panels() / 2 * static_cast<int64_t>(sources_.size());
+  }
+  const void* part(int p) const { return halves_[static_cast<size_t>(p)]; }
+
+  void prepare(int64_t unit, int64_t begin, int64_t end) {
+    const int64_t per_source = sources_[0].panels() / 2;
+    for (int64_t b = begin; b < end; ++b)
+      for (int64_t which = 0; which < 2; ++which) {
+        const StoredTiles& source = sources_[static_cast<size_t>(b / per_source)];
+        const int64_t panel = b % per_source * 2 + which;
+        if (weights_.is_bf16())
+          place_float(source.tile(panel, unit), b - begin, which);
+        else
+          place_int(source, panel, unit, b - begin, which);
+      }
+  }
+
+  Prefetch prefetch(int64_t unit, int p, int64_t share, int64_t shares) const {
+    const bool two = sources_.size() == 2;
+    const StoredTiles& source = sources_[two ? static_cast<size_t>(p) : 0];
+    const int64_t lines = source.panels() * (weights_.tile_bytes() / 64);
+    const int64_t own = two ? lines : lines / 2;
+    return prefetch_share(weights_, source.tile(0, unit), source.blocks() * weights_.tile_bytes(),
+                          two ? 0 : own * p, own, share, shares);
+  }
+
+ private:
+  // Super tile `which` of the pair that makes block `at` of the panels: 32 of its 64 outputs.
+  void place_int(const StoredTiles& source, int64_t panel, int64_t unit, int64_t at,
+                 int64_t which) {
+    const bool bytes = kernels_.int_panel == PanelForm::kU8;
+    alignas(64) uint8_t unpacked[kTileBytesInt8 / 2];
+    for (int64_t half = 0; half < 2; ++half) {
+      const int64_t sixteenth = 2 * which + half;  // of the block's 64 outputs
+      void* pieces[4];
+      for (int64_t g = 0; g < 4; ++g)
+        pieces[g] = halves_[static_cast<size_t>(g / 2)] + at * block_bytes_ +
+                    (bytes ? g % 2 * 1024 + sixteenth * 256 : g % 2 * 64 + sixteenth * 1024);
+      kernels_.place_int_backward(source.int8_half(panel, unit, half, unpacked), pieces);
+    }
+  }
+  void place_float(const uint8_t* tile, int64_t at, int64_t which) {
+    void* pieces[2];
+    for (size_t h = 0; h < 2; ++h)
+      pieces[h] = halves_[h] + at * block_bytes_ + which * block_bytes_ / 2;
+    kernels_.place_float_backward(reinterpret_cast<const uint16_t*>(tile), pieces);
+  }
+
+  const KernelTable& kernels_;
+  const PackedExperts& weights_;
+  int64_t block_bytes_;
+  std::vector<StoredTiles> sources_;
   std::array<uint8_t*, 2> halves_{};
 };
 

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstring>
 #include <vector>
 
 #include "experts_block.h"
@@ -39,17 +38,34 @@ class Phases {
   BlockReport& report_;
 };
 
-// Work items (expert, begin, end) that cut `units` of each active expert into groups.
+// Rows [row_begin, row_end) of one expert by units [begin, end) of its panels.
 struct ExpertItem {
   int32_t expert;
   int64_t begin, end;
+  int64_t row_begin, row_end;
 };
 
-inline std::vector<ExpertItem> expert_items(const Routing& routing, int64_t units, int64_t group) {
+// Activations that a work item goes through again for every unit stay in the second-level cache.
+constexpr int64_t kRowBlockBytes = 640 << 10;
+constexpr int64_t kMinRowBlock = 64;
+
+// Items of about equal work, at least 8 for each thread, from the expert with the most rows to the
+// one with the fewest. Large groups of units let one unit's computation prefetch the next; an
+// expert with many rows is cut by rows too, so that skewed routing keeps all threads busy.
+inline std::vector<ExpertItem> expert_items(const Routing& routing, int64_t units, int threads,
+                                            int64_t row_bytes) {
+  const int64_t block = std::max(kMinRowBlock, kRowBlockBytes / row_bytes);
+  const int64_t target = std::max<int64_t>(1, routing.rows * units / (int64_t{8} * threads));
   std::vector<ExpertItem> items;
-  for (const int32_t expert : routing.active)
+  for (const int32_t expert : routing.active) {
+    const int64_t rows = routing.count(expert), base = routing.offset[expert];
+    const int64_t parts = std::max<int64_t>(1, (rows + block / 2) / block);
+    const int64_t group = std::clamp<int64_t>(target / ceil_div(rows, parts), 1, 8);
     for (int64_t begin = 0; begin < units; begin += group)
-      items.push_back({expert, begin, std::min(units, begin + group)});
+      for (int64_t part = 0; part < parts; ++part)
+        items.push_back({expert, begin, std::min(units, begin + group), base + rows * part / parts,
+                         base + rows * (part + 1) / parts});
+  }
   return items;
 }
 
@@ -58,35 +74,14 @@ inline std::vector<ExpertItem> row_items(const Routing& routing) {
   for (const int32_t expert : routing.active)
     for (int64_t row = routing.offset[expert]; row < routing.offset[expert + 1];
          row += kRowsPerItem)
-      items.push_back({expert, row, std::min(routing.offset[expert + 1], row + kRowsPerItem)});
+      items.push_back(
+          {expert, 0, 1, row, std::min(routing.offset[expert + 1], row + kRowsPerItem)});
   return items;
 }
 
-// Large groups let one panel's computation prefetch the next; small ones keep all threads busy.
-inline int64_t group_size(const Routing& routing, int64_t units, int threads) {
-  const int64_t all = units * static_cast<int64_t>(routing.active.size());
-  return std::clamp<int64_t>(all / (int64_t{8} * threads), 1, 8);
-}
-
-// Rows of one expert in nearly equal chunks that fit one call of a dot kernel.
-struct Chunks {
-  int64_t count, rows;
-  Chunks(int64_t rows_of_expert, int terms)
-      : count(ceil_div(rows_of_expert, kMaxDotRows / terms)), rows(rows_of_expert) {}
-  int64_t begin(int64_t i) const { return rows * i / count; }
-  int size(int64_t i) const { return static_cast<int>(begin(i + 1) - begin(i)); }
-};
-
-using Tile = float[kMaxDotRows * kPanelCols];
-
-inline void copy_tile_out(int rows, const float* tile, float* out, int64_t stride) {
-  for (int m = 0; m < rows; ++m)
-    std::memcpy(out + m * stride, tile + m * kPanelCols, sizeof(float) * kPanelCols);
-}
-
-inline void copy_tile_in(int rows, const float* source, int64_t stride, float* tile) {
-  for (int m = 0; m < rows; ++m)
-    std::memcpy(tile + m * kPanelCols, source + m * stride, sizeof(float) * kPanelCols);
-}
+// Arrays that do not fit the caches are written past them: the line is not read first, and what is
+// there stays. The locked instruction that ends a phase makes such stores visible to all threads.
+constexpr int64_t kStreamBytes = 24 << 20;
+inline bool streams(int64_t floats) { return floats * int64_t{sizeof(float)} > kStreamBytes; }
 
 }  // namespace kt

@@ -1,15 +1,20 @@
-// The contract between the experts block and an instruction set: one table of functions per ISA.
+// The contract between the experts block and an instruction set: one table of functions per ISA,
+// declared, filled, tested and reported from the rows of KT_KERNELS.
 //
 // Legend (shared with the Python package): T tokens, D hidden size, F intermediate size, E experts,
 // K top-k, R = T*K routed rows, M rows of one expert, r LoRA rank. Every D and F below is padded to
 // a multiple of 64, padding is zero in activations and a zero weight in panels.
 //
-// Weight panels. A panel holds 32 outputs. It is a sequence of super tiles, each 32 outputs by 64
-// inputs of the contraction:
-//   int8: [2 halves][16 k4][16 n][4 kk] bytes, stored as q + 128 (2048 bytes)
-//   bf16: [32 k2][32 n][2 kk]                                    (4096 bytes)
-// Forward panels lie in the store as they are. Backward panels have the same shape with the roles
-// of n and k exchanged and are made by `transpose_*` from the stored tiles.
+// Stored weights. A super tile is 32 outputs n by 64 inputs k:
+//   int8: [2 halves][16 k4][16 n][4 kk] bytes q + 128                          (2048 bytes)
+//   int4: [2 halves][8 k4][16 n][4 kk] bytes, low nibble c + 8 of k4, high nibble that of k4 + 8,
+//         with one multiplier m in 1..16 per output and group of k: q = m * c   (1024 bytes)
+//   bf16: [32 k2][32 n][2 kk]                                                   (4096 bytes)
+//
+// Panels are what the dot products read: 32 outputs by the contraction, in blocks of 64, in the
+// form that suits the ISA (PanelForm). Forward panels that have the stored form are read in place;
+// all others, and every backward panel (the same shape with n and k exchanged), are built by the
+// place_* kernels in a thread's buffer.
 #pragma once
 
 #include <stddef.h>
@@ -17,21 +22,41 @@
 
 namespace kt {
 
-constexpr int64_t kPanelCols = 32;        // outputs of one panel
-constexpr int64_t kBlock = 64;            // contraction length of one super tile
-constexpr int64_t kTileBytesInt8 = 2048;  // one super tile, int8
-constexpr int64_t kTileBytesBf16 = 4096;  // one super tile, bf16
-constexpr int kMaxDotRows = 14;           // 14 x 2 accumulators + 2 weights + 1 broadcast <= 32 zmm
-constexpr float kExactLevels = 32639.0f;  // 127 * 256 + 127: the largest |256 * hi + lo|
-constexpr int64_t kMaxFoldedRow = 65536;  // longest contraction of a backward product
+constexpr int64_t kPanelCols = 32;          // outputs of one panel
+constexpr int64_t kBlock = 64;              // contraction length of one super tile
+constexpr int64_t kTileBytesInt8 = 2048;    // one stored super tile, int8
+constexpr int64_t kTileBytesInt4 = 1024;    // one stored super tile, int4
+constexpr int64_t kTileBytesBf16 = 4096;    // one stored super tile, bf16
+constexpr int kMaxDotRows = 32;             // the tallest tile of any ISA: two AMX tiles
+constexpr float kExactLevels = 32639.0f;    // 127 * 256 + 127: the largest |256 * hi + lo|
+constexpr int64_t kMaxContraction = 65536;  // longest row of a product: int32 sums stay exact
 
-enum class Activation : int { kSilu = 0, kGeluErf = 1, kGeluTanh = 2, kQuickGelu = 3 };
-constexpr int kActivationCount = 4;
+enum class Activation : int { kSwish = 0, kGeluErf, kGeluTanh, kRelu, kRelu2 };
+constexpr int kActivationCount = 5;
 
 enum class FloatType : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 
+// h = act(min(gate, limit)) * (clamp(up, -limit, limit) + up_offset), or act(up) without a gate.
+// Swish is x * sigmoid(alpha * x): SiLU for alpha 1, the quick GELU for 1.702.
+struct Gate {
+  Activation activation = Activation::kSwish;
+  bool gated = true;
+  float alpha = 1.0f;
+  float limit = __builtin_inff();
+  float up_offset = 0.0f;
+};
+
+// One block of a panel, 64 of the contraction by 32 outputs, and the activations that go with it.
+enum class PanelForm : int {
+  kU8 = 0,   // [2 halves][16 k4][16 n][4 kk], q + 128; rows in int8, one for each term
+  kS16 = 1,  // [32 k2][32 n][2 kk], q; rows in int16, both terms in one
+  kBf16 = 2, // [32 k2][32 n][2 kk]; rows in bf16
+  kF32 = 3,  // [64 k][32 n]; rows in fp32
+};
+constexpr int64_t kPanelBlockBytes[] = {2048, 4096, 4096, 8192};
+
 // Cache lines to bring into L2 while a panel is computed: `count` lines of 64 bytes; line i lies at
-// base + (i >> tile_shift) * tile_stride + (i & (2^tile_shift - 1)) * 64.
+// base + (i / tile_lines) * tile_stride + (i % tile_lines) * 64, tile_lines = 2^tile_shift.
 struct Prefetch {
   const char* base = nullptr;
   int64_t tile_stride = 0;
@@ -46,67 +71,148 @@ struct DropoutKey {
   float keep_scale = 1.0f;  // 1 / (1 - p)
 };
 
-struct KernelTable {
-  const char* name;
-
-  // c[m][j] = sum_k u8(panel[k][j]) * s8(a[m][k]) in int32, m < rows <= kMaxDotRows, j < 32.
-  // Exact while 255 * 128 * 64 * blocks < 2^31, that is for contractions up to 65,792.
-  void (*dot_u8s8)(int rows, int64_t blocks, const int8_t* a, int64_t lda, const uint8_t* panel,
-                   int32_t* c, const Prefetch& next);
-  // c[m][j] = sum_k panel[k][j] * a[m][k], bf16 products, fp32 accumulation.
-  void (*dot_bf16)(int rows, int64_t blocks, const uint16_t* a, int64_t lda, const uint16_t* panel,
-                   float* c, const Prefetch& next);
-
-  // One stored int8 tile [16 k4][16 n][4 kk] into four pieces [4 n4][16 k][4 nn], one per 16 k.
-  void (*transpose_u8)(const uint8_t* tile, uint8_t* const pieces[4]);
-  // One stored bf16 super tile [32 k2][32 n][2 kk] into two pieces [16 n2][32 k][2 nn].
-  void (*transpose_bf16)(const uint16_t* tile, uint16_t* const pieces[2]);
-
-  // y[m][j] = row_scale[m] * col_scale[j] * (sum over terms of 256^(terms-1-t) *
-  //           (c[m*terms+t][j] - 128 * row_sum[m*terms+t])); col_scale null means 1.
-  void (*scale_tile)(int rows, int terms, const int32_t* c, const float* row_scale,
-                     const int32_t* row_sum, const float* col_scale, float* y);
-
-  // One row to int8 terms: terms == 1: q = rint(x * 127 / absmax);
-  // terms == 2: q = rint(x * 32639 / absmax) = 256 * hi + lo, hi at out, lo at out + n.
-  // `fold`, if not null, multiplies x first. A row with NaN or Inf gets scale NaN, so that it comes
-  // out as NaN; a zero row gets scale 0.
-  void (*quantize_row)(int terms, int64_t n, const float* x, const float* fold, int8_t* out,
-                       float* scale, int32_t* sums);
-  void (*to_bf16_row)(int64_t n, const float* x, uint16_t* out);
-  void (*to_float_row)(int64_t n, FloatType type, const void* x, float* out);
-  void (*from_float_row)(int64_t n, FloatType type, const float* x, void* out);
-
-  // The largest |x|; NaN or Inf when there is one in the row.
-  float (*absmax_row)(int64_t n, const float* x);
-  // Weights of one output channel: scale = absmax / 127, out = rint(w / scale) + 128.
-  void (*quantize_weight_row)(int64_t n, const float* w, uint8_t* out, float* scale);
-
-  // h = act(gate) * up over n elements.
-  void (*gate_forward)(Activation act, int64_t n, const float* gate, const float* up, float* h);
-  // h = act(gate) * up; dgate = w * dh * up * act'(gate); dup = w * dh * act(gate), over n
-  // elements, a multiple of 32. Returns <dh, h>, this piece's share of the gradient of w.
-  float (*gate_backward)(Activation act, int64_t n, float weight, const float* dh,
-                         const float* gate, const float* up, float* dgate, float* dup, float* h);
-
-  // p[m][j] = scaling * sum_i x[m][i] * a[j][i], m < rows, j < rank.
-  void (*rank_project)(int rows, int rank, int64_t n, const float* const* x, const float* a,
-                       int64_t lda, float scaling, float* p);
-  // y[m][j] += sum_q p[m][q] * bt[q][j], j < 32.
-  void (*rank_expand)(int rows, int rank, const float* p, const float* bt, int64_t ldb, float* y);
-  // g[q][j] += sum_m p[m][q] * x[m][j], q < rank, j < cols (a multiple of 32).
-  void (*rank_outer)(int rows, int rank, int64_t cols, const float* p, const float* const* x,
-                     float* g, int64_t ldg);
-
-  // y[j] = x[j] * keep(j) / (1 - p), j in [first, first + n) of a row; x and y start at `first`.
-  void (*dropout_row)(const DropoutKey& key, int64_t first, int64_t n, const float* x, float* y);
-  // out[j] = sum_k weight[k] * rows[k][j]
-  void (*weighted_sum)(int count, int64_t n, const float* weight, const float* const* rows,
-                       float* out);
+// What gate_forward and gate_backward touch: `rows` rows of 32 columns. Pointers point at the first
+// column of the first row; `ld` is the distance of rows in elements.
+struct GateForward {
+  int rows;
+  const float* gate;  // tile [rows][32]; null without a gate
+  const float* up;    // tile [rows][32]
+  float* h;
+  int64_t ldh;
+  float* keep_gate;  // null: nothing is kept
+  float* keep_up;
+  int64_t ldk;
+  bool stream;  // write past the caches
+};
+struct GateBackward {
+  int rows;
+  const float* weight;  // [rows] routing weights
+  const float* dh;      // tile [rows][32], not yet weighted
+  const float* gate;    // null without a gate
+  const float* up;
+  int64_t ldk;
+  float* dgate;
+  float* dup;
+  int64_t ldd;
+  float* h;  // null: not wanted
+  int64_t ldh;
+  float* d_weight;  // [rows] += <dh, h>, `ldw` apart
+  int64_t ldw;
+  bool stream;
 };
 
-extern const KernelTable kPortableKernels;
-extern const KernelTable kAvx2Kernels;
-extern const KernelTable kAvx512Kernels;
+// clang-format off
+// One row per kernel: result, name, arguments. Contracts:
+//
+// dot_int      c = sum over k of panel[k][j] * a[m][k], exactly, m < rows <= max_int_rows[terms-1].
+//              kU8: c[m * terms + t] takes term t of row m, with weights q + 128.
+//              kS16: one term: c[m]; two: 256 * c[2m] + c[2m+1] is the sum.
+//              `accumulate` adds to c. Rows are row_bytes apart.
+// dot_float    the same in fp32: c[m][j] (+)= sum over k of panel[k][j] * a[m][k].
+// scale_tile   y[m][j] = row_scale[m] * col_scale[j] * (sum over terms t of 256^(terms-1-t) *
+//              (c[m*terms+t][j] - 128 * row_sum[m*terms+t])); col_scale null means 1.
+// place_int_forward    half a stored int8 super tile (16 n) into its half of a panel block.
+// place_int_backward   the same tile into four pieces, one per 16 k: kU8 [4 n4][16 k][4 nn] each,
+//                      kS16 [8 n2][16 k][2 nn] with rows 128 bytes apart.
+// place_float_forward  one stored bf16 super tile into a panel block.
+// place_float_backward one stored bf16 super tile into two pieces, one per 32 k:
+//                      kBf16 [16 n2][32 k][2 nn], kF32 [32 n][32 k].
+// unpack_int4  half an int4 super tile into half an int8 one; multipliers of the 16 outputs for
+//              k < 32 and for k >= 32.
+// pack_int_row one row to terms: q = rint(x * fold * levels / absmax), levels 127 or 32639, as int8
+//              terms at out and out + n (kU8; sums[t] = sum of term t) or int16 (kS16; sums 0). A
+//              row with NaN or Inf gets scale NaN, so that it comes out as NaN; a zero row 0.
+// pack_float_row       x * fold in the float panel's type. fold null means 1 in both.
+// absmax_row   the largest |x|; NaN or Inf when there is one in the row.
+// quantize_weight_row  scale = absmax / 127, out = rint(w / scale) + 128.
+// quantize_int4_row    groups of `group` weights: w = scale * m * c as above; c as bytes 0..15.
+// gate_forward, gate_backward   see Gate; d_gate = weight * dh * (up + offset) * act'(gate) and
+//              d_up = weight * dh * act(gate), zero where the clamp holds.
+// add_row      y[m][j] += bias[j], j < 32.
+// store_tile   out[m * ld + j] = tile[m][j], j < 32.
+// rank_project p[m * ldp + j] = scaling * sum_i x[m][i] * a[j][i], m < rows, j < rank.
+// rank_expand  y[m][j] += sum_q p[m * ldp + q] * bt[q][j], j < 32.
+// rank_outer   g[q][j] += sum_m p[m * ldp + q] * x[m][j], q < rank, j < cols (a multiple of 32).
+// dropout_row  y[j] = x[j] * keep(j) / (1 - p), j in [first, first + n); x and y start at `first`.
+// weighted_sum out[j] = sum_k weight[k] * rows[k][j].
+// dot_row      sum_j a[j] * b[j].
+// burn_*       runs `rounds` rounds of the fastest arithmetic that the ISA has for integers, for
+//              bf16 and for fp32, in registers only; returns the operations done (2 a product).
+// read_row     reads n floats; returns something that depends on all of them.
+#define KT_KERNELS(ROW)                                                                            \
+  ROW(void, dot_int, (int rows, int terms, int64_t blocks, const void* a, int64_t row_bytes,       \
+                      const void* panel, bool accumulate, int32_t* c, const Prefetch& next))       \
+  ROW(void, dot_float, (int rows, int64_t blocks, const void* a, int64_t row_bytes,                \
+                        const void* panel, bool accumulate, float* c, const Prefetch& next))       \
+  ROW(void, scale_tile, (int rows, int terms, const int32_t* c, const float* row_scale,            \
+                         const int32_t* row_sum, const float* col_scale, float* y))                \
+  ROW(void, place_int_forward, (const uint8_t* tile, void* block_half))                            \
+  ROW(void, place_int_backward, (const uint8_t* tile, void* const pieces[4]))                      \
+  ROW(void, place_float_forward, (const uint16_t* tile, void* block))                              \
+  ROW(void, place_float_backward, (const uint16_t* tile, void* const pieces[2]))                   \
+  ROW(void, unpack_int4, (const uint8_t* nibbles, const uint8_t* const multiplier[2],              \
+                          uint8_t* tile))                                                          \
+  ROW(void, pack_int_row, (int terms, int64_t n, const float* x, const float* fold, void* out,     \
+                           float* scale, int32_t* sums))                                           \
+  ROW(void, pack_float_row, (int64_t n, const float* x, const float* fold, void* out))             \
+  ROW(void, to_bf16_row, (int64_t n, const float* x, uint16_t* out))                               \
+  ROW(void, to_float_row, (int64_t n, FloatType type, const void* x, float* out))                  \
+  ROW(void, from_float_row, (int64_t n, FloatType type, const float* x, void* out))                \
+  ROW(float, absmax_row, (int64_t n, const float* x))                                              \
+  ROW(void, quantize_weight_row, (int64_t n, const float* w, uint8_t* out, float* scale))          \
+  ROW(void, quantize_int4_row, (int64_t n, int64_t group, const float* w, uint8_t* out,            \
+                                uint8_t* multiplier, float* scale))                                \
+  ROW(void, gate_forward, (const Gate& gate, const GateForward& io))                               \
+  ROW(void, gate_backward, (const Gate& gate, const GateBackward& io))                             \
+  ROW(void, add_row, (int rows, const float* bias, float* y))                                      \
+  ROW(void, store_tile, (int rows, const float* tile, float* out, int64_t ld, bool stream))        \
+  ROW(void, rank_project, (int rows, int rank, int64_t n, const float* const* x, const float* a,   \
+                           int64_t lda, float scaling, float* p, int64_t ldp))                     \
+  ROW(void, rank_expand, (int rows, int rank, const float* p, int64_t ldp, const float* bt,        \
+                          int64_t ldb, float* y))                                                  \
+  ROW(void, rank_outer, (int rows, int rank, int64_t cols, const float* p, int64_t ldp,            \
+                         const float* const* x, float* g, int64_t ldg))                            \
+  ROW(void, dropout_row, (const DropoutKey& key, int64_t first, int64_t n, const float* x,         \
+                          float* y))                                                               \
+  ROW(void, weighted_sum, (int count, int64_t n, const float* weight, const float* const* rows,    \
+                           float* out))                                                            \
+  ROW(float, dot_row, (int64_t n, const float* a, const float* b))                                 \
+  ROW(int64_t, burn_int, (int64_t rounds))                                                         \
+  ROW(int64_t, burn_bf16, (int64_t rounds))                                                        \
+  ROW(int64_t, burn_fp32, (int64_t rounds))                                                        \
+  ROW(float, read_row, (int64_t n, const float* x))
+// clang-format on
+
+struct KernelTable {
+  const char* name;
+  const char* int_dot;    // operation, types, tile and instruction of dot_int
+  const char* float_dot;  // and of dot_float
+  PanelForm int_panel;
+  PanelForm float_panel;
+  int max_int_rows[2];  // of one dot_int call, for one and two terms
+  int max_float_rows;
+
+#define KT_DECLARE(result, name, arguments) result(*name) arguments;
+  KT_KERNELS(KT_DECLARE)
+#undef KT_DECLARE
+};
+
+// One row per instruction set, best first: symbol, name, CPU flags that it needs.
+// clang-format off
+#define KT_AVX512_FLAGS fma, avx512f, avx512bw, avx512vl, avx512dq
+#define KT_ISAS(ROW)                                                                               \
+  ROW(kAmxKernels, "amx", KT_AVX512_FLAGS, avx512_vnni, avx512_bf16, amx_tile, amx_int8,           \
+      amx_bf16, amx_permission)                                                                    \
+  ROW(kAvx512Bf16Kernels, "avx512_bf16", KT_AVX512_FLAGS, avx512_vnni, avx512_bf16)                \
+  ROW(kAvx512VnniKernels, "avx512_vnni", KT_AVX512_FLAGS, avx512_vnni)                             \
+  ROW(kAvx512Kernels, "avx512", KT_AVX512_FLAGS)                                                   \
+  ROW(kAvxVnniKernels, "avx_vnni", avx2, fma, avx_vnni)                                            \
+  ROW(kAvx2Kernels, "avx2", avx2, fma)                                                             \
+  ROW(kPortableKernels, "portable")
+// clang-format on
+
+#define KT_DECLARE(symbol, ...) extern const KernelTable symbol;
+KT_ISAS(KT_DECLARE)
+#undef KT_DECLARE
 
 }  // namespace kt

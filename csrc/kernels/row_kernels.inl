@@ -1,21 +1,46 @@
-// Everything of a kernel table but the dot products and the transposes, written once on compiler
-// vectors of KT_VEC_BYTES and compiled by each instruction set's file with that file's flags.
+// The kernels that work on rows and tiles of floats, written once on compiler vectors of
+// KT_VEC_BYTES and compiled by each instruction set's file with that file's flags.
 // Included inside `namespace kt { namespace {`: nothing here may have external or weak linkage.
+//
+// The including file defines KT_VEC_BYTES, KT_STREAM(pointer, vector) for a store past the caches,
+// and the register blocks KT_PROJECT_ROWS, KT_EXPAND_ROWS, KT_OUTER_RANKS and KT_OUTER_PARTS.
 
 typedef float VecF __attribute__((vector_size(KT_VEC_BYTES), aligned(4), may_alias));
+typedef uint32_t VecU __attribute__((vector_size(KT_VEC_BYTES), aligned(4), may_alias));
+typedef int16_t VecS16 __attribute__((vector_size(KT_VEC_BYTES), aligned(4), may_alias));
 constexpr int kLanes = KT_VEC_BYTES / 4;
+constexpr int kTileParts = kPanelCols / kLanes;  // vectors of a tile's row
 
 inline VecF load(const float* p) { return *reinterpret_cast<const VecF*>(p); }
 inline void store(float* p, VecF v) { *reinterpret_cast<VecF*>(p) = v; }
 inline VecF splat(float x) { return x - VecF{}; }
 
+// `p` is aligned to the vector when `stream` is set.
+inline void store_maybe_past_caches(float* p, VecF v, bool stream) {
+  if (stream)
+    KT_STREAM(p, v);
+  else
+    store(p, v);
+}
+
+// Halves are added pairwise, so that the order is the same for every length.
+template <int kCount>
+inline float pairwise_sum(const float* lane) {
+  if constexpr (kCount == 1) {
+    return lane[0];
+  } else if constexpr (kCount >= 8) {
+    typedef float Half __attribute__((vector_size(kCount * 2), aligned(4), may_alias));
+    const Half sum = *reinterpret_cast<const Half*>(lane) +
+                     *reinterpret_cast<const Half*>(lane + kCount / 2);
+    return pairwise_sum<kCount / 2>(reinterpret_cast<const float*>(&sum));
+  } else {
+    float sum[kCount / 2];
+    for (int i = 0; i < kCount / 2; ++i) sum[i] = lane[i] + lane[i + kCount / 2];
+    return pairwise_sum<kCount / 2>(sum);
+  }
+}
 inline float horizontal_sum(VecF v) {
-  // Pairwise, so that the order is the same for every length.
-  float lane[kLanes];
-  __builtin_memcpy(lane, &v, sizeof v);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-  return lane[0];
+  return pairwise_sum<kLanes>(reinterpret_cast<const float*>(&v));
 }
 
 // Lines [begin, end) of `next.count` into L2.
@@ -102,18 +127,16 @@ constexpr float kInvSqrt2Pi = 0.39894228040143268f;
 constexpr float kGeluTanhOuter = 0.79788456080286536f;  // sqrt(2 / pi)
 constexpr float kGeluTanhInner = 0.044715f;
 
-// Value and derivative of each activation, as functors so that one loop serves all of them.
-struct Silu {
-  static inline float value(float x) { return x * sigmoid(x); }
-  static inline void both(float x, float& value, float& slope) {
-    const float s = sigmoid(x);
+// Value and slope of each activation, as functors so that one loop serves all of them.
+struct Swish {
+  static inline void both(float x, float alpha, float& value, float& slope) {
+    const float s = sigmoid(alpha * x);
     value = x * s;
-    slope = s + value * (1.0f - s);
+    slope = s + alpha * value * (1.0f - s);
   }
 };
 struct GeluErf {
-  static inline float value(float x) { return 0.5f * x * (1.0f + fast_erf(x * kInvSqrt2)); }
-  static inline void both(float x, float& value, float& slope) {
+  static inline void both(float x, float, float& value, float& slope) {
     const float half = 0.5f * (1.0f + fast_erf(x * kInvSqrt2));
     value = x * half;
     slope = half + x * kInvSqrt2Pi * fast_exp(-0.5f * x * x);
@@ -121,78 +144,134 @@ struct GeluErf {
 };
 struct GeluTanh {
   // 0.5 * (1 + tanh(z)) = sigmoid(2 z)
-  static inline float value(float x) {
-    return x * sigmoid(2.0f * kGeluTanhOuter * (x + kGeluTanhInner * x * x * x));
-  }
-  static inline void both(float x, float& value, float& slope) {
+  static inline void both(float x, float, float& value, float& slope) {
     const float s = sigmoid(2.0f * kGeluTanhOuter * (x + kGeluTanhInner * x * x * x));
     const float inner = 2.0f * kGeluTanhOuter * (1.0f + 3.0f * kGeluTanhInner * x * x);
     value = x * s;
     slope = s + value * (1.0f - s) * inner;
   }
 };
-struct QuickGelu {
-  static inline float value(float x) { return x * sigmoid(1.702f * x); }
-  static inline void both(float x, float& value, float& slope) {
-    const float s = sigmoid(1.702f * x);
-    value = x * s;
-    slope = s + 1.702f * value * (1.0f - s);
+struct Relu {
+  static inline void both(float x, float, float& value, float& slope) {
+    value = x < 0.0f ? 0.0f : x;
+    slope = x > 0.0f ? 1.0f : 0.0f;
+  }
+};
+struct Relu2 {
+  static inline void both(float x, float, float& value, float& slope) {
+    const float positive = x < 0.0f ? 0.0f : x;
+    value = positive * positive;
+    slope = 2.0f * positive;
   }
 };
 
-template <class Act>
-void gate_forward_as(int64_t n, const float* __restrict__ gate, const float* __restrict__ up,
-                     float* __restrict__ h) {
-  for (int64_t i = 0; i < n; ++i) h[i] = Act::value(gate[i]) * up[i];
+// Comparisons are written so that NaN passes through.
+inline float clamp_above(float x, float limit) { return x > limit ? limit : x; }
+inline float clamp_both(float x, float limit) {
+  return clamp_above(x < -limit ? -limit : x, limit);
 }
 
-// Pieces of kPanelCols, so that the compiler knows the length and vectorizes without checks.
-template <class Act>
-float gate_backward_as(int64_t n, float weight, const float* __restrict__ dh,
-                       const float* __restrict__ gate, const float* __restrict__ up,
-                       float* __restrict__ dgate, float* __restrict__ dup, float* __restrict__ h) {
-  VecF d_weight = {};
-  for (int64_t start = 0; start < n; start += kPanelCols) {
-    for (int64_t i = start; i < start + kPanelCols; ++i) {
+template <class Act, bool kGated, bool kClamped>
+void gate_forward_as(const Gate& kind, const GateForward& io) {
+  const float alpha = kind.alpha, limit = kind.limit, offset = kind.up_offset;
+  for (int m = 0; m < io.rows; ++m) {
+    const float* gate = io.gate + (kGated ? m * kPanelCols : 0);
+    const float* up = io.up + m * kPanelCols;
+    alignas(64) float h[kPanelCols];
+    for (int j = 0; j < kPanelCols; ++j) {
+      const float g = kGated ? gate[j] : up[j];
       float value, slope;
-      Act::both(gate[i], value, slope);
-      const float weighted = weight * dh[i];
-      h[i] = value * up[i];
-      dgate[i] = weighted * up[i] * slope;
-      dup[i] = weighted * value;
+      Act::both(kClamped ? clamp_above(g, limit) : g, alpha, value, slope);
+      const float u = kClamped ? clamp_both(up[j], limit) : up[j];
+      h[j] = kGated ? value * (u + offset) : value;
     }
-    for (int64_t i = start; i < start + kPanelCols; i += kLanes)
-      d_weight += load(dh + i) * load(h + i);
-  }
-  return horizontal_sum(d_weight);
-}
-
-void gate_forward(Activation act, int64_t n, const float* gate, const float* up, float* h) {
-  switch (act) {
-    case Activation::kSilu:
-      return gate_forward_as<Silu>(n, gate, up, h);
-    case Activation::kGeluErf:
-      return gate_forward_as<GeluErf>(n, gate, up, h);
-    case Activation::kGeluTanh:
-      return gate_forward_as<GeluTanh>(n, gate, up, h);
-    case Activation::kQuickGelu:
-      return gate_forward_as<QuickGelu>(n, gate, up, h);
+    for (int v = 0; v < kTileParts; ++v) {
+      const int j = v * kLanes;
+      store_maybe_past_caches(io.h + m * io.ldh + j, load(h + j), io.stream);
+      if (!io.keep_up) continue;
+      store_maybe_past_caches(io.keep_up + m * io.ldk + j, load(up + j), io.stream);
+      if (kGated)
+        store_maybe_past_caches(io.keep_gate + m * io.ldk + j, load(gate + j), io.stream);
+    }
   }
 }
 
-float gate_backward(Activation act, int64_t n, float weight, const float* dh, const float* gate,
-                    const float* up, float* dgate, float* dup, float* h) {
-  switch (act) {
-    case Activation::kSilu:
-      return gate_backward_as<Silu>(n, weight, dh, gate, up, dgate, dup, h);
-    case Activation::kGeluErf:
-      return gate_backward_as<GeluErf>(n, weight, dh, gate, up, dgate, dup, h);
-    case Activation::kGeluTanh:
-      return gate_backward_as<GeluTanh>(n, weight, dh, gate, up, dgate, dup, h);
-    case Activation::kQuickGelu:
-      return gate_backward_as<QuickGelu>(n, weight, dh, gate, up, dgate, dup, h);
+template <class Act, bool kGated, bool kClamped>
+void gate_backward_as(const Gate& kind, const GateBackward& io) {
+  const float alpha = kind.alpha, limit = kind.limit, offset = kind.up_offset;
+  for (int m = 0; m < io.rows; ++m) {
+    const float* gate = io.gate + (kGated ? m * io.ldk : 0);
+    const float* up = io.up + m * io.ldk;
+    const float* dh = io.dh + m * kPanelCols;
+    const float weight = io.weight[m];
+    alignas(64) float h[kPanelCols], dgate[kPanelCols], dup[kPanelCols];
+    for (int j = 0; j < kPanelCols; ++j) {
+      const float g = kGated ? gate[j] : up[j];
+      const float weighted = weight * dh[j];
+      float value, slope;
+      Act::both(kClamped ? clamp_above(g, limit) : g, alpha, value, slope);
+      if (kGated) {
+        const float u = (kClamped ? clamp_both(up[j], limit) : up[j]) + offset;
+        h[j] = value * u;
+        const float d_gate = weighted * u * slope, d_up = weighted * value;
+        dgate[j] = kClamped && g > limit ? 0.0f : d_gate;
+        dup[j] = kClamped && (up[j] > limit || up[j] < -limit) ? 0.0f : d_up;
+      } else {
+        h[j] = value;
+        dup[j] = kClamped && g > limit ? 0.0f : weighted * slope;
+      }
+    }
+    VecF d_weight = {};
+    for (int v = 0; v < kTileParts; ++v) {
+      const int j = v * kLanes;
+      d_weight += load(dh + j) * load(h + j);
+      if (kGated) store_maybe_past_caches(io.dgate + m * io.ldd + j, load(dgate + j), io.stream);
+      store_maybe_past_caches(io.dup + m * io.ldd + j, load(dup + j), io.stream);
+      if (io.h) store_maybe_past_caches(io.h + m * io.ldh + j, load(h + j), io.stream);
+    }
+    io.d_weight[m * io.ldw] += horizontal_sum(d_weight);
   }
-  return 0.0f;
+}
+
+#define KT_GATE_VARIANTS(FUNCTION, ACT)                                               \
+  {                                                                                   \
+    {FUNCTION<ACT, false, false>, FUNCTION<ACT, false, true>}, {                      \
+      FUNCTION<ACT, true, false>, FUNCTION<ACT, true, true>                           \
+    }                                                                                 \
+  }
+// Indexed by activation, gated, clamped.
+#define KT_GATE_TABLE(FUNCTION)                                                          \
+  {                                                                                      \
+    KT_GATE_VARIANTS(FUNCTION, Swish), KT_GATE_VARIANTS(FUNCTION, GeluErf),              \
+        KT_GATE_VARIANTS(FUNCTION, GeluTanh), KT_GATE_VARIANTS(FUNCTION, Relu),          \
+        KT_GATE_VARIANTS(FUNCTION, Relu2)                                                \
+  }
+
+void gate_forward(const Gate& gate, const GateForward& io) {
+  using Function = void (*)(const Gate&, const GateForward&);
+  static const Function table[kActivationCount][2][2] = KT_GATE_TABLE(gate_forward_as);
+  table[static_cast<int>(gate.activation)][gate.gated][gate.limit < __builtin_inff()](gate, io);
+}
+
+void gate_backward(const Gate& gate, const GateBackward& io) {
+  using Function = void (*)(const Gate&, const GateBackward&);
+  static const Function table[kActivationCount][2][2] = KT_GATE_TABLE(gate_backward_as);
+  table[static_cast<int>(gate.activation)][gate.gated][gate.limit < __builtin_inff()](gate, io);
+}
+
+void add_row(int rows, const float* bias, float* y) {
+  for (int m = 0; m < rows; ++m)
+    for (int v = 0; v < kTileParts; ++v) {
+      float* part = y + m * kPanelCols + v * kLanes;
+      store(part, load(part) + load(bias + v * kLanes));
+    }
+}
+
+void store_tile(int rows, const float* tile, float* out, int64_t ld, bool stream) {
+  for (int m = 0; m < rows; ++m)
+    for (int v = 0; v < kTileParts; ++v)
+      store_maybe_past_caches(out + m * ld + v * kLanes, load(tile + m * kPanelCols + v * kLanes),
+                              stream);
 }
 
 void scale_tile(int rows, int terms, const int32_t* c, const float* row_scale,
@@ -217,59 +296,78 @@ void scale_tile(int rows, int terms, const int32_t* c, const float* row_scale,
   }
 }
 
-inline uint32_t absmax_bits(int64_t n, const float* x) {
+template <bool kFold>
+inline uint32_t absmax_bits(int64_t n, const float* x, const float* fold) {
   uint32_t best = 0;
   for (int64_t i = 0; i < n; ++i) {
-    const uint32_t u = float_bits(x[i]) & 0x7fffffff;
+    const uint32_t u = float_bits(kFold ? x[i] * fold[i] : x[i]) & 0x7fffffff;
     best = u > best ? u : best;
   }
   return best;
 }
 
-void quantize_terms(int terms, int64_t n, const float* x, int8_t* out, float* scale,
-                    int32_t* sums) {
-  const uint32_t bits = absmax_bits(n, x);
+template <bool kFold>
+inline void pack_int_row_as(int terms, int64_t n, const float* x, const float* fold, void* out,
+                            float* scale, int32_t* sums) {
+  const uint32_t bits = absmax_bits<kFold>(n, x, fold);
   const bool finite = bits < 0x7f800000;
   const float levels = terms == 1 ? 127.0f : kExactLevels;
   const float absmax = finite ? bits_float(bits) : 0.0f;
   // Below 2^-100 the reciprocal overflows; such a row is zero for every purpose.
   const float inverse = absmax > 0x1p-100f ? levels / absmax : 0.0f;
   *scale = finite ? (inverse > 0.0f ? absmax / levels : 0.0f) : __builtin_nanf("");
+  for (int t = 0; t < terms; ++t) sums[t] = 0;
   if (!finite) {
-    __builtin_memset(out, 0, static_cast<size_t>(n * terms));
-    for (int t = 0; t < terms; ++t) sums[t] = 0;
+    __builtin_memset(out, 0, static_cast<size_t>(n) * (kS16Rows ? 2 : terms));
     return;
   }
+  const auto quantized = [&](int64_t i) {
+    return static_cast<int32_t>(__builtin_rintf((kFold ? x[i] * fold[i] : x[i]) * inverse));
+  };
+  int8_t* high = static_cast<int8_t*>(out);
   int32_t sum0 = 0, sum1 = 0;
-  if (terms == 1) {
+  if constexpr (kS16Rows) {
+    int16_t* wide = static_cast<int16_t*>(out);
+    for (int64_t i = 0; i < n; ++i) wide[i] = static_cast<int16_t>(quantized(i));
+  } else if (terms == 1) {
     for (int64_t i = 0; i < n; ++i) {
-      const int32_t q = static_cast<int32_t>(__builtin_rintf(x[i] * inverse));
-      out[i] = static_cast<int8_t>(q);
+      const int32_t q = quantized(i);
+      high[i] = static_cast<int8_t>(q);
       sum0 += q;
     }
     sums[0] = sum0;
-    return;
+  } else {
+    int8_t* low = high + n;
+    for (int64_t i = 0; i < n; ++i) {
+      const int32_t q = quantized(i);
+      const int32_t hi = (q + 128) >> 8;
+      const int32_t lo = q - 256 * hi;
+      high[i] = static_cast<int8_t>(hi);
+      low[i] = static_cast<int8_t>(lo);
+      sum0 += hi;
+      sum1 += lo;
+    }
+    sums[0] = sum0;
+    sums[1] = sum1;
   }
-  int8_t* low = out + n;
-  for (int64_t i = 0; i < n; ++i) {
-    const int32_t q = static_cast<int32_t>(__builtin_rintf(x[i] * inverse));
-    const int32_t hi = (q + 128) >> 8;
-    const int32_t lo = q - 256 * hi;
-    out[i] = static_cast<int8_t>(hi);
-    low[i] = static_cast<int8_t>(lo);
-    sum0 += hi;
-    sum1 += lo;
-  }
-  sums[0] = sum0;
-  sums[1] = sum1;
 }
 
-void quantize_row(int terms, int64_t n, const float* x, const float* fold, int8_t* out,
-                  float* scale, int32_t* sums) {
-  if (!fold) return quantize_terms(terms, n, x, out, scale, sums);
-  float folded[kMaxFoldedRow];
-  for (int64_t i = 0; i < n; ++i) folded[i] = x[i] * fold[i];
-  quantize_terms(terms, n, folded, out, scale, sums);
+void pack_int_row(int terms, int64_t n, const float* x, const float* fold, void* out, float* scale,
+                  int32_t* sums) {
+  if (fold)
+    pack_int_row_as<true>(terms, n, x, fold, out, scale, sums);
+  else
+    pack_int_row_as<false>(terms, n, x, fold, out, scale, sums);
+}
+
+void pack_float_row(int64_t n, const float* x, const float* fold, void* out) {
+  if constexpr (kF32Rows) {
+    float* wide = static_cast<float*>(out);
+    for (int64_t i = 0; i < n; ++i) wide[i] = fold ? x[i] * fold[i] : x[i];
+  } else {
+    uint16_t* half = static_cast<uint16_t*>(out);
+    for (int64_t i = 0; i < n; ++i) half[i] = bf16_from_float(fold ? x[i] * fold[i] : x[i]);
+  }
 }
 
 void to_bf16_row(int64_t n, const float* x, uint16_t* out) {
@@ -306,21 +404,102 @@ void from_float_row(int64_t n, FloatType type, const float* x, void* out) {
   }
 }
 
-float absmax_row(int64_t n, const float* x) { return bits_float(absmax_bits(n, x)); }
+float absmax_row(int64_t n, const float* x) {
+  return bits_float(absmax_bits<false>(n, x, nullptr));
+}
 
 void quantize_weight_row(int64_t n, const float* w, uint8_t* out, float* scale) {
-  const float absmax = bits_float(absmax_bits(n, w));
+  const float absmax = absmax_row(n, w);
   const float inverse = absmax > 0x1p-100f ? 127.0f / absmax : 0.0f;
   *scale = inverse > 0.0f ? absmax / 127.0f : 0.0f;
   for (int64_t i = 0; i < n; ++i)
     out[i] = static_cast<uint8_t>(static_cast<int32_t>(__builtin_rintf(w[i] * inverse)) + 128);
 }
 
+// The error of weights w at scale * m when rounded to c in -8..7.
+inline float int4_error(int64_t n, const float* w, float step) {
+  const float inverse = step > 0.0f ? 1.0f / step : 0.0f;
+  float error = 0.0f;
+  for (int64_t i = 0; i < n; ++i) {
+    float c = __builtin_rintf(w[i] * inverse);
+    c = c < -8.0f ? -8.0f : c > 7.0f ? 7.0f : c;
+    const float off = w[i] - c * step;
+    error += off * off;
+  }
+  return error;
+}
+
+void quantize_int4_row(int64_t n, int64_t group, const float* w, uint8_t* out, uint8_t* multiplier,
+                       float* scale) {
+  // 16 steps of the channel's scale make the largest group's step: its absmax spans 7.5 levels.
+  const float base = absmax_row(n, w) / (7.5f * 16.0f);
+  *scale = base > 0x1p-100f ? base : 0.0f;
+  for (int64_t start = 0, g = 0; start < n; start += group, ++g) {
+    const int64_t count = n - start < group ? n - start : group;
+    const float* part = w + start;
+    const float ideal = *scale > 0.0f ? absmax_row(count, part) / 7.5f / *scale : 1.0f;
+    // The best of the multipliers from a clipping one to one that covers the largest weight.
+    int best = 1;
+    float best_error = __builtin_inff();
+    const int top = static_cast<int>(ideal) + 2;
+    for (int m = static_cast<int>(0.7f * ideal); m <= top; ++m) {
+      if (m < 1 || m > 16) continue;
+      const float error = int4_error(count, part, *scale * static_cast<float>(m));
+      if (error < best_error) {
+        best = m;
+        best_error = error;
+      }
+    }
+    multiplier[g] = static_cast<uint8_t>(best);
+    const float step = *scale * static_cast<float>(best);
+    const float inverse = step > 0.0f ? 1.0f / step : 0.0f;
+    for (int64_t i = 0; i < count; ++i) {
+      float c = __builtin_rintf(part[i] * inverse);
+      c = c < -8.0f ? -8.0f : c > 7.0f ? 7.0f : c;
+      out[start + i] = static_cast<uint8_t>(static_cast<int32_t>(c) + 8);
+    }
+  }
+}
+
+// m * c + 128 = m * (c + 8) + (128 - 8 * m). Two bytes multiply at once in 16 bits, since
+// 16 * 15 = 240 does not carry into the upper byte.
+void unpack_int4(const uint8_t* nibbles, const uint8_t* const multiplier[2], uint8_t* tile) {
+  typedef uint8_t Multipliers __attribute__((vector_size(kLanes), aligned(1), may_alias));
+  for (int v = 0; v < 64 / KT_VEC_BYTES; ++v) {
+    VecU scale[2], offset[2];
+    for (int g = 0; g < 2; ++g) {
+      const VecU m = __builtin_convertvector(
+          *reinterpret_cast<const Multipliers*>(multiplier[g] + v * kLanes), VecU);
+      const VecU byte = 128 - 8 * m;
+      const VecU two = byte | byte << 8;
+      scale[g] = m | m << 16;
+      offset[g] = two | two << 16;
+    }
+    for (int k4 = 0; k4 < 8; ++k4) {
+      const int at = k4 * 64 + v * KT_VEC_BYTES;
+      const VecU both = *reinterpret_cast<const VecU*>(nibbles + at);
+      const VecU half[2] = {both & 0x0f0f0f0f, both >> 4 & 0x0f0f0f0f};
+      for (int g = 0; g < 2; ++g) {
+        const VecS16 product =
+            reinterpret_cast<VecS16>(half[g]) * reinterpret_cast<VecS16>(scale[g]);
+        *reinterpret_cast<VecU*>(tile + g * 512 + at) =
+            reinterpret_cast<VecU>(product) + offset[g];
+      }
+    }
+  }
+}
+
+// Parts of the contraction whose rows and factors stay in the first-level cache together.
+constexpr int64_t kProjectPart = 512;
+
+// sums[m][j] (+)= the lanes of x[m] * a[j] over [begin, end).
 template <int kRows, int kRanks>
-inline void project_block(int64_t n, const float* const* x, const float* a, int64_t lda,
-                          float scaling, float* p, int ldp) {
-  VecF acc[kRows][kRanks] = {};
-  for (int64_t i = 0; i < n; i += kLanes) {
+inline void project_block(int64_t begin, int64_t end, const float* const* x, const float* a,
+                          int64_t lda, VecF* sums, int64_t lds) {
+  VecF acc[kRows][kRanks];
+  for (int m = 0; m < kRows; ++m)
+    for (int j = 0; j < kRanks; ++j) acc[m][j] = begin ? sums[m * lds + j] : VecF{};
+  for (int64_t i = begin; i < end; i += kLanes) {
     VecF row[kRows];
     for (int m = 0; m < kRows; ++m) row[m] = load(x[m] + i);
     for (int j = 0; j < kRanks; ++j) {
@@ -329,53 +508,71 @@ inline void project_block(int64_t n, const float* const* x, const float* a, int6
     }
   }
   for (int m = 0; m < kRows; ++m)
-    for (int j = 0; j < kRanks; ++j) p[m * ldp + j] = scaling * horizontal_sum(acc[m][j]);
+    for (int j = 0; j < kRanks; ++j) sums[m * lds + j] = acc[m][j];
 }
 
 template <int kRows>
-inline void project_rows(int rank, int64_t n, const float* const* x, const float* a, int64_t lda,
-                         float scaling, float* p) {
+inline void project_rows(int rank, int64_t begin, int64_t end, const float* const* x,
+                         const float* a, int64_t lda, VecF* sums, int64_t lds) {
   int j = 0;
   for (; j + 4 <= rank; j += 4)
-    project_block<kRows, 4>(n, x, a + j * lda, lda, scaling, p + j, rank);
-  for (; j < rank; ++j) project_block<kRows, 1>(n, x, a + j * lda, lda, scaling, p + j, rank);
+    project_block<kRows, 4>(begin, end, x, a + j * lda, lda, sums + j, lds);
+  for (; j < rank; ++j) project_block<kRows, 1>(begin, end, x, a + j * lda, lda, sums + j, lds);
 }
 
 void rank_project(int rows, int rank, int64_t n, const float* const* x, const float* a, int64_t lda,
-                  float scaling, float* p) {
-  int m = 0;
-  for (; m + KT_PROJECT_ROWS <= rows; m += KT_PROJECT_ROWS)
-    project_rows<KT_PROJECT_ROWS>(rank, n, x + m, a, lda, scaling, p + m * rank);
-  for (; m < rows; ++m) project_rows<1>(rank, n, x + m, a, lda, scaling, p + m * rank);
+                  float scaling, float* p, int64_t ldp) {
+  constexpr int kMaxRows = 16, kMaxRanks = 8;
+  VecF sums[kMaxRows * kMaxRanks];
+  for (int row = 0; row < rows; row += kMaxRows)
+    for (int first = 0; first < rank; first += kMaxRanks) {
+      const int count = rows - row < kMaxRows ? rows - row : kMaxRows;
+      const int ranks = rank - first < kMaxRanks ? rank - first : kMaxRanks;
+      for (int64_t begin = 0; begin < n; begin += kProjectPart) {
+        const int64_t end = n - begin < kProjectPart ? n : begin + kProjectPart;
+        const float* factors = a + first * lda;
+        int m = 0;
+        for (; m + KT_PROJECT_ROWS <= count; m += KT_PROJECT_ROWS)
+          project_rows<KT_PROJECT_ROWS>(ranks, begin, end, x + row + m, factors, lda,
+                                        sums + m * kMaxRanks, kMaxRanks);
+        for (; m < count; ++m)
+          project_rows<1>(ranks, begin, end, x + row + m, factors, lda, sums + m * kMaxRanks,
+                          kMaxRanks);
+      }
+      for (int m = 0; m < count; ++m)
+        for (int j = 0; j < ranks; ++j)
+          p[(row + m) * ldp + first + j] = scaling * horizontal_sum(sums[m * kMaxRanks + j]);
+    }
 }
 
 template <int kRows>
-inline void expand_rows(int rank, const float* p, const float* bt, int64_t ldb, float* y) {
-  constexpr int kParts = kPanelCols / kLanes;
-  VecF acc[kRows][kParts];
+inline void expand_rows(int rank, const float* p, int64_t ldp, const float* bt, int64_t ldb,
+                        float* y) {
+  VecF acc[kRows][kTileParts];
   for (int m = 0; m < kRows; ++m)
-    for (int v = 0; v < kParts; ++v) acc[m][v] = load(y + m * kPanelCols + v * kLanes);
+    for (int v = 0; v < kTileParts; ++v) acc[m][v] = load(y + m * kPanelCols + v * kLanes);
   for (int q = 0; q < rank; ++q) {
-    VecF factor[kParts];
-    for (int v = 0; v < kParts; ++v) factor[v] = load(bt + q * ldb + v * kLanes);
+    VecF factor[kTileParts];
+    for (int v = 0; v < kTileParts; ++v) factor[v] = load(bt + q * ldb + v * kLanes);
     for (int m = 0; m < kRows; ++m) {
-      const VecF weight = splat(p[m * rank + q]);
-      for (int v = 0; v < kParts; ++v) acc[m][v] += weight * factor[v];
+      const VecF weight = splat(p[m * ldp + q]);
+      for (int v = 0; v < kTileParts; ++v) acc[m][v] += weight * factor[v];
     }
   }
   for (int m = 0; m < kRows; ++m)
-    for (int v = 0; v < kParts; ++v) store(y + m * kPanelCols + v * kLanes, acc[m][v]);
+    for (int v = 0; v < kTileParts; ++v) store(y + m * kPanelCols + v * kLanes, acc[m][v]);
 }
 
-void rank_expand(int rows, int rank, const float* p, const float* bt, int64_t ldb, float* y) {
+void rank_expand(int rows, int rank, const float* p, int64_t ldp, const float* bt, int64_t ldb,
+                 float* y) {
   int m = 0;
   for (; m + KT_EXPAND_ROWS <= rows; m += KT_EXPAND_ROWS)
-    expand_rows<KT_EXPAND_ROWS>(rank, p + m * rank, bt, ldb, y + m * kPanelCols);
-  for (; m < rows; ++m) expand_rows<1>(rank, p + m * rank, bt, ldb, y + m * kPanelCols);
+    expand_rows<KT_EXPAND_ROWS>(rank, p + m * ldp, ldp, bt, ldb, y + m * kPanelCols);
+  for (; m < rows; ++m) expand_rows<1>(rank, p + m * ldp, ldp, bt, ldb, y + m * kPanelCols);
 }
 
 template <int kRanks>
-inline void outer_block(int rows, int rank, int64_t col, const float* p, const float* const* x,
+inline void outer_block(int rows, int64_t col, const float* p, int64_t ldp, const float* const* x,
                         float* g, int64_t ldg) {
   constexpr int kParts = KT_OUTER_PARTS;
   VecF acc[kRanks][kParts];
@@ -385,7 +582,7 @@ inline void outer_block(int rows, int rank, int64_t col, const float* p, const f
     VecF row[kParts];
     for (int v = 0; v < kParts; ++v) row[v] = load(x[m] + col + v * kLanes);
     for (int q = 0; q < kRanks; ++q) {
-      const VecF weight = splat(p[m * rank + q]);
+      const VecF weight = splat(p[m * ldp + q]);
       for (int v = 0; v < kParts; ++v) acc[q][v] += weight * row[v];
     }
   }
@@ -393,13 +590,13 @@ inline void outer_block(int rows, int rank, int64_t col, const float* p, const f
     for (int v = 0; v < kParts; ++v) store(g + q * ldg + col + v * kLanes, acc[q][v]);
 }
 
-void rank_outer(int rows, int rank, int64_t cols, const float* p, const float* const* x, float* g,
-                int64_t ldg) {
+void rank_outer(int rows, int rank, int64_t cols, const float* p, int64_t ldp,
+                const float* const* x, float* g, int64_t ldg) {
   for (int64_t col = 0; col < cols; col += KT_OUTER_PARTS * kLanes) {
     int q = 0;
     for (; q + KT_OUTER_RANKS <= rank; q += KT_OUTER_RANKS)
-      outer_block<KT_OUTER_RANKS>(rows, rank, col, p + q, x, g + q * ldg, ldg);
-    for (; q < rank; ++q) outer_block<1>(rows, rank, col, p + q, x, g + q * ldg, ldg);
+      outer_block<KT_OUTER_RANKS>(rows, col, p + q, ldp, x, g + q * ldg, ldg);
+    for (; q < rank; ++q) outer_block<1>(rows, col, p + q, ldp, x, g + q * ldg, ldg);
   }
 }
 
@@ -430,9 +627,37 @@ void weighted_sum(int count, int64_t n, const float* weight, const float* const*
   }
 }
 
-#define KT_TABLE(NAME)                                                                             \
-  {                                                                                                \
-    NAME, dot_u8s8, dot_bf16, transpose_u8, transpose_bf16, scale_tile, quantize_row, to_bf16_row, \
-        to_float_row, from_float_row, absmax_row, quantize_weight_row, gate_forward,               \
-        gate_backward, rank_project, rank_expand, rank_outer, dropout_row, weighted_sum            \
+float dot_row(int64_t n, const float* a, const float* b) {
+  VecF acc = {};
+  for (int64_t i = 0; i < n; i += kLanes) acc += load(a + i) * load(b + i);
+  return horizontal_sum(acc);
+}
+
+float read_row(int64_t n, const float* x) {
+  // Four sums hide the latency of the additions behind the memory's.
+  VecF acc[4] = {};
+  for (int64_t i = 0; i + 4 * kLanes <= n; i += 4 * kLanes)
+    for (int v = 0; v < 4; ++v) acc[v] += load(x + i + v * kLanes);
+  return horizontal_sum(acc[0] + acc[1] + acc[2] + acc[3]);
+}
+
+int64_t burn_fp32(int64_t rounds) {
+  constexpr int kChains = 12;
+  VecF acc[kChains];
+  for (int i = 0; i < kChains; ++i) acc[i] = splat(1.0f);
+  VecF factor = splat(0.999f), term = splat(0.001f);
+  for (int64_t r = 0; r < rounds; ++r) {
+#pragma GCC unroll 12
+    for (int i = 0; i < kChains; ++i) acc[i] = acc[i] * factor + term;
   }
+  VecF sum = {};
+  for (int i = 0; i < kChains; ++i) sum += acc[i];
+  volatile float sink = horizontal_sum(sum);
+  (void)sink;
+  return rounds * kChains * kLanes * 2;
+}
+
+#define KT_FIELD(result, name, arguments) name,
+#define KT_TABLE(NAME, INT_DOT, FLOAT_DOT, INT_PANEL, FLOAT_PANEL, ROWS1, ROWS2, FLOAT_ROWS) \
+  {NAME,        INT_DOT,        FLOAT_DOT,  PanelForm::INT_PANEL,                            \
+   PanelForm::FLOAT_PANEL, {ROWS1, ROWS2}, FLOAT_ROWS, KT_KERNELS(KT_FIELD)}

@@ -17,7 +17,7 @@ from torch import Tensor
 from kt_sft.bench.torch_peer import TorchExpertsLoop, keep_freed_memory
 from kt_sft.cpu_budget import available_threads
 from kt_sft.host import cpu_name
-from kt_sft.kernels import PROJECTIONS, Engine, ExpertWeights, LoraFactors
+from kt_sft.kernels import PROJECTIONS, Engine, ExpertWeights, Gate, LoraFactors
 
 # forward() then backward(), each timed.
 Runner = tuple[Callable[[], Any], Callable[[], Any]]
@@ -110,7 +110,7 @@ def _our_runner(case: LayerCase, data: LayerData, phases: dict[str, Any]) -> tup
             weights.pack(engine, expert, name, one[name])
     arguments: dict[str, Any] = {
         "compute": case.arithmetic,
-        "activation": "silu",
+        "gate": Gate(),
         "lora": data.lora,
     }
     state: dict[str, Any] = {}

@@ -62,7 +62,7 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
         ("rounds", 5),
     ):
         layer.add_argument(f"--{name}", type=int, default=default)
-    layer.add_argument("--weights", choices=("int8", "bf16"), default="int8")
+    layer.add_argument("--weights", choices=("int8", "bf16", "int4_g128", "int4_g32"), default="int8")
     layer.add_argument("--compute", choices=("exact", "int8"), default="exact")
     layer.add_argument(
         "--threads", type=int, default=None, help="default: what this process may use"

@@ -39,7 +39,7 @@ class ExpertsCall:
         """The keyword arguments of the engine."""
         return {
             "compute": self.runtime.settings.arithmetic,
-            "activation": self.shape.activation,
+            "gate": self.shape.gate,
             "lora": lora,
             "dropout": self.dropout,
             "dropout_seed": self.dropout_seed,

@@ -111,7 +111,7 @@ class HybridExperts(nn.Module):
         stored = self.runtime.settings.weights
         return (
             f"experts={s.experts}, hidden={s.hidden}, intermediate={s.intermediate}, "
-            f"activation={s.activation}, weights={stored}"
+            f"activation={s.gate.activation}, weights={stored}"
         )
 
 

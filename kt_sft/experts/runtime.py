@@ -5,7 +5,7 @@ from __future__ import annotations
 from kt_sft.config import HybridExpertsSettings
 from kt_sft.cpu_budget import available_threads
 from kt_sft.experts.meter import ExpertsMeter
-from kt_sft.kernels import Engine
+from kt_sft.kernels import Engine, requested_isa
 
 
 class ExpertsRuntime:
@@ -14,7 +14,7 @@ class ExpertsRuntime:
     def __init__(self, settings: HybridExpertsSettings) -> None:
         self.settings = settings
         threads = available_threads() if settings.threads == "auto" else int(settings.threads)
-        self.engine = Engine(threads, settings.isa)
+        self.engine = Engine(threads, requested_isa(settings.isa))
         self.meter = ExpertsMeter()
 
     def __deepcopy__(self, memo: dict) -> ExpertsRuntime:

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from torch import nn
 
 from kt_sft.errors import UnsupportedModelError
-from kt_sft.kernels import ACTIVATIONS
+from kt_sft.kernels import ACTIVATIONS, Gate
 
 
 @dataclass(frozen=True)
 class ExpertsShape:
-    """E experts of D hidden and F intermediate channels; `activation` is a kernel name."""
+    """E experts of D hidden and F intermediate channels, and what their gate computes."""
 
     experts: int
     hidden: int
     intermediate: int
-    activation: str
+    gate: Gate
 
     @classmethod
     def of(cls, module: nn.Module, path: str, activation: str) -> ExpertsShape:

@@ -5,16 +5,15 @@ r LoRA rank, Dp and Fp are D and F rounded up to a multiple of 64.
 """
 
 from kt_sft.kernels.engine import (
-    ACTIVATIONS,
     PROJECTIONS,
     BlockReport,
     Engine,
     ExpertWeights,
     Kept,
     LoraFactors,
-    isa_report,
-    select_isa,
 )
+from kt_sft.kernels.gate import ACTIVATIONS, Gate
+from kt_sft.kernels.isa import isa_report, kernel_rows, requested_isa, select_isa
 
 __all__ = [
     "ACTIVATIONS",
@@ -22,8 +21,11 @@ __all__ = [
     "BlockReport",
     "Engine",
     "ExpertWeights",
+    "Gate",
     "Kept",
     "LoraFactors",
     "isa_report",
+    "kernel_rows",
+    "requested_isa",
     "select_isa",
 ]

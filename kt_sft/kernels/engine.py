@@ -10,19 +10,9 @@ from torch import Tensor
 
 import kt_sft.kernels._core as _core
 from kt_sft.errors import KernelArgumentError
+from kt_sft.kernels.gate import Gate
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-
-# Names of Transformers' ACT2FN to the kernels' activations.
-ACTIVATIONS: Mapping[str, str] = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "quick_gelu": "quick_gelu",
-}
 
 _FLOATS = {
     torch.float32: "float32",
@@ -31,19 +21,6 @@ _FLOATS = {
 }
 
 MAX_RANK = 512
-
-
-def isa_report(cpu_flags: Mapping[str, bool] | None = None) -> list[tuple[str, list[str]]]:
-    """Every instruction set, best first, with the CPU flags that it misses on this machine."""
-    return _core.isa_report(None if cpu_flags is None else dict(cpu_flags))
-
-
-def select_isa(isa: str, cpu_flags: Mapping[str, bool] | None = None) -> str:
-    """The name of the kernel table that `isa` means here.
-
-    Raises ValueError with the valid names, or with the missing CPU flags.
-    """
-    return _core.select_isa(isa, None if cpu_flags is None else dict(cpu_flags))
 
 
 def _check(
@@ -85,10 +62,13 @@ class ExpertWeights:
     A deep copy shares the memory.
     """
 
-    def __init__(self, experts: int, hidden: int, intermediate: int, weights: str) -> None:
+    def __init__(
+        self, experts: int, hidden: int, intermediate: int, weights: str, *, gated: bool = True
+    ) -> None:
+        """`weights`: int8, bf16, int4_g32 or int4_g128. Without a gate there is no gate_proj."""
         self.experts, self.hidden, self.intermediate = experts, hidden, intermediate
-        self.weights = weights
-        self.handle = _core.PackedExperts(experts, hidden, intermediate, weights)
+        self.weights, self.gated = weights, gated
+        self.handle = _core.PackedExperts(experts, hidden, intermediate, weights, gated)
 
     def __deepcopy__(self, memo: dict) -> ExpertWeights:
         return self
@@ -99,6 +79,11 @@ class ExpertWeights:
     def nbytes(self) -> int:
         """Bytes of host memory, scales included."""
         return self.handle.nbytes
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The projections that these experts have, in order."""
+        return PROJECTIONS if self.gated else PROJECTIONS[1:]
 
     def shape(self, projection: str) -> tuple[int, int]:
         """(outputs, inputs) of one expert's projection."""
@@ -111,8 +96,7 @@ class ExpertWeights:
 
         Rows may be strided. Raises KernelArgumentError, or ValueError for NaN and Inf.
         """
-        if not 0 <= expert < self.experts:
-            raise KernelArgumentError(f"expert: got {expert}, expected 0 to {self.experts - 1}")
+        self._check_place(expert, projection)
         if tuple(weight.shape) != self.shape(projection) or weight.dtype not in _FLOATS:
             raise KernelArgumentError(
                 f"{projection} of expert {expert}: got {weight.dtype} {tuple(weight.shape)}, "
@@ -131,11 +115,30 @@ class ExpertWeights:
 
     def unpack(self, expert: int, projection: str) -> Tensor:
         """The weights that the kernels compute with, fp32 [outputs, inputs]."""
-        if not 0 <= expert < self.experts:
-            raise KernelArgumentError(f"expert: got {expert}, expected 0 to {self.experts - 1}")
+        self._check_place(expert, projection)
         out = torch.empty(self.shape(projection), dtype=torch.float32)
         self.handle.unpack(expert, projection, out.data_ptr())
         return out
+
+    def set_bias(self, expert: int, projection: str, bias: Tensor) -> None:
+        """Adds a frozen bias [outputs] to one expert's projection; the others' default to zero.
+
+        Raises KernelArgumentError, or ValueError for NaN and Inf.
+        """
+        self._check_place(expert, projection)
+        values = bias.detach().to(device="cpu", dtype=torch.float32).contiguous()
+        outputs = self.shape(projection)[0]
+        self.handle.set_bias(
+            expert, projection, _check(values, f"{projection} bias", (outputs,), [torch.float32])
+        )
+
+    def _check_place(self, expert: int, projection: str) -> None:
+        if not 0 <= expert < self.experts:
+            raise KernelArgumentError(f"expert: got {expert}, expected 0 to {self.experts - 1}")
+        if projection not in self.projections:
+            raise KernelArgumentError(
+                f"projection: got {projection!r}, expected {' or '.join(self.projections)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,7 @@ class LoraFactors:
 class Kept:
     """What forward keeps for backward, rows sorted by expert."""
 
-    gate: Tensor  # fp32 [R, Fp]
+    gate: Tensor  # fp32 [R, Fp]; [0] without a gate
     up: Tensor  # fp32 [R, Fp]
     lora_down: tuple[Tensor, Tensor, Tensor]  # fp32 [R, r] each, [0] where there is no LoRA
 
@@ -178,8 +181,11 @@ class Engine:
     ForkedProcess.
     """
 
-    def __init__(self, threads: int, isa: str = "auto") -> None:
-        self.handle = _core.Engine(threads, isa)
+    def __init__(
+        self, threads: int, isa: str = "auto", *, cpu_flags: Mapping[str, bool] | None = None
+    ) -> None:
+        """`cpu_flags` stands in for the machine's own, in tests."""
+        self.handle = _core.Engine(threads, isa, None if cpu_flags is None else dict(cpu_flags))
 
     def __deepcopy__(self, memo: dict) -> Engine:
         return self
@@ -223,7 +229,7 @@ class Engine:
         weight_TK: Tensor,
         *,
         compute: str,
-        activation: str,
+        gate: Gate,
         lora: Sequence[LoraFactors | None] = (None, None, None),
         dropout: float = 0.0,
         dropout_seed: int = 0,
@@ -241,7 +247,7 @@ class Engine:
             index_TK,
             weight_TK,
             compute,
-            activation,
+            gate,
             lora,
             dropout,
             dropout_seed,
@@ -252,7 +258,7 @@ class Engine:
         if keep:
             rows, width = index_TK.numel(), _round_up(weights.intermediate)
             kept = Kept(
-                gate=self.empty(rows, width),
+                gate=self.empty(rows, width) if weights.gated else torch.empty(0),
                 up=self.empty(rows, width),
                 lora_down=tuple(  # type: ignore[arg-type]
                     torch.empty(rows, f.rank) if f else torch.empty(0) for f in lora
@@ -272,7 +278,7 @@ class Engine:
         kept: Kept,
         *,
         compute: str,
-        activation: str,
+        gate: Gate,
         lora: Sequence[LoraFactors | None] = (None, None, None),
         dropout: float = 0.0,
         dropout_seed: int = 0,
@@ -288,7 +294,7 @@ class Engine:
             index_TK,
             weight_TK,
             compute,
-            activation,
+            gate,
             lora,
             dropout,
             dropout_seed,
@@ -315,7 +321,7 @@ class Engine:
         index_TK: Tensor,
         weight_TK: Tensor,
         compute: str,
-        activation: str,
+        gate: Gate,
         lora: Sequence[LoraFactors | None],
         dropout: float,
         dropout_seed: int,
@@ -351,7 +357,7 @@ class Engine:
         return (
             weights.handle,
             compute,
-            activation,
+            gate.as_tuple(),
             tokens,
             top_k,
             _FLOATS[hidden_TD.dtype],
@@ -370,7 +376,7 @@ class Engine:
         shape = (rows, _round_up(weights.intermediate))
         fp32 = [torch.float32]
         return (
-            _check(kept.gate, "kept gate", shape, fp32),
+            _check(kept.gate, "kept gate", shape, fp32) if weights.gated else 0,
             _check(kept.up, "kept up", shape, fp32),
             [
                 _check(p, "kept LoRA product", (rows, f.rank), fp32) if f else 0

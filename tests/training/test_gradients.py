@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 from kt_sft import HybridExpertsCallback, HybridExpertsConfig, hybridize
 from kt_sft.errors import KernelArgumentError
 from kt_sft.experts import hybrid_experts_of
-from kt_sft.kernels import Engine, ExpertWeights
+from kt_sft.kernels import Engine, ExpertWeights, Gate
 from kt_sft.kernels._core import ForkedProcess
 
 TARGETS = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
@@ -223,7 +223,7 @@ def test_a_forked_child_raises_and_does_not_hang(tokens: int) -> None:
     inputs = torch.zeros(tokens, 64), torch.zeros(tokens, 1, dtype=torch.int64)
 
     def forward() -> None:
-        engine.forward(weights, *inputs, torch.ones(tokens, 1), compute="exact", activation="silu")
+        engine.forward(weights, *inputs, torch.ones(tokens, 1), compute="exact", gate=Gate())
 
     forward()
     assert "forked child" in _forked(forward)
@@ -284,8 +284,8 @@ def test_engine_refuses_what_it_cannot_read() -> None:
                 weights, hidden, index.index_fill(0, torch.tensor([1]), bad), weight, **good
             )
     with pytest.raises(ValueError, match="compute: got 'fast', expected one of bf16, exact, int8"):
-        engine.forward(weights, hidden, index, weight, compute="fast", activation="silu")
+        engine.forward(weights, hidden, index, weight, compute="fast", gate=Gate())
     with pytest.raises(ValueError, match="bf16 goes with bf16 weights"):
-        engine.forward(weights, hidden, index, weight, compute="bf16", activation="silu")
+        engine.forward(weights, hidden, index, weight, compute="bf16", gate=Gate())
     with pytest.raises(KernelArgumentError, match=r"dropout: got 1\.0"):
         engine.forward(weights, hidden, index, weight, **good, dropout=1.0)

@@ -12,7 +12,7 @@ namespace {
 
 // Columns of a LoRA gradient per work item, and rows of its input taken at a time: the sums of the
 // ranks and the rows' columns share the first-level cache.
-constexpr int64_t kGradientCols = 256;
+constexpr int64_t kGradientCols = 512;
 constexpr int64_t kGradientRows = 32;
 
 // A LoRA gradient: sum over rows of factor[row]' source[row], [rank, cols].

@@ -9,7 +9,6 @@
 #define KT_EXPAND_ROWS 2
 #define KT_OUTER_RANKS 4
 #define KT_OUTER_PARTS 2
-#define KT_MICRO_ROWS 6
 
 namespace kt {
 namespace {
@@ -27,7 +26,7 @@ constexpr bool kF32Rows = true;
 }  // namespace
 
 const KernelTable kAvx2Kernels =
-    KT_TABLE("avx2", "dot_s16s16_6x16 (vpmaddwd)", "dot_f32_6x16 (vfmadd231ps)", kS16, kF32, 12, 12,
+    KT_TABLE("avx2", "dot_s16s16_5x16 (vpmaddwd)", "dot_f32_6x16 (vfmadd231ps)", kS16, kF32, 10, 10,
              12);
 
 }  // namespace kt

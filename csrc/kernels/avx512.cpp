@@ -9,8 +9,6 @@
 #define KT_EXPAND_ROWS 7
 #define KT_OUTER_RANKS 8
 #define KT_OUTER_PARTS 2
-// 24 accumulators, two weights, a broadcast and a product: vpmaddwd needs a register more.
-#define KT_MICRO_ROWS 12
 
 namespace kt {
 namespace {
@@ -28,7 +26,7 @@ constexpr bool kF32Rows = true;
 }  // namespace
 
 const KernelTable kAvx512Kernels =
-    KT_TABLE("avx512", "dot_s16s16_12x32 (vpmaddwd)", "dot_f32_12x32 (vfmadd231ps)", kS16, kF32, 12,
-             12, 12);
+    KT_TABLE("avx512", "dot_s16s16_12x32 (vpmaddwd)", "dot_f32_14x32 (vfmadd231ps)", kS16, kF32, 12,
+             12, 14);
 
 }  // namespace kt

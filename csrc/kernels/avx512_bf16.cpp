@@ -9,7 +9,6 @@
 #define KT_EXPAND_ROWS 7
 #define KT_OUTER_RANKS 8
 #define KT_OUTER_PARTS 2
-#define KT_MICRO_ROWS 14
 
 namespace kt {
 namespace {

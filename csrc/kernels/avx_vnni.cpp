@@ -9,7 +9,6 @@
 #define KT_EXPAND_ROWS 2
 #define KT_OUTER_RANKS 4
 #define KT_OUTER_PARTS 2
-#define KT_MICRO_ROWS 6
 // The VEX encoding; braces are escaped from the asm dialects.
 #define KT_VNNI_PREFIX "%{vex%} "
 

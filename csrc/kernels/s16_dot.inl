@@ -1,6 +1,6 @@
 // dot_int from 16-bit pairs: vpmaddwd, both terms of a row in one pass.
 
-KT_DEFINE_STEP(S16Step, 32, 128, 64, 64, 4096, KT_PRODUCTS_S16)
+KT_DEFINE_STEP(S16Step, 12, 5, 32, 128, 64, 64, 4096, KT_PRODUCTS_S16)
 
 void dot_int(int rows, int terms, int64_t blocks, const void* a, int64_t row_bytes,
              const void* panel, bool accumulate, int32_t* c, const Prefetch& next) {

@@ -1,12 +1,17 @@
-// The dot products of the vector ISAs: up to KT_MICRO_ROWS rows of activations by two vectors of
+// The dot products of the vector ISAs: up to Step::kRows rows of activations by two vectors of
 // outputs in registers, one broadcast of 4 bytes of a row per step. The inner step is inline
 // assembly because gcc otherwise moves the broadcasts ahead and spills accumulators, which halves
-// the speed. The including file defines KT_MICRO_ROWS and, before, KT_VEC_BYTES.
+// the speed.
 
 typedef int32_t VecI __attribute__((vector_size(KT_VEC_BYTES), aligned(4), may_alias));
 
 inline VecI load_bits(const char* p) { return *reinterpret_cast<const VecI*>(p); }
 inline void store_bits(char* p, VecI v) { *reinterpret_cast<VecI*>(p) = v; }
+
+// By shifts, since a mask would take the register that an accumulator needs.
+inline VecI low_byte(VecI v) {
+  return reinterpret_cast<VecI>(reinterpret_cast<VecU>(v << 24) >> 24);
+}
 
 // A tile row is 128 bytes of fp32 or int32. Vectors of 64 bytes cover it at once, vectors of 32 in
 // two halves.
@@ -34,10 +39,12 @@ constexpr int64_t kRowBytes = 128;
     KT_STEP("(%[p],%[s],4)", PRODUCTS); \
   }
 
-// A step consumes 4 bytes of each row. kSteps: steps in a block; kWeightStep: bytes between their
+// kRows: of the tallest tile that leaves room for weights, broadcast and products among 32 or 16
+// registers. A step consumes 4 bytes of each row. kSteps: steps in a block; kWeightStep: bytes between their
 // weights; kSecond: to the second vector of a step; kHalf: to the second half of the outputs.
-#define KT_DEFINE_STEP(NAME, STEPS, WEIGHT_STEP, SECOND_WHOLE, HALF, BLOCK_BYTES, PRODUCTS)       \
+#define KT_DEFINE_STEP(NAME, ROWS_WHOLE, ROWS_HALF, STEPS, WEIGHT_STEP, SECOND_WHOLE, HALF, BLOCK_BYTES, PRODUCTS)       \
   struct NAME {                                                                                   \
+    static constexpr int kRows = kWholeRow ? ROWS_WHOLE : ROWS_HALF;                              \
     static constexpr int kSteps = STEPS;                                                          \
     static constexpr int64_t kWeightStep = WEIGHT_STEP;                                           \
     static constexpr int64_t kSecond = kWholeRow ? SECOND_WHOLE : 32;                             \
@@ -90,16 +97,15 @@ struct Accumulators {
     store_bits(out + (kRows - 1) * kRowBytes, c0);
     store_bits(out + (kRows - 1) * kRowBytes + KT_VEC_BYTES, c1);
   }
-  // Adds to rows 2m and 2m + 1 of `out` the upper 24 bits and the lower 8 of row m, and clears.
-  inline __attribute__((always_inline)) void split_into(char* out) {
+  // Adds to rows 2m and 2m + 1 of `out` the upper 24 bits and the lower 8 of row m.
+  inline __attribute__((always_inline)) void split_into(char* out) const {
     before.split_into(out);
     char* high = out + 2 * (kRows - 1) * kRowBytes;
     char* low = high + kRowBytes;
     store_bits(high, load_bits(high) + (c0 >> 8));
     store_bits(high + KT_VEC_BYTES, load_bits(high + KT_VEC_BYTES) + (c1 >> 8));
-    store_bits(low, load_bits(low) + (c0 & 255));
-    store_bits(low + KT_VEC_BYTES, load_bits(low + KT_VEC_BYTES) + (c1 & 255));
-    c0 = c1 = VecI{};
+    store_bits(low, load_bits(low) + low_byte(c0));
+    store_bits(low + KT_VEC_BYTES, load_bits(low + KT_VEC_BYTES) + low_byte(c1));
   }
 };
 template <class Step>
@@ -108,7 +114,7 @@ struct Accumulators<Step, 0> {
   inline void read(const char*) {}
   inline void step(VecI, VecI, const char*, const char*, const char*, int64_t, int64_t) {}
   inline void write(char*) const {}
-  inline void split_into(char*) {}
+  inline void split_into(char*) const {}
 };
 
 // How a product ends: in the accumulators as they are, or split in two rows before they overflow.
@@ -119,9 +125,6 @@ constexpr int64_t kSplitBlocks = 8;
 template <class Step, Drain kDrain, int kRows>
 void dot_rows(int64_t blocks, const char* a, int64_t stride, const char* panel, bool accumulate,
               char* c, const Prefetch& next) {
-  Accumulators<Step, kRows> acc;
-  acc.clear();
-  if (kDrain == Drain::kWhole && accumulate) acc.read(c);
   if (kDrain == Drain::kSplit && !accumulate)
     for (int m = 0; m < 2 * kRows; ++m)
       for (int v = 0; v < 2; ++v) store_bits(c + m * kRowBytes + v * KT_VEC_BYTES, VecI{});
@@ -129,28 +132,36 @@ void dot_rows(int64_t blocks, const char* a, int64_t stride, const char* panel, 
   const char* g1 = kRows > 5 ? a + 5 * stride : a;
   const char* g2 = kRows > 10 ? a + 10 * stride : a;
   const int64_t stride3 = 3 * stride;
+  const int64_t most = kDrain == Drain::kSplit ? kSplitBlocks : blocks;
   int64_t prefetched = 0;
-  for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t target = next.count * (b + 1) / blocks;
-    prefetch_some(next, prefetched, target);
-    prefetched = target;
-    const char* w = panel + b * Step::kBlockBytes;
-    for (int s = 0; s < Step::kSteps; ++s) {
-      const VecI w0 = load_bits(w);
-      const VecI w1 = load_bits(w + Step::kSecond);
-      acc.step(w0, w1, g0, g1, g2, stride, stride3);
-      w += Step::kWeightStep;
-      g0 += 4;
-      g1 += 4;
-      g2 += 4;
+  for (int64_t first = 0; first < blocks; first += most) {
+    const int64_t last = first + most < blocks ? first + most : blocks;
+    Accumulators<Step, kRows> acc;
+    acc.clear();
+    if (kDrain == Drain::kWhole && accumulate) acc.read(c);
+    for (int64_t b = first; b < last; ++b) {
+      const int64_t target = next.count * (b + 1) / blocks;
+      prefetch_some(next, prefetched, target);
+      prefetched = target;
+      const char* w = panel + b * Step::kBlockBytes;
+      for (int s = 0; s < Step::kSteps; ++s) {
+        const VecI w0 = load_bits(w);
+        const VecI w1 = load_bits(w + Step::kSecond);
+        acc.step(w0, w1, g0, g1, g2, stride, stride3);
+        w += Step::kWeightStep;
+        g0 += 4;
+        g1 += 4;
+        g2 += 4;
+      }
     }
-    if (kDrain == Drain::kSplit && ((b + 1) % kSplitBlocks == 0 || b + 1 == blocks))
+    if (kDrain == Drain::kSplit)
       acc.split_into(c);
+    else
+      acc.write(c);
   }
-  if (kDrain == Drain::kWhole) acc.write(c);
 }
 
-template <class Step, Drain kDrain, int kRows = KT_MICRO_ROWS>
+template <class Step, Drain kDrain, int kRows = Step::kRows>
 inline void dot_piece(int rows, int64_t blocks, const char* a, int64_t stride, const char* panel,
                       bool accumulate, char* c, const Prefetch& next) {
   if constexpr (kRows > 1)
@@ -165,7 +176,7 @@ template <class Step, Drain kDrain = Drain::kWhole>
 inline void dot_any(int rows, int64_t blocks, const char* a, int64_t stride, const char* panel,
                     bool accumulate, void* c, const Prefetch& next) {
   constexpr int kOutRows = kDrain == Drain::kSplit ? 2 : 1;
-  const int pieces = (rows + KT_MICRO_ROWS - 1) / KT_MICRO_ROWS;
+  const int pieces = (rows + Step::kRows - 1) / Step::kRows;
   for (int i = 0; i < pieces; ++i) {
     const int begin = rows * i / pieces, end = rows * (i + 1) / pieces;
     for (int half = 0; half < kHalves; ++half) {

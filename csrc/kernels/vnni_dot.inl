@@ -3,7 +3,7 @@
 #define KT_VNNI_PREFIX
 #endif
 
-KT_DEFINE_STEP(VnniStep, 16, 64, 1024, 1024, 2048, KT_PRODUCTS_VNNI(KT_VNNI_PREFIX))
+KT_DEFINE_STEP(VnniStep, 14, 6, 16, 64, 1024, 1024, 2048, KT_PRODUCTS_VNNI(KT_VNNI_PREFIX))
 
 void dot_int(int rows, int terms, int64_t blocks, const void* a, int64_t row_bytes,
              const void* panel, bool accumulate, int32_t* c, const Prefetch& next) {

@@ -23,3 +23,7 @@ class AdapterMismatchError(KtSftError, ValueError):
 
 class KernelArgumentError(KtSftError, ValueError):
     """A tensor handed to the kernels has the wrong dtype, shape, layout or device."""
+
+
+class PeerError(KtSftError, RuntimeError):
+    """A peer that a measurement should run against cannot be started or failed."""

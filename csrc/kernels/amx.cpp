@@ -24,6 +24,7 @@ constexpr bool kF32Rows = false;
 #include "row_kernels.inl"
 #include "avx512_transposes.inl"
 #include "placements.inl"
+#include "burn.inl"
 
 constexpr int kTileRows = 16;
 constexpr int64_t kOutStride = kPanelCols * 4;

@@ -19,6 +19,7 @@ constexpr bool kF32Rows = true;
 #include "row_kernels.inl"
 #include "avx512_transposes.inl"
 #include "placements.inl"
+#include "burn.inl"
 #include "vector_dots.inl"
 #include "s16_dot.inl"
 #include "f32_dot.inl"

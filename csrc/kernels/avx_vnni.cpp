@@ -21,6 +21,7 @@ constexpr bool kF32Rows = true;
 #include "row_kernels.inl"
 #include "avx2_transposes.inl"
 #include "placements.inl"
+#include "burn.inl"
 #include "vector_dots.inl"
 #include "vnni_dot.inl"
 #include "f32_dot.inl"

@@ -50,6 +50,18 @@ void dot_float(int rows, int64_t blocks, const void* a, int64_t row_bytes, const
   }
 }
 
+int64_t burn_fp32(int64_t rounds) {
+  VecF a = splat(1.0f), b = a, c = a, d = a;
+  const VecF factor = splat(0.999f), term = splat(0.001f);
+  for (int64_t r = 0; r < rounds; ++r) {
+    a = a * factor + term;
+    b = b * factor + term;
+    c = c * factor + term;
+    d = d * factor + term;
+    asm volatile("" : "+x"(a), "+x"(b), "+x"(c), "+x"(d));  // or equal chains become one
+  }
+  return rounds * 4 * kLanes * 2;
+}
 // Without instructions for either, both are fp32 arithmetic.
 int64_t burn_int(int64_t rounds) { return burn_fp32(rounds); }
 int64_t burn_bf16(int64_t rounds) { return burn_fp32(rounds); }

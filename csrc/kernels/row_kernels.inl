@@ -8,6 +8,8 @@
 typedef float VecF __attribute__((vector_size(KT_VEC_BYTES), aligned(4), may_alias));
 typedef uint32_t VecU __attribute__((vector_size(KT_VEC_BYTES), aligned(4), may_alias));
 typedef int16_t VecS16 __attribute__((vector_size(KT_VEC_BYTES), aligned(4), may_alias));
+typedef int32_t VecI __attribute__((vector_size(KT_VEC_BYTES), aligned(4), may_alias));
+constexpr bool kWholeRow = KT_VEC_BYTES == 64;
 constexpr int kLanes = KT_VEC_BYTES / 4;
 constexpr int kTileParts = kPanelCols / kLanes;  // vectors of a tile's row
 
@@ -639,22 +641,6 @@ float read_row(int64_t n, const float* x) {
   for (int64_t i = 0; i + 4 * kLanes <= n; i += 4 * kLanes)
     for (int v = 0; v < 4; ++v) acc[v] += load(x + i + v * kLanes);
   return horizontal_sum(acc[0] + acc[1] + acc[2] + acc[3]);
-}
-
-int64_t burn_fp32(int64_t rounds) {
-  constexpr int kChains = 12;
-  VecF acc[kChains];
-  for (int i = 0; i < kChains; ++i) acc[i] = splat(1.0f);
-  VecF factor = splat(0.999f), term = splat(0.001f);
-  for (int64_t r = 0; r < rounds; ++r) {
-#pragma GCC unroll 12
-    for (int i = 0; i < kChains; ++i) acc[i] = acc[i] * factor + term;
-  }
-  VecF sum = {};
-  for (int i = 0; i < kChains; ++i) sum += acc[i];
-  volatile float sink = horizontal_sum(sum);
-  (void)sink;
-  return rounds * kChains * kLanes * 2;
 }
 
 #define KT_FIELD(result, name, arguments) name,

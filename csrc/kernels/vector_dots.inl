@@ -3,8 +3,6 @@
 // assembly because gcc otherwise moves the broadcasts ahead and spills accumulators, which halves
 // the speed.
 
-typedef int32_t VecI __attribute__((vector_size(KT_VEC_BYTES), aligned(4), may_alias));
-
 inline VecI load_bits(const char* p) { return *reinterpret_cast<const VecI*>(p); }
 inline void store_bits(char* p, VecI v) { *reinterpret_cast<VecI*>(p) = v; }
 
@@ -13,9 +11,8 @@ inline VecI low_byte(VecI v) {
   return reinterpret_cast<VecI>(reinterpret_cast<VecU>(v << 24) >> 24);
 }
 
-// A tile row is 128 bytes of fp32 or int32. Vectors of 64 bytes cover it at once, vectors of 32 in
+// A tile row is 128 bytes of fp32 or int32. Two vectors of 64 bytes cover it at once, of 32 bytes in
 // two halves.
-constexpr bool kWholeRow = KT_VEC_BYTES == 64;
 constexpr int kHalves = kWholeRow ? 1 : 2;
 constexpr int64_t kRowBytes = 128;
 
@@ -190,19 +187,3 @@ inline void dot_any(int rows, int64_t blocks, const char* a, int64_t stride, con
     }
   }
 }
-
-// Chains that do not depend on each other, enough to hide the latency of the product.
-#define KT_BURN(NAME, PRODUCT, OPERATIONS)                                              \
-  int64_t NAME(int64_t rounds) {                                                        \
-    VecI c0{}, c1{}, c2{}, c3{}, c4{}, c5{}, c6{}, c7{}, c8{}, c9{};                    \
-    const VecI w{}, x{};                                                                \
-    const auto step = [&](VecI& c) __attribute__((always_inline)) {                     \
-      VecI t;                                                                           \
-      asm volatile(PRODUCT : [c] "+v"(c), [t] "=&v"(t) : [w] "v"(w), [x] "v"(x));       \
-    };                                                                                  \
-    for (int64_t r = 0; r < rounds; ++r) {                                              \
-      step(c0), step(c1), step(c2), step(c3), step(c4);                                 \
-      step(c5), step(c6), step(c7), step(c8), step(c9);                                 \
-    }                                                                                   \
-    return rounds * 10 * kLanes * (OPERATIONS);                                         \
-  }

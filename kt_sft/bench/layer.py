@@ -1,214 +1,186 @@
-"""Time of one layer of routed experts, forward and backward, alone or against a peer.
-
-Legend: T tokens, D hidden size, F intermediate size, E experts, K top-k, r LoRA rank.
-"""
+"""Time of one layer of routed experts, forward and backward, alone or against a peer."""
 
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from kt_sft.bench.torch_peer import TorchExpertsLoop, keep_freed_memory
+from kt_sft.bench.case import LayerCase, LayerData, Runner, one_expert, timed
+from kt_sft.bench.peak import bf16_rate, exact_rate, int8_rate
+from kt_sft.bench.peers import PEERS, keep_freed_memory
 from kt_sft.cpu_budget import available_threads
 from kt_sft.host import cpu_name
-from kt_sft.kernels import PROJECTIONS, Engine, ExpertWeights, Gate, LoraFactors
+from kt_sft.kernels import PROJECTIONS, Engine, ExpertWeights, Gate, requested_isa
 
-# forward() then backward(), each timed.
-Runner = tuple[Callable[[], Any], Callable[[], Any]]
-
-
-@dataclass(frozen=True)
-class LayerCase:
-    """What is measured."""
-
-    hidden: int
-    intermediate: int
-    experts: int
-    top_k: int
-    tokens: int
-    rank: int
-    weights: str
-    compute: str
-    threads: int
-    isa: str
-    rounds: int
-    seed: int = 0
-
-    @property
-    def arithmetic(self) -> str:
-        """The kernels' compute mode."""
-        return "bf16" if self.weights == "bf16" else self.compute
-
-    @property
-    def flops(self) -> float:
-        """Of one direction: three frozen products of T * K rows."""
-        return 6.0 * self.tokens * self.top_k * self.hidden * self.intermediate
+_PEAKS = {"bf16": bf16_rate, "exact": exact_rate, "int8": int8_rate}
 
 
-@dataclass(frozen=True)
-class LayerData:
-    """The same inputs for everyone."""
+class OurLayer:
+    """The layer on our kernels, with the phases and bytes of its last run."""
 
-    hidden_TD: Tensor
-    index_TK: Tensor
-    weight_TK: Tensor
-    d_out_TD: Tensor
-    lora: list[LoraFactors | None]
-
-    @classmethod
-    def make(cls, case: LayerCase) -> LayerData:
-        """Gaussian activations in bf16, each token's experts drawn without replacement."""
-        generator = torch.Generator().manual_seed(case.seed)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator)
-
-        scores = torch.rand(case.tokens, case.experts, generator=generator)
-        lora: list[LoraFactors | None] = [None, None, None]
-        if case.rank:
-            widths = [(case.intermediate, case.hidden)] * 2 + [(case.hidden, case.intermediate)]
-            lora = [
-                LoraFactors(
-                    normal(case.experts, case.rank, inputs) / inputs**0.5,
-                    normal(case.experts, outputs, case.rank) * 0.05,
-                    2.0,
-                )
-                for outputs, inputs in widths
-            ]
-        return cls(
-            hidden_TD=normal(case.tokens, case.hidden).bfloat16(),
-            index_TK=scores.topk(case.top_k).indices,
-            weight_TK=torch.rand(case.tokens, case.top_k, generator=generator),
-            d_out_TD=normal(case.tokens, case.hidden).bfloat16(),
-            lora=lora,
+    def __init__(self, case: LayerCase, data: LayerData) -> None:
+        self.case, self.data = case, data
+        self.engine = Engine(case.threads, requested_isa(case.isa))
+        self.weights = ExpertWeights(
+            case.experts, case.hidden, case.intermediate, case.weights, gated=True
         )
+        one = one_expert(case)
+        for expert in range(case.experts):
+            for name in PROJECTIONS:
+                self.weights.pack(self.engine, expert, name, one[name])
+        self.phases: dict[str, dict[str, float]] = {}
+        self.active_experts = 0
+        self._kept: Any = None
 
+    def _arguments(self) -> dict[str, Any]:
+        return {"compute": self.case.arithmetic, "gate": Gate(), "lora": self.data.lora}
 
-def _weights(case: LayerCase) -> dict[str, Tensor]:
-    """One expert's projections; all experts share the values, not the memory."""
-    generator = torch.Generator().manual_seed(case.seed + 1)
-    wide = (case.intermediate, case.hidden)
-    shapes = {"gate_proj": wide, "up_proj": wide, "down_proj": wide[::-1]}
-    return {
-        name: (torch.randn(*shape, generator=generator) / shape[1] ** 0.5).bfloat16()
-        for name, shape in shapes.items()
-    }
-
-
-def _our_runner(case: LayerCase, data: LayerData, phases: dict[str, Any]) -> tuple[Runner, float]:
-    engine = Engine(case.threads, case.isa)
-    weights = ExpertWeights(case.experts, case.hidden, case.intermediate, case.weights)
-    one = _weights(case)
-    for expert in range(case.experts):
-        for name in PROJECTIONS:
-            weights.pack(engine, expert, name, one[name])
-    arguments: dict[str, Any] = {
-        "compute": case.arithmetic,
-        "gate": Gate(),
-        "lora": data.lora,
-    }
-    state: dict[str, Any] = {}
-
-    def forward() -> None:
-        _, state["kept"], report = engine.forward(
-            weights, data.hidden_TD, data.index_TK, data.weight_TK, keep=True, **arguments
+    def forward(self) -> None:
+        """Keeps what backward needs."""
+        data = self.data
+        _, self._kept, report = self.engine.forward(
+            self.weights,
+            data.hidden_TD,
+            data.index_TK,
+            data.weight_TK,
+            keep=True,
+            **self._arguments(),
         )
-        phases["forward"] = report.phase_ms
+        self.phases["forward"] = report.phase_ms
+        self.active_experts = report.active_experts
 
-    def backward() -> None:
-        *_, report = engine.backward(
-            weights,
+    def backward(self) -> None:
+        """Of the last forward."""
+        data = self.data
+        *_, report = self.engine.backward(
+            self.weights,
             data.hidden_TD,
             data.index_TK,
             data.weight_TK,
             data.d_out_TD,
-            state.pop("kept"),
-            **arguments,
+            self._kept,
+            **self._arguments(),
         )
-        phases["backward"] = report.phase_ms
+        self._kept = None
+        self.phases["backward"] = report.phase_ms
 
-    count = 3 * case.experts * case.hidden * case.intermediate
-    return (forward, backward), weights.nbytes / count
+    @property
+    def bytes_per_weight(self) -> float:
+        """Scales included."""
+        count = 3 * self.case.experts * self.case.hidden * self.case.intermediate
+        return self.weights.nbytes / count
+
+    @property
+    def active_bytes(self) -> float:
+        """Of the weights that one direction reads."""
+        return self.weights.nbytes * self.active_experts / self.case.experts
 
 
-def _time(runner: Runner) -> tuple[float, float]:
-    start = time.perf_counter()
-    runner[0]()
-    middle = time.perf_counter()
-    runner[1]()
-    return 1e3 * (middle - start), 1e3 * (time.perf_counter() - middle)
-
-
-def _rounds(case: LayerCase, runners: dict[str, Runner]) -> dict[str, tuple[float, float]]:
-    """Median (forward, backward) milliseconds; one warm-up, then all runners in turn."""
+def _rounds(case: LayerCase, runners: Mapping[str, Runner]) -> dict[str, tuple[float, float]]:
+    """Median (forward, backward) of each; one warm-up, then all in turn."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runners}
     for runner in runners.values():
-        _time(runner)
+        runner()
     for _ in range(case.rounds):
         for name, runner in runners.items():
-            times[name].append(_time(runner))
+            times[name].append(runner())
     return {
         name: (statistics.median(t[0] for t in ts), statistics.median(t[1] for t in ts))
         for name, ts in times.items()
     }
 
 
-def measure_layer(case: LayerCase, versus: str | None = None) -> dict[str, Any]:
-    """One JSON-ready result. `versus` "torch": a per-expert loop in bf16 with the same LoRA.
+def _best_ratios(
+    plain: Mapping[str, tuple[float, float]], tuned: Mapping[str, tuple[float, float]] | None
+) -> dict[str, float]:
+    """Each peer's time over ours, in the run that is better for the peer."""
+    ratios: dict[str, float] = {}
+    for name in plain:
+        if name in ("kt_sft", "peak"):
+            continue
+        runs = [plain] if tuned is None else [plain, tuned]
+        ratios[name] = round(min(sum(run[name]) / sum(run["kt_sft"]) for run in runs), 2)
+    return ratios
 
-    The peer is timed with malloc as it is and with malloc told to keep freed memory; the ratio is
-    claimed against the better.
+
+def measure_layer(
+    case: LayerCase, versus: str | None = None, peer_environment: Path | None = None
+) -> dict[str, Any]:
+    """One JSON-ready result; the machine's peak is measured between the rounds.
+
+    `versus` names a row of PEERS. Peers of this process are timed with malloc as it is and with
+    malloc told to keep freed memory; ratios are claimed against the better.
     """
+    isa = requested_isa(case.isa)
     data = LayerData.make(case)
-    phases: dict[str, Any] = {}
-    ours, bytes_per_weight = _our_runner(case, data, phases)
-    runners = {"kt_sft": ours}
-    if versus == "torch":
-        torch.set_num_threads(case.threads)
-        peer = TorchExpertsLoop(
-            _weights(case), case.experts, data.index_TK, data.weight_TK, data.lora
-        )
-        runners["torch"] = peer.runner(data.hidden_TD, data.d_out_TD)
-    medians = _rounds(case, runners)
-    forward, backward = medians["kt_sft"]
+    ours = OurLayer(case, data)
+    peak = _PEAKS[case.arithmetic]
+
+    def measure_peak() -> tuple[float, float]:
+        rate = peak(isa, case.threads)
+        return rate, rate
+
+    runners: dict[str, Runner] = {
+        "kt_sft": timed(ours.forward, ours.backward),
+        "peak": measure_peak,
+    }
+    tuned = None
+    with ExitStack() as stack:
+        if versus:
+            torch.set_num_threads(case.threads)
+            peers = stack.enter_context(PEERS[versus].start(case, data, peer_environment))
+            runners.update(peers)
+        medians = _rounds(case, runners)
+        if versus and PEERS[versus].in_process:
+            keep_freed_memory()
+            tuned = _rounds(case, runners)
+    result = _report(case, isa, ours, medians)
+    if versus:
+        result["peers_ms"] = {n: _rounded(t) for n, t in medians.items() if n in peers}
+        if tuned is not None:
+            result["peers_ms_keeping_freed_memory"] = {
+                n: _rounded(t) for n, t in tuned.items() if n in peers
+            }
+        result["ratios"] = _best_ratios(medians, tuned)
+    return result
+
+
+def _rounded(times: tuple[float, float]) -> list[float]:
+    return [round(t, 1) for t in times]
+
+
+def _report(
+    case: LayerCase, isa: str, ours: OurLayer, medians: Mapping[str, tuple[float, float]]
+) -> dict[str, Any]:
     result: dict[str, Any] = {
-        **{
-            name: getattr(case, name)
-            for name in ("hidden", "intermediate", "experts", "top_k", "tokens", "rank")
-        },
-        "weights": case.weights,
-        "compute": case.arithmetic,
-        "forward_ms": round(forward, 3),
-        "backward_ms": round(backward, 3),
-        "forward_tflops": round(case.flops / forward / 1e9, 4),
-        "backward_tflops": round(case.flops / backward / 1e9, 4),
-        "bytes_per_weight": round(bytes_per_weight, 4),
-        "isa": Engine(1, case.isa).isa,
+        name: getattr(case, name)
+        for name in ("hidden", "intermediate", "experts", "top_k", "tokens", "rank", "skew")
+    }
+    result |= {"weights": case.weights, "compute": case.arithmetic}
+    peak = medians["peak"][0]
+    for direction, milliseconds in zip(("forward", "backward"), medians["kt_sft"], strict=True):
+        seconds = milliseconds / 1e3
+        result[f"{direction}_ms"] = round(milliseconds, 3)
+        result[f"{direction}_tflops"] = round(case.flops / seconds / 1e12, 4)
+        result[f"{direction}_of_peak"] = round(case.flops / seconds / peak, 3)
+        result[f"{direction}_gb_s"] = round(ours.active_bytes / seconds / 1e9, 1)
+    result |= {
+        "peak_tflops": round(peak / 1e12, 4),
+        "bytes_per_weight": round(ours.bytes_per_weight, 4),
+        "isa": isa,
         "threads": case.threads,
         "rounds": case.rounds,
         "cpu": cpu_name(),
         "phase_ms": {
             direction: {name: round(ms, 2) for name, ms in named.items()}
-            for direction, named in phases.items()
+            for direction, named in ours.phases.items()
         },
     }
-    if versus == "torch":
-        plain = medians["torch"]
-        result["torch"] = {"forward_ms": round(plain[0], 1), "backward_ms": round(plain[1], 1)}
-        keep_freed_memory()
-        tuned = _rounds(case, runners)
-        result["torch_keeping_freed_memory"] = {
-            "forward_ms": round(tuned["torch"][0], 1),
-            "backward_ms": round(tuned["torch"][1], 1),
-        }
-        ratios = [sum(m["torch"]) / sum(m["kt_sft"]) for m in (medians, tuned)]
-        result["ratio_to_torch"] = round(min(ratios), 2)
     return result
 
 

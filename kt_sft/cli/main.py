@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from kt_sft.cli.bench import add_bench, run_bench
 from kt_sft.errors import KtSftError
 
 _RECIPE_COMMANDS = {
@@ -37,39 +37,10 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "overrides", nargs="*", metavar="key=value", help="override settings of the recipe"
         )
-    _add_bench(commands)
+    add_bench(commands)
     text = "show what this machine offers: instruction sets, threads, memory, versions"
     commands.add_parser("doctor", help=text, description=text.capitalize() + ".")
     return parser
-
-
-def _add_bench(commands: argparse._SubParsersAction) -> None:
-    bench = commands.add_parser("bench", help="measure the kernels on this machine")
-    what = bench.add_subparsers(dest="what", required=True, metavar="WHAT")
-    layer = what.add_parser(
-        "layer",
-        help="one layer of experts, forward and backward",
-        description="Median times of one layer of experts; the defaults are Qwen3-30B-A3B's.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    for name, default in (
-        ("hidden", 2048),
-        ("intermediate", 768),
-        ("experts", 128),
-        ("top-k", 8),
-        ("tokens", 2048),
-        ("rank", 8),
-        ("rounds", 5),
-    ):
-        layer.add_argument(f"--{name}", type=int, default=default)
-    layer.add_argument("--weights", choices=("int8", "bf16", "int4_g128", "int4_g32"), default="int8")
-    layer.add_argument("--compute", choices=("exact", "int8"), default="exact")
-    layer.add_argument(
-        "--threads", type=int, default=None, help="default: what this process may use"
-    )
-    layer.add_argument("--isa", default="auto")
-    layer.add_argument("--vs", choices=("torch",), default=None, help="a peer, interleaved")
-    layer.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _run_llamafactory(command: str, recipe: str, overrides: Sequence[str]) -> None:
@@ -84,32 +55,18 @@ def _run_llamafactory(command: str, recipe: str, overrides: Sequence[str]) -> No
     llamafactory_main()
 
 
-def _bench(arguments: argparse.Namespace) -> None:
-    from kt_sft.bench.layer import LayerCase, default_threads, measure_layer
-
-    names = ("hidden", "intermediate", "experts", "top_k", "tokens", "rank", "weights", "compute")
-    case = LayerCase(
-        **{n: getattr(arguments, n) for n in (*names, "isa", "rounds")},
-        threads=arguments.threads or default_threads(),
-    )
-    result = measure_layer(case, arguments.vs)
-    if arguments.json:
-        sys.stdout.write(json.dumps(result) + "\n")
-        return
-    width = max(map(len, result))
-    for name, value in result.items():
-        sys.stdout.write(f"{name:<{width}}  {value}\n")
-
-
 def _doctor() -> None:
     from importlib.metadata import PackageNotFoundError, version
 
     from kt_sft.host import machine_description
-    from kt_sft.kernels import isa_report
+    from kt_sft.kernels import isa_report, kernel_rows, requested_isa
 
     lines = [f"{name:<18}{value}" for name, value in machine_description().items()]
+    dots = {isa: f"{integer}, {floating}" for isa, integer, floating in kernel_rows()}
     for isa, missing in isa_report():
-        lines.append(f"isa {isa:<14}" + (f"lacks {', '.join(missing)}" if missing else "usable"))
+        usable = f"lacks {', '.join(missing)}" if missing else f"usable: {dots[isa]}"
+        lines.append(f"isa {isa:<14}{usable}")
+    lines.append(f"{'isa in use':<18}{requested_isa('auto')}")
     for package in ("kt_sft", "torch", "transformers", "peft", "llamafactory", "deepspeed"):
         try:
             lines.append(f"{package:<18}{version(package)}")
@@ -133,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command in _RECIPE_COMMANDS:
             _run_llamafactory(arguments.command, arguments.recipe, arguments.overrides)
         elif arguments.command == "bench":
-            _bench(arguments)
+            run_bench(arguments)
         else:
             _doctor()
     except (KtSftError, FileNotFoundError) as error:

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kt_sft.bench.case import LayerCase, LayerData, Runner, one_expert, timed
 from kt_sft.kernels import PROJECTIONS, LoraFactors
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc to keep freed memory, as MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ do."""
-    libc = ctypes.CDLL(None)
-    libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-    libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 class TorchExpertsLoop:
@@ -67,10 +59,8 @@ class TorchExpertsLoop:
             out = out.index_add(0, token, y * self.weight_TK[token, choice, None])
         return out
 
-    def runner(
-        self, hidden_TD: Tensor, d_out_TD: Tensor
-    ) -> tuple[Callable[[], Any], Callable[[], Any]]:
-        """(forward, backward) over the same inputs each time."""
+    def runner(self, hidden_TD: Tensor, d_out_TD: Tensor) -> Runner:
+        """Over the same inputs each time."""
         leaf = hidden_TD.detach().clone().requires_grad_()
         leaves = [leaf, self.weight_TK, *(t for a, b, _ in self.lora.values() for t in (a, b))]
         state: dict[str, Tensor] = {}
@@ -81,4 +71,15 @@ class TorchExpertsLoop:
         def backward() -> None:
             torch.autograd.grad(state.pop("out"), leaves, d_out_TD)
 
-        return forward, backward
+        return timed(forward, backward)
+
+
+@contextmanager
+def start(
+    case: LayerCase, data: LayerData, environment: Path | None
+) -> Iterator[Mapping[str, Runner]]:
+    """One runner, with the case's LoRA."""
+    loop = TorchExpertsLoop(
+        one_expert(case), case.experts, data.index_TK, data.weight_TK, data.lora
+    )
+    yield {"torch loop": loop.runner(data.hidden_TD, data.d_out_TD)}

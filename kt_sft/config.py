@@ -15,6 +15,7 @@ from kt_sft.errors import SettingsError
 _CHOICES = {
     "weights": ("int8", "bf16", "int4_g128", "int4_g32"),
     "compute": ("exact", "int8"),
+    "numa": ("auto", "off"),
 }
 
 
@@ -30,6 +31,8 @@ class HybridExpertsSettings:
     threads: CPU threads for the experts, or auto (affinity, container quota, physical cores).
     isa: auto, or the name of an instruction set that `kt-sft doctor` lists; the environment
         variable KT_SFT_ISA overrides it.
+    numa: auto (where there are several memory nodes, each holds and computes its part of the
+        intermediate channels) or off.
     """
 
     weights: str = "int8"
@@ -37,6 +40,7 @@ class HybridExpertsSettings:
     expert_lora: bool = True
     threads: int | str = "auto"
     isa: str = "auto"
+    numa: str = "auto"
 
     def __post_init__(self) -> None:
         problems = list(_problems(asdict(self)))

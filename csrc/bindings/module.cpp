@@ -135,7 +135,7 @@ BlockInput block_input(const PackedExperts& weights, const std::string& compute_
                        const GateTuple& gate, int64_t tokens, int64_t top_k,
                        const std::string& dtype, Address hidden, Address index,
                        Address routing_weight, const std::array<LoraTuple, 3>& lora, float dropout,
-                       uint64_t dropout_seed) {
+                       uint64_t dropout_seed, int64_t first_channel) {
   BlockInput in;
   in.weights = &weights;
   in.compute = compute(compute_name);
@@ -162,6 +162,7 @@ BlockInput block_input(const PackedExperts& weights, const std::string& compute_
   }
   in.dropout = dropout;
   in.dropout_seed = dropout_seed;
+  in.first_channel = first_channel;
   return in;
 }
 
@@ -270,11 +271,11 @@ PYBIND11_MODULE(_core, m) {
               const GateTuple& gate, int64_t tokens, int64_t top_k,
               const std::string& dtype, Address hidden, Address index, Address routing_weight,
               const std::array<LoraTuple, 3>& lora, float dropout, uint64_t dropout_seed,
-              Address out, Address kept_gate, Address kept_up,
+              int64_t first_channel, Address out, Address kept_gate, Address kept_up,
               const std::array<Address, 3>& lora_down) {
              const BlockInput in =
                  block_input(weights, compute, gate, tokens, top_k, dtype, hidden, index,
-                             routing_weight, lora, dropout, dropout_seed);
+                             routing_weight, lora, dropout, dropout_seed, first_channel);
              return as_dict(self.exclusively([&](ThreadPool&, ExpertsBlock& block) {
                return block.forward(in, pointer<void>(out), kept_activations(kept_gate, kept_up, lora_down));
              }));
@@ -284,13 +285,13 @@ PYBIND11_MODULE(_core, m) {
               const GateTuple& gate, int64_t tokens, int64_t top_k,
               const std::string& dtype, Address hidden, Address index, Address routing_weight,
               const std::array<LoraTuple, 3>& lora, float dropout, uint64_t dropout_seed,
-              Address d_out, Address kept_gate, Address kept_up,
+              int64_t first_channel, Address d_out, Address kept_gate, Address kept_up,
               const std::array<Address, 3>& lora_down,
               Address d_hidden, Address d_weight,
               const std::array<std::pair<Address, Address>, 3>& d_lora) {
              const BlockInput in =
                  block_input(weights, compute, gate, tokens, top_k, dtype, hidden, index,
-                             routing_weight, lora, dropout, dropout_seed);
+                             routing_weight, lora, dropout, dropout_seed, first_channel);
              std::array<LoraGradient, kProjectionCount> gradients;
              for (size_t i = 0; i < gradients.size(); ++i)
                gradients[i] = {pointer<float>(d_lora[i].first), pointer<float>(d_lora[i].second)};

@@ -266,8 +266,9 @@ BlockReport ExpertsBlock::backward(const BlockInput& in, const void* d_out,
             const float* row = source_row(products[0], begin + m) + item.col;
             float* copy = gathered + m * kGradientCols;
             if (products[0].of_a && in.dropout > 0.0f)
-              kernels_.dropout_row(lora.dropout_key(products[0].projection, begin + m), item.col,
-                                   cols, row, copy);
+              kernels_.dropout_row(lora.dropout_key(products[0].projection, begin + m),
+                                   lora.first_input(products[0].projection) + item.col, cols, row,
+                                   copy);
             else
               std::memcpy(copy, row, sizeof(float) * static_cast<size_t>(cols));
           }

@@ -49,6 +49,7 @@ struct BlockInput {
   std::array<Lora, kProjectionCount> lora;
   float dropout = 0.0f;
   uint64_t dropout_seed = 0;
+  int64_t first_channel = 0;  // of F in a layer whose channels are split, for down's dropout
 };
 
 // What forward keeps for backward. Rows are sorted by expert; null pointers: keep nothing.

@@ -46,6 +46,11 @@ class LoraOperands {
 
   bool any(Projection p) const { return in_.lora[static_cast<size_t>(p)].rank > 0; }
 
+  // Where the projection's inputs begin among those of the whole layer.
+  int64_t first_input(Projection p) const {
+    return p == Projection::kDown ? in_.first_channel : 0;
+  }
+
   DropoutKey dropout_key(Projection p, int64_t row) const {
     // splitmix64 over (seed, projection, token and choice): the same in forward, recompute and
     // backward, and independent of how rows are sorted.
@@ -77,7 +82,7 @@ class LoraOperands {
       const float* row = row_of(r);
       if (in_.dropout > 0.0f) {
         float* copy = dropped.data() + (r - begin) * op.lda;
-        kernels_.dropout_row(dropout_key(p, r), 0, op.lda, row, copy);
+        kernels_.dropout_row(dropout_key(p, r), first_input(p), op.lda, row, copy);
         row = copy;
       }
       rows.push_back(row);
@@ -123,7 +128,8 @@ class LoraOperands {
     kernels_.rank_expand(rows, rank, factors + row * rank, rank, a_cols, lda, path);
     for (int m = 0; m < rows; ++m) {
       float* path_row = path + m * kPanelCols;
-      kernels_.dropout_row(dropout_key(p, row + m), col, kPanelCols, path_row, path_row);
+      kernels_.dropout_row(dropout_key(p, row + m), first_input(p) + col, kPanelCols, path_row,
+                           path_row);
       for (int64_t j = 0; j < kPanelCols; ++j) tile[m * kPanelCols + j] += path_row[j];
     }
   }

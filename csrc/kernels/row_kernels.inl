@@ -9,6 +9,7 @@ typedef float VecF __attribute__((vector_size(KT_VEC_BYTES), aligned(4), may_ali
 typedef uint32_t VecU __attribute__((vector_size(KT_VEC_BYTES), aligned(4), may_alias));
 typedef int16_t VecS16 __attribute__((vector_size(KT_VEC_BYTES), aligned(4), may_alias));
 typedef int32_t VecI __attribute__((vector_size(KT_VEC_BYTES), aligned(4), may_alias));
+typedef uint16_t VecU16 __attribute__((vector_size(KT_VEC_BYTES), aligned(4), may_alias));
 constexpr bool kWholeRow = KT_VEC_BYTES == 64;
 constexpr int kLanes = KT_VEC_BYTES / 4;
 constexpr int kTileParts = kPanelCols / kLanes;  // vectors of a tile's row
@@ -482,8 +483,8 @@ void unpack_int4(const uint8_t* nibbles, const uint8_t* const multiplier[2], uin
       const VecU both = *reinterpret_cast<const VecU*>(nibbles + at);
       const VecU half[2] = {both & 0x0f0f0f0f, both >> 4 & 0x0f0f0f0f};
       for (int g = 0; g < 2; ++g) {
-        const VecS16 product =
-            reinterpret_cast<VecS16>(half[g]) * reinterpret_cast<VecS16>(scale[g]);
+        const VecU16 product =
+            reinterpret_cast<VecU16>(half[g]) * reinterpret_cast<VecU16>(scale[g]);
         *reinterpret_cast<VecU*>(tile + g * 512 + at) =
             reinterpret_cast<VecU>(product) + offset[g];
       }

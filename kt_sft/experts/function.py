@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from kt_sft.experts.runtime import ExpertsRuntime
 from kt_sft.experts.shape import ExpertsShape
-from kt_sft.kernels import ExpertWeights, Kept, LoraFactors
+from kt_sft.kernels import ExpertWeights, LoraFactors, SplitWeights
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class ExpertsCall:
     """The part of a call that is not a tensor; constant over forward, recompute and backward."""
 
     runtime: ExpertsRuntime
-    weights: ExpertWeights
+    weights: ExpertWeights | SplitWeights
     shape: ExpertsShape
     scaling: tuple[float, float, float]
     dropout: float
@@ -105,9 +105,7 @@ class ExpertsFunction(torch.autograd.Function):
                 host_index,
                 host_weight,
                 *host_lora,
-                kept.gate,
-                kept.up,
-                *kept.lora_down,
+                *kept.tensors(),
             )
             ctx.call = call
             ctx.like = [(t.device, t.dtype) for t in (hidden_TD, weight_TK, *lora)]
@@ -119,7 +117,7 @@ class ExpertsFunction(torch.autograd.Function):
         """Gradients of hidden, weight and the LoRA factors, where each of them lives."""
         call: ExpertsCall = ctx.call
         hidden, index, weight, *rest = ctx.saved_tensors
-        lora, (gate, up, *lora_down) = call.factors(tuple(rest[:6])), rest[6:]
+        lora, kept = call.factors(tuple(rest[:6])), call.runtime.engine.kept(rest[6:])
         host_d_out = to_host(d_out_TD, hidden.dtype)
         start = time.perf_counter()
         d_hidden, d_weight, d_lora, report = call.runtime.engine.backward(
@@ -128,7 +126,7 @@ class ExpertsFunction(torch.autograd.Function):
             index,
             weight,
             host_d_out,
-            Kept(gate, up, tuple(lora_down)),
+            kept,
             **call.arguments(lora),
         )
         call.runtime.meter.record(

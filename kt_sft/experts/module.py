@@ -15,7 +15,7 @@ from kt_sft.errors import CheckpointError
 from kt_sft.experts.function import ExpertsCall, ExpertsFunction
 from kt_sft.experts.runtime import ExpertsRuntime
 from kt_sft.experts.shape import ExpertsShape
-from kt_sft.kernels import PROJECTIONS, ExpertWeights
+from kt_sft.kernels import PROJECTIONS, ExpertWeights, SplitWeights
 
 
 class HybridExperts(nn.Module):
@@ -45,7 +45,7 @@ class HybridExperts(nn.Module):
         self.runtime = runtime
         self.path = path
         self.counts_tokens = counts_tokens
-        self.weights: ExpertWeights | None = None
+        self.weights: ExpertWeights | SplitWeights | None = None
         self._parent = weakref.ref(parent)
         if runtime.settings.expert_lora:
             for name in PROJECTIONS:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 from kt_sft.config import HybridExpertsSettings
 from kt_sft.cpu_budget import available_threads
 from kt_sft.experts.meter import ExpertsMeter
-from kt_sft.kernels import Engine, requested_isa
+from kt_sft.kernels import Engine, NodeEngines, numa_nodes, requested_isa
 
 
 class ExpertsRuntime:
@@ -14,7 +17,11 @@ class ExpertsRuntime:
     def __init__(self, settings: HybridExpertsSettings) -> None:
         self.settings = settings
         threads = available_threads() if settings.threads == "auto" else int(settings.threads)
-        self.engine = Engine(threads, requested_isa(settings.isa))
+        isa = requested_isa(settings.isa)
+        nodes = numa_nodes() if settings.numa == "auto" else []
+        # Ranks of one machine bind themselves; a node without a thread of its own gains nothing.
+        split = 1 < len(nodes) <= threads and int(os.environ.get("LOCAL_WORLD_SIZE") or 1) == 1
+        self.engine: Any = NodeEngines(nodes, threads, isa) if split else Engine(threads, isa)
         self.meter = ExpertsMeter()
 
     def __deepcopy__(self, memo: dict) -> ExpertsRuntime:

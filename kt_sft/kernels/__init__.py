@@ -14,6 +14,7 @@ from kt_sft.kernels.engine import (
 )
 from kt_sft.kernels.gate import ACTIVATIONS, Gate
 from kt_sft.kernels.isa import isa_report, kernel_rows, requested_isa, select_isa
+from kt_sft.kernels.numa import NodeEngines, SplitWeights, numa_nodes
 
 __all__ = [
     "ACTIVATIONS",
@@ -24,8 +25,11 @@ __all__ = [
     "Gate",
     "Kept",
     "LoraFactors",
+    "NodeEngines",
+    "SplitWeights",
     "isa_report",
     "kernel_rows",
+    "numa_nodes",
     "requested_isa",
     "select_isa",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -163,6 +164,12 @@ class Kept:
     up: Tensor  # fp32 [R, Fp]
     lora_down: tuple[Tensor, Tensor, Tensor]  # fp32 [R, r] each, [0] where there is no LoRA
 
+    COUNT: ClassVar[int] = 5
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """COUNT of them, for autograd; Engine.kept is the way back."""
+        return self.gate, self.up, *self.lora_down
+
 
 @dataclass
 class BlockReport:
@@ -211,6 +218,18 @@ class Engine:
         """Gives unused temporary memory back to the system; returns the bytes."""
         return self.handle.trim()
 
+    def new_weights(
+        self, experts: int, hidden: int, intermediate: int, weights: str, *, gated: bool = True
+    ) -> ExpertWeights:
+        """Empty weights for this engine's calls."""
+        return ExpertWeights(experts, hidden, intermediate, weights, gated=gated)
+
+    @staticmethod
+    def kept(tensors: Sequence[Tensor]) -> Kept:
+        """From Kept.tensors()."""
+        gate, up, *lora_down = tensors
+        return Kept(gate, up, tuple(lora_down))  # type: ignore[arg-type]
+
     def empty(self, *shape: int) -> Tensor:
         """An fp32 tensor from the engine's reusable memory; contents undefined."""
         count = 1
@@ -233,11 +252,14 @@ class Engine:
         lora: Sequence[LoraFactors | None] = (None, None, None),
         dropout: float = 0.0,
         dropout_seed: int = 0,
+        first_channel: int = 0,
         keep: bool = False,
     ) -> tuple[Tensor, Kept | None, BlockReport]:
         """out[t] = sum_k weight[t, k] * expert_{index[t, k]}(hidden[t]).
 
         hidden [T, D] fp32, bf16 or fp16; index [T, K] int64, E skips; weight [T, K] fp32.
+        `first_channel`: where these intermediate channels begin in a layer that is split, so that
+        dropout is that of the whole layer.
         Returns out [T, D] in the dtype of hidden, what backward needs if `keep`, and a report.
         Raises KernelArgumentError, and ValueError for an index outside 0..E.
         """
@@ -251,6 +273,7 @@ class Engine:
             lora,
             dropout,
             dropout_seed,
+            first_channel,
         )
         out_TD = torch.empty_like(hidden_TD)
         kept = None
@@ -282,6 +305,7 @@ class Engine:
         lora: Sequence[LoraFactors | None] = (None, None, None),
         dropout: float = 0.0,
         dropout_seed: int = 0,
+        first_channel: int = 0,
     ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor] | None], BlockReport]:
         """Gradients of `forward` for the same arguments.
 
@@ -298,6 +322,7 @@ class Engine:
             lora,
             dropout,
             dropout_seed,
+            first_channel,
         )
         d_out = _check(d_out_TD, "d_out", hidden_TD.shape, [hidden_TD.dtype])
         addresses = self._kept_addresses(kept, weights, index_TK.numel(), lora)
@@ -325,6 +350,7 @@ class Engine:
         lora: Sequence[LoraFactors | None],
         dropout: float,
         dropout_seed: int,
+        first_channel: int,
     ) -> tuple:
         if hidden_TD.dim() != 2 or index_TK.dim() != 2:
             raise KernelArgumentError(
@@ -367,6 +393,7 @@ class Engine:
             factors,
             dropout,
             dropout_seed,
+            first_channel,
         )
 
     @staticmethod

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from kt_sft.errors import CheckpointError
 from kt_sft.experts import HybridExperts
 from kt_sft.families import Family
-from kt_sft.kernels import PROJECTIONS, ExpertWeights
+from kt_sft.kernels import PROJECTIONS
 from kt_sft.store.checkpoint import SafetensorsCheckpoint
 from kt_sft.store.layout import ExpertsOnDisk
 
@@ -26,7 +26,7 @@ Reader = Callable[[int, str], Tensor]
 def pack_experts(module: HybridExperts, read: Reader) -> None:
     """Packs every expert of one layer. Raises CheckpointError for NaN and Inf."""
     shape, runtime = module.shape, module.runtime
-    weights = ExpertWeights(
+    weights = runtime.engine.new_weights(
         shape.experts, shape.hidden, shape.intermediate, runtime.settings.weights
     )
     for expert in range(shape.experts):

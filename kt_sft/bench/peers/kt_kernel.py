@@ -7,6 +7,8 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
+import time
 import venv
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -19,6 +21,8 @@ from kt_sft.errors import PeerError
 logger = logging.getLogger(__name__)
 
 _REQUIREMENT = "kt-kernel==0.7.2"
+# Its threads spin for a while after a call; the next runner must not pay for that.
+_REST_SECONDS = 0.3
 _DRIVER = Path(__file__).with_name("kt_kernel_driver.py")
 
 
@@ -44,11 +48,13 @@ def _python(environment: Path | None) -> Path:
 
 @contextmanager
 def _process(python: Path, case: LayerCase, precision: str) -> Iterator[Runner]:
+    log = tempfile.TemporaryFile(mode="w+")
     process = subprocess.Popen(
-        [str(python), str(_DRIVER)],
+        # -P: this folder holds a module of the package's name.
+        [str(python), "-P", str(_DRIVER)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=log,
         text=True,
     )
     assert process.stdin is not None and process.stdout is not None
@@ -57,13 +63,19 @@ def _process(python: Path, case: LayerCase, precision: str) -> Iterator[Runner]:
     def ask(request: Mapping[str, Any]) -> dict[str, Any]:
         requests.write(json.dumps(request) + "\n")
         requests.flush()
-        reply = json.loads(replies.readline() or '{"error": "the process ended"}')
+        line = replies.readline()
+        if not line:
+            log.seek(0)
+            last = "\n".join(log.read().splitlines()[-5:])
+            raise PeerError(f"kt-kernel in {precision}: the process ended:\n{last}")
+        reply = json.loads(line)
         if "error" in reply:
             raise PeerError(f"kt-kernel in {precision}: {reply['error']}")
         return reply
 
     def run() -> tuple[float, float]:
         reply = ask({"cmd": "run"})
+        time.sleep(_REST_SECONDS)
         return reply["forward_ms"], reply["backward_ms"]
 
     try:
@@ -88,6 +100,7 @@ def _process(python: Path, case: LayerCase, precision: str) -> Iterator[Runner]:
             process.wait(timeout=30)
         except subprocess.TimeoutExpired:
             process.kill()
+        log.close()
 
 
 @contextmanager

@@ -1,0 +1,318 @@
+"""One engine per NUMA node, each with its own part of the intermediate channels.
+
+A node holds rows of gate and up and columns of down, so that its threads read weights from their
+own memory only. Its part of the layer is a layer with fewer intermediate channels; outputs and the
+gradients of what the nodes share are sums over the nodes.
+
+Legend: T tokens, D hidden size, F intermediate size, E experts, K top-k, r LoRA rank.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from kt_sft.kernels._core import ForkedProcess
+from kt_sft.kernels.engine import BlockReport, Engine, ExpertWeights, Kept, LoraFactors
+
+logger = logging.getLogger(__name__)
+
+_BLOCK = 64  # channels of a super tile: parts are cut between them
+
+T = TypeVar("T")
+
+
+def numa_nodes(
+    *, cpus: set[int] | None = None, sysfs: Path = Path("/sys/devices/system/node")
+) -> list[set[int]]:
+    """The usable CPUs of each node that has any; one node when the system does not tell.
+
+    The paths are arguments so that trees of other machines can be tested.
+    """
+    cpus = set(os.sched_getaffinity(0)) if cpus is None else cpus
+    nodes = []
+    for folder in sorted(sysfs.glob("node[0-9]*"), key=lambda p: int(p.name[4:])):
+        try:
+            own = _cpu_list((folder / "cpulist").read_text()) & cpus
+        except (OSError, ValueError):
+            logger.warning("NUMA: %s cannot be read; using one node", folder)
+            return [cpus]
+        if own:
+            nodes.append(own)
+    if not nodes or set().union(*nodes) != cpus:
+        if nodes:
+            logger.warning("NUMA: the nodes do not cover the usable CPUs; using one node")
+        return [cpus]
+    return nodes
+
+
+def _cpu_list(text: str) -> set[int]:
+    """The CPUs of "0-3,8,10-11"."""
+    cpus: set[int] = set()
+    for part in text.strip().split(","):
+        if part:
+            first, _, last = part.partition("-")
+            cpus.update(range(int(first), int(last or first) + 1))
+    return cpus
+
+
+def split_channels(channels: int, parts: int) -> list[tuple[int, int]]:
+    """Nearly equal ranges that begin at multiples of 64; fewer when there are not enough."""
+    blocks = -(-channels // _BLOCK)
+    parts = min(parts, blocks)
+    cuts = [min(channels, blocks * i // parts * _BLOCK) for i in range(parts + 1)]
+    return list(zip(cuts[:-1], cuts[1:], strict=True))
+
+
+class SplitWeights:
+    """The weights of one layer, a range of intermediate channels on each node."""
+
+    def __init__(
+        self,
+        engines: NodeEngines,
+        experts: int,
+        hidden: int,
+        intermediate: int,
+        weights: str,
+        *,
+        gated: bool = True,
+    ) -> None:
+        self.experts, self.hidden, self.intermediate = experts, hidden, intermediate
+        self.weights, self.gated = weights, gated
+        self.ranges = split_channels(intermediate, len(engines.nodes))
+        self.parts = [
+            ExpertWeights(experts, hidden, end - begin, weights, gated=gated)
+            for begin, end in self.ranges
+        ]
+
+    def __deepcopy__(self, memo: dict) -> SplitWeights:
+        return self
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory on all nodes."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The projections that these experts have, in order."""
+        return self.parts[0].projections
+
+    def shape(self, projection: str) -> tuple[int, int]:
+        """(outputs, inputs) of one expert's projection, all nodes together."""
+        if projection == "down_proj":
+            return self.hidden, self.intermediate
+        return self.intermediate, self.hidden
+
+    def pack(self, engine: NodeEngines, expert: int, projection: str, weight: Tensor) -> None:
+        """As ExpertWeights.pack; every node's threads write its part, so that it lies there."""
+        engine.on_nodes(
+            lambda node: self.parts[node].pack(
+                engine.nodes[node], expert, projection, self._cut(projection, weight, node)
+            ),
+            len(self.parts),
+        )
+
+    def unpack(self, expert: int, projection: str) -> Tensor:
+        """The weights that the kernels compute with, fp32 [outputs, inputs]."""
+        dim = 1 if projection == "down_proj" else 0
+        return torch.cat([part.unpack(expert, projection) for part in self.parts], dim)
+
+    def set_bias(self, expert: int, projection: str, bias: Tensor) -> None:
+        """As ExpertWeights.set_bias; down's is added on one node."""
+        if projection == "down_proj":
+            self.parts[0].set_bias(expert, projection, bias)
+            return
+        for part, (begin, end) in zip(self.parts, self.ranges, strict=True):
+            part.set_bias(expert, projection, bias[begin:end])
+
+    def _cut(self, projection: str, weight: Tensor, node: int) -> Tensor:
+        begin, end = self.ranges[node]
+        return weight[:, begin:end] if projection == "down_proj" else weight[begin:end]
+
+
+class SplitKept:
+    """What forward keeps for backward, of each node."""
+
+    def __init__(self, parts: Sequence[Kept]) -> None:
+        self.parts = list(parts)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Flat, for autograd."""
+        return tuple(t for part in self.parts for t in part.tensors())
+
+
+class NodeEngines:
+    """Has the face of Engine; each node's calls run on a thread that is bound to the node."""
+
+    def __init__(
+        self,
+        nodes: Sequence[set[int]],
+        threads: int,
+        isa: str = "auto",
+        *,
+        cpu_flags: Mapping[str, bool] | None = None,
+    ) -> None:
+        """`nodes`: the CPUs of each; `threads` are shared out by their number."""
+        self._owner = os.getpid()
+        cpus = sum(map(len, nodes))
+        self._leaders = [
+            ThreadPoolExecutor(1, f"kt-sft-node-{i}", os.sched_setaffinity, (0, own))
+            for i, own in enumerate(nodes)
+        ]
+
+        def make(node: int) -> Engine:
+            # Made on the bound thread: the engine's own threads inherit its CPUs.
+            own = max(1, threads * len(nodes[node]) // cpus)
+            return Engine(own, isa, cpu_flags=cpu_flags)
+
+        self.nodes = self.on_nodes(make, len(nodes))
+
+    def __deepcopy__(self, memo: dict) -> NodeEngines:
+        return self
+
+    def on_nodes(self, work: Callable[[int], T], count: int) -> list[T]:
+        """work(node) on each of the first `count` nodes at once."""
+        if os.getpid() != self._owner:
+            raise ForkedProcess(
+                "the experts' threads do not exist in a forked child; compute in the parent, or "
+                "load the model in the child"
+            )
+        futures = [self._leaders[node].submit(work, node) for node in range(count)]
+        return [future.result() for future in futures]
+
+    @property
+    def isa(self) -> str:
+        """The instruction set in use."""
+        return self.nodes[0].isa
+
+    @property
+    def threads(self) -> int:
+        """Threads that compute, on all nodes."""
+        return sum(node.threads for node in self.nodes)
+
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes of temporary memory that are kept for the next call and not in use."""
+        return sum(node.cached_bytes for node in self.nodes)
+
+    def trim(self) -> int:
+        """Gives unused temporary memory back to the system; returns the bytes."""
+        return sum(node.trim() for node in self.nodes)
+
+    def new_weights(
+        self, experts: int, hidden: int, intermediate: int, weights: str, *, gated: bool = True
+    ) -> SplitWeights:
+        """Empty weights, split over the nodes."""
+        return SplitWeights(self, experts, hidden, intermediate, weights, gated=gated)
+
+    @staticmethod
+    def kept(tensors: Sequence[Tensor]) -> SplitKept:
+        """From SplitKept.tensors()."""
+        width = Kept.COUNT
+        return SplitKept(
+            [Engine.kept(tensors[i : i + width]) for i in range(0, len(tensors), width)]
+        )
+
+    def forward(
+        self,
+        weights: SplitWeights,
+        hidden_TD: Tensor,
+        index_TK: Tensor,
+        weight_TK: Tensor,
+        *,
+        lora: Sequence[LoraFactors | None] = (None, None, None),
+        keep: bool = False,
+        **arguments: Any,
+    ) -> tuple[Tensor, SplitKept | None, BlockReport]:
+        """As Engine.forward."""
+        wide_TD = hidden_TD.float()
+        parts = self.on_nodes(
+            lambda node: self.nodes[node].forward(
+                weights.parts[node],
+                wide_TD,
+                index_TK,
+                weight_TK,
+                lora=_cut_lora(lora, weights.ranges[node]),
+                keep=keep,
+                first_channel=weights.ranges[node][0],
+                **arguments,
+            ),
+            len(weights.parts),
+        )
+        out_TD = _sum([out for out, _, _ in parts]).to(hidden_TD.dtype)
+        kept = SplitKept([k for _, k, _ in parts if k is not None]) if keep else None
+        return out_TD, kept, parts[0][2]
+
+    def backward(
+        self,
+        weights: SplitWeights,
+        hidden_TD: Tensor,
+        index_TK: Tensor,
+        weight_TK: Tensor,
+        d_out_TD: Tensor,
+        kept: SplitKept,
+        *,
+        lora: Sequence[LoraFactors | None] = (None, None, None),
+        **arguments: Any,
+    ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor] | None], BlockReport]:
+        """As Engine.backward."""
+        wide_TD, wide_d_out_TD = hidden_TD.float(), d_out_TD.float()
+        parts = self.on_nodes(
+            lambda node: self.nodes[node].backward(
+                weights.parts[node],
+                wide_TD,
+                index_TK,
+                weight_TK,
+                wide_d_out_TD,
+                kept.parts[node],
+                lora=_cut_lora(lora, weights.ranges[node]),
+                first_channel=weights.ranges[node][0],
+                **arguments,
+            ),
+            len(weights.parts),
+        )
+        d_lora: list[tuple[Tensor, Tensor] | None] = []
+        for which, factors in enumerate(lora):
+            if factors is None:
+                d_lora.append(None)
+                continue
+            own = [pair for pair in (part[2][which] for part in parts) if pair is not None]
+            d_a, d_b = [a for a, _ in own], [b for _, b in own]
+            if which == 2:  # down: its inputs are split
+                d_lora.append((torch.cat(d_a, 2), _sum(d_b)))
+            else:  # gate and up: their outputs are
+                d_lora.append((_sum(d_a), torch.cat(d_b, 1)))
+        d_hidden_TD = _sum([part[0] for part in parts]).to(hidden_TD.dtype)
+        return d_hidden_TD, _sum([part[1] for part in parts]), d_lora, parts[0][3]
+
+
+def _cut_lora(
+    lora: Sequence[LoraFactors | None], channels: tuple[int, int]
+) -> list[LoraFactors | None]:
+    """The factors that a node's channels meet."""
+    begin, end = channels
+    cut: list[LoraFactors | None] = []
+    for which, f in enumerate(lora):
+        if f is None:
+            cut.append(None)
+        elif which == 2:
+            cut.append(LoraFactors(f.a[:, :, begin:end].contiguous(), f.b, f.scaling))
+        else:
+            cut.append(LoraFactors(f.a, f.b[:, begin:end].contiguous(), f.scaling))
+    return cut
+
+
+def _sum(tensors: Sequence[Tensor]) -> Tensor:
+    """In the order of the nodes, so that results repeat."""
+    total = tensors[0]
+    for other in tensors[1:]:
+        total = total + other
+    return total

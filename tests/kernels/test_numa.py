@@ -1,0 +1,104 @@
+"""The split over NUMA nodes: fake trees, and two pretended nodes against one engine."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from comparators import assert_matches
+from test_block import Block, inputs
+
+from kt_sft.kernels import Engine, Gate, NodeEngines, SplitWeights, numa_nodes
+from kt_sft.kernels.numa import split_channels
+
+
+def tree(folder: Path, lists: dict[int, str]) -> Path:
+    for node, text in lists.items():
+        (folder / f"node{node}").mkdir(parents=True)
+        (folder / f"node{node}" / "cpulist").write_text(text + "\n")
+    return folder
+
+
+def test_nodes_from_sysfs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cpus = set(range(8))
+    assert numa_nodes(cpus=cpus, sysfs=tmp_path / "nowhere") == [cpus]
+    one = tree(tmp_path / "one", {0: "0-7"})
+    assert numa_nodes(cpus=cpus, sysfs=one) == [cpus]
+    two = tree(tmp_path / "two", {0: "0-1,4-5", 1: "2-3,6-7"})
+    assert numa_nodes(cpus=cpus, sysfs=two) == [{0, 1, 4, 5}, {2, 3, 6, 7}]
+    assert numa_nodes(cpus={2, 3}, sysfs=two) == [{2, 3}]
+    sparse = tree(tmp_path / "sparse", {0: "0-3", 2: "", 10: "4-7"})
+    assert numa_nodes(cpus=cpus, sysfs=sparse) == [{0, 1, 2, 3}, {4, 5, 6, 7}]
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        assert numa_nodes(cpus=set(range(9)), sysfs=two) == [set(range(9))]
+        odd = tree(tmp_path / "odd", {0: "zero"})
+        assert numa_nodes(cpus=cpus, sysfs=odd) == [cpus]
+    assert len(caplog.records) == 2
+
+
+def test_channels_are_cut_between_tiles() -> None:
+    assert split_channels(768, 2) == [(0, 384), (384, 768)]
+    assert split_channels(200, 2) == [(0, 128), (128, 200)]
+    assert split_channels(200, 3) == [(0, 64), (64, 128), (128, 200)]
+    assert split_channels(40, 4) == [(0, 40)]
+
+
+@pytest.fixture(scope="module")
+def engines() -> NodeEngines:
+    cpus = sorted(os.sched_getaffinity(0))
+    return NodeEngines([{cpus[0]}, {cpus[-1]}], 2)
+
+
+@pytest.mark.parametrize("gate", [Gate("swish"), Gate("relu2", gated=False)], ids=["gated", "not"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("stored", ["int8", "bf16", "int4_g32"])
+def test_split_layer_is_the_whole_layer(
+    engines: NodeEngines, gate: Gate, dropout: float, stored: str
+) -> None:
+    """Scales, and so the rounding of int formats, belong to a node's part; hence the bounds."""
+    block = Block.make(3, 72, 200, stored, 4, is_gated=gate.gated, biased=True)
+    weights = engines.new_weights(3, 72, 200, stored, gated=gate.gated)
+    assert isinstance(weights, SplitWeights) and len(weights.parts) == 2
+    for projection in weights.projections:
+        for e in range(3):
+            source = block.weights.unpack(e, projection)
+            weights.pack(engines, e, projection, source)
+            weights.set_bias(
+                e, projection, block.bias[("gate_proj", "up_proj", "down_proj").index(projection)][e]
+            )
+            step = {"int8": 0.02, "bf16": 0.0, "int4_g32": 0.12}[stored]
+            assert (weights.unpack(e, projection) - source).norm() <= step * source.norm()
+    x, index, weight = inputs(31, 72, 3, 2)
+    compute = "bf16" if stored == "bf16" else "exact"
+    arguments = {
+        "compute": compute, "gate": gate, "lora": block.lora, "dropout": dropout,
+        "dropout_seed": 77,
+    }  # fmt: skip
+    d_out = torch.randn(31, 72, generator=torch.Generator().manual_seed(3))
+    results = []
+    for engine, own in ((Engine(1), block.weights), (engines, weights)):
+        out, kept, _ = engine.forward(own, x, index, weight, keep=True, **arguments)
+        kept = engine.kept(kept.tensors())
+        d_hidden, d_weight, d_lora, _ = engine.backward(
+            own, x, index, weight, d_out, kept, **arguments
+        )
+        results.append([out, d_hidden, d_weight, *(t for pair in d_lora if pair for t in pair)])
+    bound = {"int8": 0.02, "bf16": 0.02, "int4_g32": 0.25}[stored]
+    for i, (whole, split) in enumerate(zip(*results, strict=True)):
+        assert_matches(split, whole, bound, f"result {i}")
+
+
+def test_a_forked_child_raises(engines: NodeEngines) -> None:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            engines.on_nodes(lambda node: node, 2)
+        except RuntimeError as error:
+            os._exit(0 if "forked child" in str(error) else 2)
+        os._exit(1)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0

@@ -15,10 +15,13 @@ namespace {
 constexpr int64_t kGradientCols = 512;
 constexpr int64_t kGradientRows = 32;
 
-// A LoRA gradient: sum over rows of factor[row]' source[row], [rank, cols].
+// Rows of one expert whose share of the gradients of B is summed while their output gradients are
+// packed, and so in the cache.
+constexpr int64_t kGradientBlock = 128;
+
+// The gradient of A: sum over rows of factor[row]' input[row], [rank, cols].
 struct RankProduct {
   Projection projection;
-  bool of_a;              // of A (source: the projection's input) or of B (its output gradient)
   const float* factor_R;  // [R, rank]
   bool weighted;          // the factor still lacks the routing weight
 };
@@ -81,19 +84,58 @@ BlockReport ExpertsBlock::backward(const BlockInput& in, const void* d_out,
     }
   });
 
-  const std::vector<ExpertItem> by_rows = row_items(routing);
-  phases.run("pack_d_out", static_cast<int64_t>(by_rows.size()),
-             routing.rows * dp * (4 + lora.rank_sum()), [&](int64_t i, int) {
-               const ExpertItem& item = by_rows[i];
+  // Without LoRA the blocks are only there to be packed, and small ones spread better.
+  const std::vector<ExpertItem> blocks =
+      row_items(routing, lora.rank_sum() ? kGradientBlock : kRowsPerItem);
+  std::array<float*, kProjectionCount> db_parts{};  // [blocks, rank, outputs padded]
+  for (int i = 0; i < kProjectionCount; ++i)
+    if (in.lora[i].rank)
+      db_parts[i] = scratch.floats(static_cast<int64_t>(blocks.size()) * in.lora[i].rank *
+                                   padded(weights.outputs(static_cast<Projection>(i))));
+  // Adds rows [begin, end) to their block's share of dB: factor[row]' d_output[row], where the
+  // factor of down carries the routing weight, as its output does.
+  const auto add_to_db = [&](Projection proj, int64_t block, int64_t begin, int64_t end,
+                             const auto& row_of) {
+    if (!lora.any(proj)) return;
+    const int which = static_cast<int>(proj), rank = in.lora[which].rank;
+    const int64_t width = padded(weights.outputs(proj));
+    const float* rows[kRowsPerItem];
+    std::vector<float> weighted;
+    const float* factor = kept.lora_down[which] + begin * rank;
+    if (proj == Projection::kDown) {
+      for (int64_t r = begin; r < end; ++r)
+        for (int j = 0; j < rank; ++j)
+          weighted.push_back(weight_R[r] * kept.lora_down[which][r * rank + j]);
+      factor = weighted.data();
+    }
+    for (int64_t r = begin; r < end; ++r) rows[r - begin] = row_of(r);
+    kernels_.rank_outer(static_cast<int>(end - begin), rank, width, factor, rank, rows,
+                        db_parts[which] + block * rank * width, width);
+  };
+  const auto clear_db = [&](Projection proj, int64_t block) {
+    const int64_t size = in.lora[static_cast<int>(proj)].rank * padded(weights.outputs(proj));
+    if (size) std::fill_n(db_parts[static_cast<int>(proj)] + block * size, size, 0.0f);
+  };
+  const auto in_batches = [](const ExpertItem& item, const auto& body) {
+    for (int64_t row = item.row_begin; row < item.row_end; row += kRowsPerItem)
+      body(row, std::min(item.row_end, row + kRowsPerItem));
+  };
+
+  phases.run("pack_d_out", static_cast<int64_t>(blocks.size()),
+             routing.rows * dp * (4 + 2 * lora.rank_sum()), [&](int64_t i, int) {
+               const ExpertItem& item = blocks[i];
                const float* fold = weights.scales(item.expert, Projection::kDown);
                const float* bias = weights.bias(item.expert, Projection::kDown);
-               for (int64_t r = item.row_begin; r < item.row_end; ++r) {
-                 dy_rows.pack(r, dout_of_row(r), fold);
-                 d_weight_parts[r * weight_parts + f_blocks] =
-                     bias ? kernels_.dot_row(dp, dout_of_row(r), bias) : 0.0f;
-               }
-               lora.project_output(Projection::kDown, item.expert, item.row_begin, item.row_end,
-                                   dout_of_row, q[2]);
+               clear_db(Projection::kDown, i);
+               in_batches(item, [&](int64_t begin, int64_t end) {
+                 for (int64_t r = begin; r < end; ++r) {
+                   dy_rows.pack(r, dout_of_row(r), fold);
+                   d_weight_parts[r * weight_parts + f_blocks] =
+                       bias ? kernels_.dot_row(dp, dout_of_row(r), bias) : 0.0f;
+                 }
+                 lora.project_output(Projection::kDown, item.expert, begin, end, dout_of_row, q[2]);
+                 add_to_db(Projection::kDown, i, begin, end, dout_of_row);
+               });
              });
 
   const std::vector<ExpertItem> dh_items =
@@ -133,18 +175,22 @@ BlockReport ExpertsBlock::backward(const BlockInput& in, const void* d_out,
                    });
       });
 
-  phases.run("pack_d_gate_up", static_cast<int64_t>(by_rows.size()),
-             routing.rows * fp * (8 + lora.rank_sum()), [&](int64_t i, int) {
-               const ExpertItem& item = by_rows[i];
+  phases.run("pack_d_gate_up", static_cast<int64_t>(blocks.size()),
+             routing.rows * fp * (8 + 2 * lora.rank_sum()), [&](int64_t i, int) {
+               const ExpertItem& item = blocks[i];
                // Gate and up scales lie next to each other, as the two halves of a row do.
                const float* fold =
                    weights.scales(item.expert, gated ? Projection::kGate : Projection::kUp);
-               for (int64_t r = item.row_begin; r < item.row_end; ++r)
-                 dgu_rows.pack(r, dgu_RG + r * gp, fold);
-               lora.project_output(Projection::kGate, item.expert, item.row_begin, item.row_end,
-                                   dgate_of_row, q[0]);
-               lora.project_output(Projection::kUp, item.expert, item.row_begin, item.row_end,
-                                   dup_of_row, q[1]);
+               clear_db(Projection::kGate, i);
+               clear_db(Projection::kUp, i);
+               in_batches(item, [&](int64_t begin, int64_t end) {
+                 for (int64_t r = begin; r < end; ++r) dgu_rows.pack(r, dgu_RG + r * gp, fold);
+                 lora.project_output(Projection::kGate, item.expert, begin, end, dgate_of_row,
+                                     q[0]);
+                 lora.project_output(Projection::kUp, item.expert, begin, end, dup_of_row, q[1]);
+                 add_to_db(Projection::kGate, i, begin, end, dgate_of_row);
+                 add_to_db(Projection::kUp, i, begin, end, dup_of_row);
+               });
              });
 
   const std::vector<ExpertItem> dx_items =
@@ -172,30 +218,48 @@ BlockReport ExpertsBlock::backward(const BlockInput& in, const void* d_out,
                    });
       });
 
-  // dA = sum over rows of q' input~, dB = sum over rows of d_output' p. Down's output is weighted by
-  // the router, so both of its gradients carry the weight.
+  // dB: the blocks' shares of each expert summed and turned to [outputs, rank].
+  std::vector<int64_t> first_block(static_cast<size_t>(weights.experts()), 0);
+  std::vector<int64_t> block_count(static_cast<size_t>(weights.experts()), 0);
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    const size_t e = static_cast<size_t>(blocks[i].expert);
+    if (!block_count[e]++) first_block[e] = static_cast<int64_t>(i);
+  }
+  const auto write_db = [&](Projection proj, int64_t expert) {
+    if (!lora.any(proj)) return;
+    const int which = static_cast<int>(proj), rank = in.lora[which].rank;
+    const int64_t outputs = weights.outputs(proj), width = padded(outputs);
+    const float* parts = db_parts[which] + first_block[expert] * rank * width;
+    float* out = d_lora[which].b + expert * outputs * rank;
+    for (int64_t n = 0; n < outputs; ++n)
+      for (int j = 0; j < rank; ++j) {
+        float sum = 0.0f;
+        for (int64_t b = 0; b < block_count[expert]; ++b) sum += parts[(b * rank + j) * width + n];
+        out[n * rank + j] = sum;
+      }
+  };
+  phases.run("lora_b_gradients", weights.experts() * kProjectionCount,
+             weights.experts() * (dp + 2 * fp) * lora.rank_sum(), [&](int64_t i, int) {
+               write_db(static_cast<Projection>(i % kProjectionCount), i / kProjectionCount);
+             });
+
+  // dA = sum over rows of q' input~; down's q lacks the routing weight.
   std::vector<RankProducts> rank_products;
   const auto add_products = [&](const std::vector<RankProduct>& products) {
     std::vector<RankProduct> present;
     for (const RankProduct& product : products)
       if (lora.any(product.projection)) present.push_back(product);
-    if (present.empty()) return;
-    const Projection proj = present[0].projection;
-    const bool of_a = present[0].of_a;
-    rank_products.push_back({present, of_a ? weights.inputs(proj) : weights.outputs(proj)});
+    if (!present.empty())
+      rank_products.push_back({present, weights.inputs(present[0].projection)});
   };
-  const RankProduct a_gate{Projection::kGate, true, q[0], false};
-  const RankProduct a_up{Projection::kUp, true, q[1], false};
+  const RankProduct a_gate{Projection::kGate, q[0], false}, a_up{Projection::kUp, q[1], false};
   if (in.dropout > 0.0f) {  // each projection drops other elements of x
     add_products({a_gate});
     add_products({a_up});
   } else {
     add_products({a_gate, a_up});
   }
-  add_products({{Projection::kDown, true, q[2], true}});
-  add_products({{Projection::kGate, false, kept.lora_down[0], false}});
-  add_products({{Projection::kUp, false, kept.lora_down[1], false}});
-  add_products({{Projection::kDown, false, kept.lora_down[2], true}});
+  add_products({{Projection::kDown, q[2], true}});
 
   struct GradientItem {
     const RankProducts* group;
@@ -212,33 +276,12 @@ BlockReport ExpertsBlock::backward(const BlockInput& in, const void* d_out,
   for (int32_t e = 0; e < weights.experts(); ++e)
     if (!routing.count(e)) add_items(e);
 
-  const auto source_row = [&](const RankProduct& product, int64_t r) -> const float* {
-    if (product.of_a) return product.projection == Projection::kDown ? h_of_row(r) : x_of_row(r);
-    return product.projection == Projection::kDown   ? dout_of_row(r)
-           : product.projection == Projection::kGate ? dgate_of_row(r)
-                                                     : dup_of_row(r);
-  };
-  // Where one expert's gradient is: of A [rank, inputs], of B [outputs, rank].
-  const auto write_gradient = [&](const RankProduct& product, const GradientItem& item, int rank,
-                                  const float* sum) {
-    const int64_t width = item.group->cols, cols = std::min(kGradientCols, width - item.col);
-    const LoraGradient& target = d_lora[static_cast<size_t>(product.projection)];
-    if (product.of_a) {
-      float* out = target.a + item.expert * rank * width + item.col;
-      for (int j = 0; j < rank; ++j)
-        std::memcpy(out + j * width, sum + j * kGradientCols,
-                    sizeof(float) * static_cast<size_t>(cols));
-    } else {
-      float* out = target.b + (item.expert * width + item.col) * rank;
-      for (int64_t n = 0; n < cols; ++n)
-        for (int j = 0; j < rank; ++j) out[n * rank + j] = sum[j * kGradientCols + n];
-    }
-  };
   phases.run(
-      "lora_gradients", static_cast<int64_t>(gradient_items.size()),
+      "lora_a_gradients", static_cast<int64_t>(gradient_items.size()),
       (routing.rows + weights.experts()) * (dp + fp) * lora.rank_sum(), [&](int64_t i, int thread) {
         const GradientItem& item = gradient_items[i];
         const std::vector<RankProduct>& products = item.group->products;
+        const Projection proj = products[0].projection;
         const int64_t cols = std::min(kGradientCols, padded(item.group->cols) - item.col);
         int64_t ranks = 0;
         for (const RankProduct& product : products)
@@ -249,6 +292,9 @@ BlockReport ExpertsBlock::backward(const BlockInput& in, const void* d_out,
         float* weighted = gathered + kGradientRows * kGradientCols;
         std::fill_n(sums, ranks * kGradientCols, 0.0f);
         const int64_t end = routing.offset[item.expert + 1];
+        const auto source_row = [&](int64_t r) {
+          return (proj == Projection::kDown ? h_of_row(r) : x_of_row(r)) + item.col;
+        };
         // Rows are copied together: at their own strides they would all fall into the same few
         // sets of the cache. Each batch is brought near while the one before is computed.
         const float* rows[kGradientRows];
@@ -256,21 +302,19 @@ BlockReport ExpertsBlock::backward(const BlockInput& in, const void* d_out,
         const int64_t first = routing.offset[item.expert];
         const auto bring_near = [&](int64_t begin) {
           for (int64_t r = begin; r < std::min(end, begin + kGradientRows); ++r)
-            for (int64_t j = 0; j < cols; j += 16)
-              __builtin_prefetch(source_row(products[0], r) + item.col + j, 0, 2);
+            for (int64_t j = 0; j < cols; j += 16) __builtin_prefetch(source_row(r) + j, 0, 2);
         };
         bring_near(first);
         for (int64_t begin = first; begin < end; begin += kGradientRows) {
           const int count = static_cast<int>(std::min(kGradientRows, end - begin));
           for (int m = 0; m < count; ++m) {
-            const float* row = source_row(products[0], begin + m) + item.col;
             float* copy = gathered + m * kGradientCols;
-            if (products[0].of_a && in.dropout > 0.0f)
-              kernels_.dropout_row(lora.dropout_key(products[0].projection, begin + m),
-                                   lora.first_input(products[0].projection) + item.col, cols, row,
+            if (in.dropout > 0.0f)
+              kernels_.dropout_row(lora.dropout_key(proj, begin + m),
+                                   lora.first_input(proj) + item.col, cols, source_row(begin + m),
                                    copy);
             else
-              std::memcpy(copy, row, sizeof(float) * static_cast<size_t>(cols));
+              std::memcpy(copy, source_row(begin + m), sizeof(float) * static_cast<size_t>(cols));
           }
           bring_near(begin + kGradientRows);
           float* sum = sums;
@@ -287,10 +331,14 @@ BlockReport ExpertsBlock::backward(const BlockInput& in, const void* d_out,
             sum += rank * kGradientCols;
           }
         }
+        const int64_t width = item.group->cols, real = std::min(kGradientCols, width - item.col);
         const float* sum = sums;
         for (const RankProduct& product : products) {
-          const int rank = in.lora[static_cast<int>(product.projection)].rank;
-          write_gradient(product, item, rank, sum);
+          const int which = static_cast<int>(product.projection), rank = in.lora[which].rank;
+          float* out = d_lora[which].a + item.expert * rank * width + item.col;
+          for (int j = 0; j < rank; ++j)
+            std::memcpy(out + j * width, sum + j * kGradientCols,
+                        sizeof(float) * static_cast<size_t>(real));
           sum += rank * kGradientCols;
         }
       });

@@ -45,7 +45,7 @@ BlockReport ExpertsBlock::forward(const BlockInput& in, void* out, const KeptAct
     }
   });
 
-  const std::vector<ExpertItem> by_rows = row_items(routing);
+  const std::vector<ExpertItem> by_rows = row_items(routing, kRowsPerItem);
   std::array<float*, kProjectionCount> p{};
   for (int i = 0; i < kProjectionCount; ++i)
     if (in.lora[i].rank)

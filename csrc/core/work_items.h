@@ -69,13 +69,16 @@ inline std::vector<ExpertItem> expert_items(const Routing& routing, int64_t unit
   return items;
 }
 
-inline std::vector<ExpertItem> row_items(const Routing& routing) {
+// Blocks of at most `most` rows of one expert, an expert's blocks next to each other.
+inline std::vector<ExpertItem> row_items(const Routing& routing, int64_t most) {
   std::vector<ExpertItem> items;
-  for (const int32_t expert : routing.active)
-    for (int64_t row = routing.offset[expert]; row < routing.offset[expert + 1];
-         row += kRowsPerItem)
+  for (const int32_t expert : routing.active) {
+    const int64_t rows = routing.count(expert), base = routing.offset[expert];
+    const int64_t parts = ceil_div(rows, most);
+    for (int64_t part = 0; part < parts; ++part)
       items.push_back(
-          {expert, 0, 1, row, std::min(routing.offset[expert + 1], row + kRowsPerItem)});
+          {expert, 0, 1, base + rows * part / parts, base + rows * (part + 1) / parts});
+  }
   return items;
 }
 

@@ -5,6 +5,7 @@ Legend: T tokens, D hidden size, F intermediate size, E experts, K top-k, r LoRA
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -452,3 +453,117 @@ def test_reference_gradients_by_finite_differences() -> None:
         return Experts64(block.dense, SILU, lora)(tensors[0], index, tensors[1])
 
     assert torch.autograd.gradcheck(run, leaves)
+
+
+def results_of(isa: str, block: Block, compute: str, x, index, weight, d_out, **extra) -> list:
+    """out, d_hidden, d_weight and the LoRA gradients."""
+    arguments = {"compute": compute, "gate": SILU, "lora": block.lora, **extra}
+    engine = ENGINES[isa]
+    out, kept, _ = engine.forward(block.weights, x, index, weight, keep=True, **arguments)
+    d_hidden, d_weight, d_lora, _ = engine.backward(
+        block.weights, x, index, weight, d_out, kept, **arguments
+    )
+    return [out, d_hidden, d_weight, *(t for pair in d_lora if pair for t in pair)]
+
+
+VNNI = [isa for isa in ISAS if isa in ("amx", "avx512_bf16", "avx512_vnni")]
+
+
+@pytest.mark.skipif(len(VNNI) < 2, reason="fewer than two instruction sets with byte products")
+@pytest.mark.parametrize(
+    ("stored", "compute"), [m for m in MODES if m[0] != "bf16"] + [("int4_g32", "int8")]
+)
+@pytest.mark.parametrize("tokens", [1, 5, 47])
+def test_amx_equals_vnni_to_the_last_bit(stored: str, compute: str, tokens: int) -> None:
+    block = Block.make(3, 130, 97, stored, 5)
+    x, index, weight = inputs(tokens, 130, 3, 2)
+    d_out = torch.randn(tokens, 130, generator=torch.Generator().manual_seed(4))
+    first, *others = (
+        results_of(isa, block, compute, x, index, weight, d_out, dropout=0.1, dropout_seed=5)
+        for isa in VNNI
+    )
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize(("stored", "compute"), MODES)
+def test_isas_pairwise(stored: str, compute: str) -> None:
+    """Integer products are the same everywhere; what is left is fp32 rounding.
+
+    bf16 weights meet activations in bf16 or in fp32, by ISA.
+    """
+    block = Block.make(4, 200, 130, stored, 3)
+    x, index, weight = inputs(33, 200, 4, 2)
+    d_out = torch.randn(33, 200, generator=torch.Generator().manual_seed(4))
+    results = {
+        isa: results_of(isa, block, compute, x, index, weight, d_out) for isa in ISAS
+    }  # fmt: skip
+    # A last-bit difference of an activation may move its rounding by one step.
+    bound = {"exact": 1e-4, "int8": 5e-3, "bf16": 1e-2}[compute]
+    names = list(results)
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            for got, want in zip(results[a], results[b], strict=True):
+                assert_matches(got, want, bound, f"{a} against {b}")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("stored", "compute"), MODES)
+def test_backward_is_linear(isa: str, stored: str, compute: str) -> None:
+    """Doubling the output gradient doubles every gradient, bit for bit; sums add up."""
+    block = Block.make(4, 96, 80, stored, 4)
+    x, index, weight = inputs(25, 96, 4, 2)
+    g = torch.Generator().manual_seed(4)
+    first, second = (torch.randn(25, 96, generator=g) for _ in range(2))
+    once = results_of(isa, block, compute, x, index, weight, first)[1:]
+    twice = results_of(isa, block, compute, x, index, weight, 2 * first)[1:]
+    assert all(torch.equal(2 * a, b) for a, b in zip(once, twice, strict=True))
+    other = results_of(isa, block, compute, x, index, weight, second)[1:]
+    both = results_of(isa, block, compute, x, index, weight, first + second)[1:]
+    for a, b, c in zip(once, other, both, strict=True):
+        assert_matches(c, a + b, 2 * tolerance(compute, 4.0, 3), "sum")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_permutations(isa: str) -> None:
+    """Tokens in another order give outputs in that order; renamed experts change nothing."""
+    block = Block.make(5, 96, 80, "int8", 4)
+    x, index, weight = inputs(41, 96, 5, 2)
+    d_out = torch.randn(41, 96, generator=torch.Generator().manual_seed(4))
+    plain = results_of(isa, block, "exact", x, index, weight, d_out)
+    order = torch.randperm(41, generator=torch.Generator().manual_seed(1))
+    moved = results_of(
+        isa, block, "exact", x[order], index[order], weight[order], d_out[order]
+    )  # fmt: skip
+    for a, b in zip(plain[:3], moved[:3], strict=True):
+        assert torch.equal(a[order], b)
+    for a, b in zip(plain[3:], moved[3:], strict=True):
+        assert_matches(b, a, 1e-5, "LoRA gradient")
+
+    names = torch.tensor([3, 0, 4, 1, 2])  # expert e is now called names[e]
+    renamed = Block.make(5, 96, 80, "int8", 4)
+    for e in range(5):
+        for p in PROJECTIONS:
+            renamed.weights.pack(
+                ENGINES[isa], int(names[e]), p, block.weights.unpack(e, p)
+            )  # fmt: skip
+    renamed.lora = [
+        LoraFactors(f.a[names.argsort()], f.b[names.argsort()], f.scaling) for f in block.lora if f
+    ]
+    again = results_of(isa, renamed, "exact", x, names[index], weight, d_out)
+    for a, b in zip(plain[:3], again[:3], strict=True):
+        assert_matches(b, a, 1e-5, "renamed")
+    for a, b in zip(plain[3:], again[3:], strict=True):
+        assert_matches(b[names], a, 1e-5, "renamed LoRA gradient")
+
+
+def test_idle_threads_cost_nothing() -> None:
+    """After a call the workers sleep: half a second of nothing takes no processor time."""
+    block = Block.make(4, 96, 80, "int8", 4)
+    x, index, weight = inputs(200, 96, 4, 2)
+    engine = make_engine(4, "portable")
+    engine.forward(block.weights, x, index, weight, compute="exact", gate=SILU, lora=block.lora)
+    time.sleep(0.05)
+    before = time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - before < 0.05

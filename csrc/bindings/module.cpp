@@ -268,8 +268,8 @@ PYBIND11_MODULE(_core, m) {
       .def("trim", &Engine::trim)
       .def("forward",
            [](Engine& self, const PackedExperts& weights, const std::string& compute,
-              const GateTuple& gate, int64_t tokens, int64_t top_k,
-              const std::string& dtype, Address hidden, Address index, Address routing_weight,
+              const GateTuple& gate, int64_t tokens, int64_t top_k, const std::string& dtype,
+              Address hidden, Address index, Address routing_weight,
               const std::array<LoraTuple, 3>& lora, float dropout, uint64_t dropout_seed,
               int64_t first_channel, Address out, Address kept_gate, Address kept_up,
               const std::array<Address, 3>& lora_down) {
@@ -277,17 +277,17 @@ PYBIND11_MODULE(_core, m) {
                  block_input(weights, compute, gate, tokens, top_k, dtype, hidden, index,
                              routing_weight, lora, dropout, dropout_seed, first_channel);
              return as_dict(self.exclusively([&](ThreadPool&, ExpertsBlock& block) {
-               return block.forward(in, pointer<void>(out), kept_activations(kept_gate, kept_up, lora_down));
+               return block.forward(in, pointer<void>(out),
+                                    kept_activations(kept_gate, kept_up, lora_down));
              }));
            })
       .def("backward",
            [](Engine& self, const PackedExperts& weights, const std::string& compute,
-              const GateTuple& gate, int64_t tokens, int64_t top_k,
-              const std::string& dtype, Address hidden, Address index, Address routing_weight,
+              const GateTuple& gate, int64_t tokens, int64_t top_k, const std::string& dtype,
+              Address hidden, Address index, Address routing_weight,
               const std::array<LoraTuple, 3>& lora, float dropout, uint64_t dropout_seed,
               int64_t first_channel, Address d_out, Address kept_gate, Address kept_up,
-              const std::array<Address, 3>& lora_down,
-              Address d_hidden, Address d_weight,
+              const std::array<Address, 3>& lora_down, Address d_hidden, Address d_weight,
               const std::array<std::pair<Address, Address>, 3>& d_lora) {
              const BlockInput in =
                  block_input(weights, compute, gate, tokens, top_k, dtype, hidden, index,
@@ -297,8 +297,8 @@ PYBIND11_MODULE(_core, m) {
                gradients[i] = {pointer<float>(d_lora[i].first), pointer<float>(d_lora[i].second)};
              return as_dict(self.exclusively([&](ThreadPool&, ExpertsBlock& block) {
                return block.backward(in, pointer<const void>(d_out),
-                                     kept_activations(kept_gate, kept_up, lora_down), pointer<void>(d_hidden),
-                                     pointer<float>(d_weight), gradients);
+                                     kept_activations(kept_gate, kept_up, lora_down),
+                                     pointer<void>(d_hidden), pointer<float>(d_weight), gradients);
              }));
            });
 

@@ -67,7 +67,8 @@ BlockReport ExpertsBlock::backward(const BlockInput& in, const void* d_out,
   for (int i = 0; i < kProjectionCount; ++i)
     if (in.lora[i].rank) q[i] = scratch.floats(routing.rows * in.lora[i].rank);
   float* weight_R = scratch.floats(routing.rows);
-  for (int64_t r = 0; r < routing.rows; ++r) weight_R[r] = in.routing_weight[routing.slot_of_row[r]];
+  for (int64_t r = 0; r < routing.rows; ++r)
+    weight_R[r] = in.routing_weight[routing.slot_of_row[r]];
   const bool stream_f = streams(routing.rows * fp), stream_d = streams(routing.rows * dp);
 
   const auto x_of_row = [&](int64_t r) { return x.row(routing.token_of_row(r)); };
@@ -140,40 +141,39 @@ BlockReport ExpertsBlock::backward(const BlockInput& in, const void* d_out,
 
   const std::vector<ExpertItem> dh_items =
       expert_items(routing, f_blocks, pool_.size(), dy_rows.row_bytes());
-  phases.run(
-      "d_h", static_cast<int64_t>(dh_items.size()), routing.rows * fp * dp,
-      [&](int64_t i, int thread) {
-        const ExpertItem& item = dh_items[i];
-        BackwardPanels panels(
-            kernels_, weights, item.expert, {Projection::kDown},
-            scratch.thread_bytes(thread, BackwardPanels::buffer_bytes(kernels_, weights, dp)));
-        for (int64_t unit = item.begin; unit < item.end; ++unit)
-          multiply(dy_rows, panels, unit, unit + 1 < item.end, item.row_begin, item.row_end, {},
-                   [&](int64_t row, int rows, const std::array<float*, 2>& dh) {
-                     float* parts = d_weight_parts + row * weight_parts + unit;
-                     for (int m = 0; m < rows; ++m) parts[m * weight_parts] = 0.0f;
-                     for (int64_t half = 0; half < 2; ++half) {
-                       const int64_t col = unit * kBlock + half * kPanelCols;
-                       lora.add_input(Projection::kDown, item.expert, row, rows, q[2], col,
-                                      dh[half]);
-                       GateBackward io{};
-                       io.rows = rows;
-                       io.weight = weight_R + row;
-                       io.dh = dh[half];
-                       io.gate = gated ? kept.gate + row * fp + col : nullptr;
-                       io.up = kept.up + row * fp + col;
-                       io.ldk = io.ldh = fp;
-                       io.dgate = gated ? dgate_of_row(row) + col : nullptr;
-                       io.dup = dup_of_row(row) + col;
-                       io.ldd = gp;
-                       io.h = h_RF ? h_of_row(row) + col : nullptr;
-                       io.d_weight = parts;
-                       io.ldw = weight_parts;
-                       io.stream = stream_f;
-                       kernels_.gate_backward(in.gate, io);
-                     }
-                   });
-      });
+  phases.run("d_h", static_cast<int64_t>(dh_items.size()), routing.rows * fp * dp,
+             [&](int64_t i, int thread) {
+               const ExpertItem& item = dh_items[i];
+               BackwardPanels panels(kernels_, weights, item.expert, {Projection::kDown},
+                                     scratch.thread_bytes(thread, BackwardPanels::buffer_bytes(
+                                                                      kernels_, weights, dp)));
+               for (int64_t unit = item.begin; unit < item.end; ++unit)
+                 multiply(dy_rows, panels, unit, unit + 1 < item.end, item.row_begin, item.row_end,
+                          {}, [&](int64_t row, int rows, const std::array<float*, 2>& dh) {
+                            float* parts = d_weight_parts + row * weight_parts + unit;
+                            for (int m = 0; m < rows; ++m) parts[m * weight_parts] = 0.0f;
+                            for (int64_t half = 0; half < 2; ++half) {
+                              const int64_t col = unit * kBlock + half * kPanelCols;
+                              lora.add_input(Projection::kDown, item.expert, row, rows, q[2], col,
+                                             dh[half]);
+                              GateBackward io{};
+                              io.rows = rows;
+                              io.weight = weight_R + row;
+                              io.dh = dh[half];
+                              io.gate = gated ? kept.gate + row * fp + col : nullptr;
+                              io.up = kept.up + row * fp + col;
+                              io.ldk = io.ldh = fp;
+                              io.dgate = gated ? dgate_of_row(row) + col : nullptr;
+                              io.dup = dup_of_row(row) + col;
+                              io.ldd = gp;
+                              io.h = h_RF ? h_of_row(row) + col : nullptr;
+                              io.d_weight = parts;
+                              io.ldw = weight_parts;
+                              io.stream = stream_f;
+                              kernels_.gate_backward(in.gate, io);
+                            }
+                          });
+             });
 
   phases.run("pack_d_gate_up", static_cast<int64_t>(blocks.size()),
              routing.rows * fp * (8 + 2 * lora.rank_sum()), [&](int64_t i, int) {
@@ -195,9 +195,8 @@ BlockReport ExpertsBlock::backward(const BlockInput& in, const void* d_out,
 
   const std::vector<ExpertItem> dx_items =
       expert_items(routing, d_blocks, pool_.size(), dgu_rows.row_bytes());
-  const std::vector<Projection> inner = gated
-                                            ? std::vector{Projection::kGate, Projection::kUp}
-                                            : std::vector{Projection::kUp};
+  const std::vector<Projection> inner =
+      gated ? std::vector{Projection::kGate, Projection::kUp} : std::vector{Projection::kUp};
   phases.run(
       "d_x", static_cast<int64_t>(dx_items.size()), routing.rows * fp * dp,
       [&](int64_t i, int thread) {
@@ -249,8 +248,7 @@ BlockReport ExpertsBlock::backward(const BlockInput& in, const void* d_out,
     std::vector<RankProduct> present;
     for (const RankProduct& product : products)
       if (lora.any(product.projection)) present.push_back(product);
-    if (!present.empty())
-      rank_products.push_back({present, weights.inputs(present[0].projection)});
+    if (!present.empty()) rank_products.push_back({present, weights.inputs(present[0].projection)});
   };
   const RankProduct a_gate{Projection::kGate, q[0], false}, a_up{Projection::kUp, q[1], false};
   if (in.dropout > 0.0f) {  // each projection drops other elements of x

@@ -75,54 +75,52 @@ BlockReport ExpertsBlock::forward(const BlockInput& in, void* out, const KeptAct
 
   const bool gated = weights.gated();
   const int64_t f_units = fp / (gated ? kPanelCols : 2 * kPanelCols);
-  const std::vector<Projection> inner = gated
-                                            ? std::vector{Projection::kGate, Projection::kUp}
-                                            : std::vector{Projection::kUp};
+  const std::vector<Projection> inner =
+      gated ? std::vector{Projection::kGate, Projection::kUp} : std::vector{Projection::kUp};
   const std::vector<ExpertItem> inner_items =
       expert_items(routing, f_units, pool_.size(), x_rows.row_bytes());
-  phases.run(
-      "gate_up", static_cast<int64_t>(inner_items.size()), routing.rows * fp * dp,
-      [&](int64_t i, int thread) {
-        const ExpertItem& item = inner_items[i];
-        ForwardPanels panels(
-            kernels_, weights, item.expert, inner,
-            scratch.thread_bytes(thread, ForwardPanels::buffer_bytes(kernels_, weights, dp)));
-        const auto activate = [&](int64_t row, int rows, int64_t col, const float* gate,
-                                  const float* up) {
-          GateForward io{};
-          io.rows = rows;
-          io.gate = gate;
-          io.up = up;
-          io.h = h_RF + row * fp + col;
-          io.ldh = io.ldk = fp;
-          if (kept.up) {
-            io.keep_gate = gate ? kept.gate + row * fp + col : nullptr;
-            io.keep_up = kept.up + row * fp + col;
-          }
-          io.stream = stream_f;
-          kernels_.gate_forward(in.gate, io);
-        };
-        for (int64_t unit = item.begin; unit < item.end; ++unit) {
-          const int64_t col = unit * (gated ? kPanelCols : 2 * kPanelCols);
-          const std::array<const float*, 2> scales = {
-              col_scale(item.expert, inner.front(), col),
-              col_scale(item.expert, Projection::kUp, gated ? col : col + kPanelCols)};
-          multiply(x_rows, panels, unit, unit + 1 < item.end, item.row_begin, item.row_end, scales,
-                   [&](int64_t row, int rows, const std::array<float*, 2>& y) {
-                     if (gated) {
-                       complete(Projection::kGate, item.expert, row, rows, col, y[0]);
-                       complete(Projection::kUp, item.expert, row, rows, col, y[1]);
-                       activate(row, rows, col, y[0], y[1]);
-                     } else {
-                       for (int64_t half = 0; half < 2; ++half) {
-                         const int64_t at = col + half * kPanelCols;
-                         complete(Projection::kUp, item.expert, row, rows, at, y[half]);
-                         activate(row, rows, at, nullptr, y[half]);
-                       }
-                     }
-                   });
-        }
-      });
+  phases.run("gate_up", static_cast<int64_t>(inner_items.size()), routing.rows * fp * dp,
+             [&](int64_t i, int thread) {
+               const ExpertItem& item = inner_items[i];
+               ForwardPanels panels(kernels_, weights, item.expert, inner,
+                                    scratch.thread_bytes(thread, ForwardPanels::buffer_bytes(
+                                                                     kernels_, weights, dp)));
+               const auto activate = [&](int64_t row, int rows, int64_t col, const float* gate,
+                                         const float* up) {
+                 GateForward io{};
+                 io.rows = rows;
+                 io.gate = gate;
+                 io.up = up;
+                 io.h = h_RF + row * fp + col;
+                 io.ldh = io.ldk = fp;
+                 if (kept.up) {
+                   io.keep_gate = gate ? kept.gate + row * fp + col : nullptr;
+                   io.keep_up = kept.up + row * fp + col;
+                 }
+                 io.stream = stream_f;
+                 kernels_.gate_forward(in.gate, io);
+               };
+               for (int64_t unit = item.begin; unit < item.end; ++unit) {
+                 const int64_t col = unit * (gated ? kPanelCols : 2 * kPanelCols);
+                 const std::array<const float*, 2> scales = {
+                     col_scale(item.expert, inner.front(), col),
+                     col_scale(item.expert, Projection::kUp, gated ? col : col + kPanelCols)};
+                 multiply(x_rows, panels, unit, unit + 1 < item.end, item.row_begin, item.row_end,
+                          scales, [&](int64_t row, int rows, const std::array<float*, 2>& y) {
+                            if (gated) {
+                              complete(Projection::kGate, item.expert, row, rows, col, y[0]);
+                              complete(Projection::kUp, item.expert, row, rows, col, y[1]);
+                              activate(row, rows, col, y[0], y[1]);
+                            } else {
+                              for (int64_t half = 0; half < 2; ++half) {
+                                const int64_t at = col + half * kPanelCols;
+                                complete(Projection::kUp, item.expert, row, rows, at, y[half]);
+                                activate(row, rows, at, nullptr, y[half]);
+                              }
+                            }
+                          });
+               }
+             });
 
   phases.run("pack_h", static_cast<int64_t>(by_rows.size()),
              routing.rows * fp * (4 + lora.rank_sum()), [&](int64_t i, int) {
@@ -135,28 +133,27 @@ BlockReport ExpertsBlock::forward(const BlockInput& in, void* out, const KeptAct
 
   const std::vector<ExpertItem> down_items =
       expert_items(routing, dp / kBlock, pool_.size(), h_rows.row_bytes());
-  phases.run("down", static_cast<int64_t>(down_items.size()), routing.rows * fp * dp,
-             [&](int64_t i, int thread) {
-               const ExpertItem& item = down_items[i];
-               ForwardPanels panels(
-                   kernels_, weights, item.expert, {Projection::kDown},
-                   scratch.thread_bytes(thread, ForwardPanels::buffer_bytes(kernels_, weights, fp)));
-               for (int64_t unit = item.begin; unit < item.end; ++unit) {
-                 const int64_t col = unit * kBlock;
-                 multiply(h_rows, panels, unit, unit + 1 < item.end, item.row_begin,
-                          item.row_end,
-                          {col_scale(item.expert, Projection::kDown, col),
-                           col_scale(item.expert, Projection::kDown, col + kPanelCols)},
-                          [&](int64_t row, int rows, const std::array<float*, 2>& y) {
-                            for (int64_t half = 0; half < 2; ++half) {
-                              const int64_t at = col + half * kPanelCols;
-                              complete(Projection::kDown, item.expert, row, rows, at, y[half]);
-                              kernels_.store_tile(rows, y[half], y_RD + row * dp + at, dp,
-                                                  stream_d);
-                            }
-                          });
-               }
-             });
+  phases.run(
+      "down", static_cast<int64_t>(down_items.size()), routing.rows * fp * dp,
+      [&](int64_t i, int thread) {
+        const ExpertItem& item = down_items[i];
+        ForwardPanels panels(
+            kernels_, weights, item.expert, {Projection::kDown},
+            scratch.thread_bytes(thread, ForwardPanels::buffer_bytes(kernels_, weights, fp)));
+        for (int64_t unit = item.begin; unit < item.end; ++unit) {
+          const int64_t col = unit * kBlock;
+          multiply(h_rows, panels, unit, unit + 1 < item.end, item.row_begin, item.row_end,
+                   {col_scale(item.expert, Projection::kDown, col),
+                    col_scale(item.expert, Projection::kDown, col + kPanelCols)},
+                   [&](int64_t row, int rows, const std::array<float*, 2>& y) {
+                     for (int64_t half = 0; half < 2; ++half) {
+                       const int64_t at = col + half * kPanelCols;
+                       complete(Projection::kDown, item.expert, row, rows, at, y[half]);
+                       kernels_.store_tile(rows, y[half], y_RD + row * dp + at, dp, stream_d);
+                     }
+                   });
+        }
+      });
 
   phases.run("reduce", token_items, routing.rows * dp * 2, [&](int64_t item, int thread) {
     TokenSum sum(scratch.thread_floats(thread, dp), in.top_k);

@@ -47,9 +47,7 @@ class LoraOperands {
   bool any(Projection p) const { return in_.lora[static_cast<size_t>(p)].rank > 0; }
 
   // Where the projection's inputs begin among those of the whole layer.
-  int64_t first_input(Projection p) const {
-    return p == Projection::kDown ? in_.first_channel : 0;
-  }
+  int64_t first_input(Projection p) const { return p == Projection::kDown ? in_.first_channel : 0; }
 
   DropoutKey dropout_key(Projection p, int64_t row) const {
     // splitmix64 over (seed, projection, token and choice): the same in forward, recompute and

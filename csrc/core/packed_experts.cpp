@@ -21,10 +21,9 @@ int64_t int4_index(int64_t n, int64_t k) { return n / 16 * 512 + k / 4 * 64 + n 
 
 [[noreturn]] void refuse(const char* what, int64_t expert, Projection projection, float value,
                          const std::string& where) {
-  throw std::invalid_argument(std::string(what) + ": " +
-                              kProjectionNames[static_cast<int>(projection)] + " of expert " +
-                              std::to_string(expert) + " has " + std::to_string(value) + " at [" +
-                              where + "]");
+  throw std::invalid_argument(
+      std::string(what) + ": " + kProjectionNames[static_cast<int>(projection)] + " of expert " +
+      std::to_string(expert) + " has " + std::to_string(value) + " at [" + where + "]");
 }
 
 LargeBuffer floats(int64_t count) {
@@ -33,17 +32,18 @@ LargeBuffer floats(int64_t count) {
 
 }  // namespace
 
-// One output channel on its way into the tiles, padded.
-struct PackedExperts::RowBuffers {
-  explicit RowBuffers(int64_t width)
+// The 32 output channels of a panel on their way into the tiles: each a row of units of 4 bytes,
+// which the tiles hold side by side for all channels.
+struct PackedExperts::PanelBuffers {
+  PanelBuffers(int64_t width, int64_t units_per_row)
       : values(static_cast<size_t>(width)),
         quantized(static_cast<size_t>(width)),
-        rounded(static_cast<size_t>(width)),
-        multipliers(static_cast<size_t>(width / 32)) {}
-  std::vector<float> values;
-  std::vector<uint8_t> quantized;
-  std::vector<uint16_t> rounded;
-  std::vector<uint8_t> multipliers;
+        multipliers(static_cast<size_t>(width / 32)),
+        units(static_cast<size_t>(kPanelCols * units_per_row)) {}
+  std::vector<float> values;         // of one channel, padded
+  std::vector<uint8_t> quantized;    // int4: one byte each
+  std::vector<uint8_t> multipliers;  // int4
+  std::vector<uint32_t> units;       // [32][units_per_row], each row with room at its end
 };
 
 PackedExperts::PackedExperts(int64_t experts, int64_t hidden, int64_t intermediate,
@@ -64,8 +64,7 @@ PackedExperts::PackedExperts(int64_t experts, int64_t hidden, int64_t intermedia
                                 std::to_string(kMaxContraction / 2));
   weights_ = LargeBuffer(static_cast<size_t>(experts * projections() * matrix_bytes()));
   if (is_int4())
-    multipliers_ =
-        LargeBuffer(static_cast<size_t>(experts * projections() * matrix_multipliers()));
+    multipliers_ = LargeBuffer(static_cast<size_t>(experts * projections() * matrix_multipliers()));
   if (!is_bf16()) scales_ = floats(experts * channels());
 }
 
@@ -108,7 +107,8 @@ const float* PackedExperts::bias(int64_t expert, Projection projection) const {
   return reinterpret_cast<const float*>(biases_.data()) + first_channel(expert, projection);
 }
 
-// Groups of 32: [panel][block][2 halves][2 groups][16 n]; of 128: [panel][2 blocks][2 halves][16 n].
+// Groups of 32: [panel][block][2 halves][2 groups][16 n]; of 128: [panel][2 blocks][2 halves][16
+// n].
 int64_t PackedExperts::multiplier_offset(Projection projection, int64_t i, int64_t b,
                                          int64_t h) const {
   const int64_t blocks = padded(inputs(projection)) / kBlock;
@@ -123,40 +123,31 @@ std::array<const uint8_t*, 2> PackedExperts::multipliers(int64_t expert, Project
   return {first, format_ == WeightFormat::kInt4Group32 ? first + 16 : first};
 }
 
-void PackedExperts::place_row(const KernelTable& kernels, RowBuffers& row, int64_t expert,
-                              Projection projection, int64_t n) const {
-  const int64_t width = static_cast<int64_t>(row.values.size()), j = n % kPanelCols;
-  uint8_t* tiles = mutable_tiles(expert, projection) +
-                   n / kPanelCols * (width / kBlock) * tile_bytes();
-  float* scale = is_bf16() ? nullptr
-                           : reinterpret_cast<float*>(scales_.data()) +
-                                 first_channel(expert, projection) + n;
+void PackedExperts::quantize_row(const KernelTable& kernels, PanelBuffers& panel, int64_t expert,
+                                 Projection projection, int64_t n, uint32_t* units) const {
+  const int64_t width = static_cast<int64_t>(panel.values.size()), j = n % kPanelCols;
   if (is_bf16()) {
-    kernels.to_bf16_row(width, row.values.data(), row.rounded.data());
-    for (int64_t k = 0; k < width; k += 2)
-      std::memcpy(tiles + k / kBlock * kTileBytesBf16 + bf16_index(j, k % kBlock) * 2,
-                  row.rounded.data() + k, 4);
+    kernels.to_bf16_row(width, panel.values.data(), reinterpret_cast<uint16_t*>(units));
     return;
   }
+  float* scale = reinterpret_cast<float*>(scales_.data()) + first_channel(expert, projection) + n;
+  uint8_t* bytes = reinterpret_cast<uint8_t*>(units);
   if (!is_int4()) {
-    kernels.quantize_weight_row(width, row.values.data(), row.quantized.data(), scale);
-    for (int64_t k = 0; k < width; k += 4)
-      std::memcpy(tiles + k / kBlock * kTileBytesInt8 + int8_index(j, k % kBlock),
-                  row.quantized.data() + k, 4);
+    kernels.quantize_weight_row(width, panel.values.data(), bytes, scale);
     return;
   }
   const int64_t group = int4_group();
-  kernels.quantize_int4_row(width, group, row.values.data(), row.quantized.data(),
-                            row.multipliers.data(), scale);
+  kernels.quantize_int4_row(width, group, panel.values.data(), panel.quantized.data(),
+                            panel.multipliers.data(), scale);
   uint8_t* multipliers = mutable_multipliers(expert, projection);
   for (int64_t k = 0; k < width; k += group == 32 ? 32 : 64)
     multipliers[multiplier_offset(projection, n / kPanelCols, k / kBlock, j / 16) +
                 (group == 32 ? k % kBlock / 32 * 16 : 0) + j % 16] =
-        row.multipliers[static_cast<size_t>(k / group)];
-  for (int64_t b = 0; b < width / kBlock; ++b)
-    for (int64_t k = 0; k < 32; ++k) {
-      const uint8_t* c = row.quantized.data() + b * kBlock + k;
-      tiles[b * kTileBytesInt4 + int4_index(j, k)] = static_cast<uint8_t>(c[0] | c[32] << 4);
+        panel.multipliers[static_cast<size_t>(k / group)];
+  for (int64_t k = 0; k < width; k += kBlock)
+    for (int64_t i = 0; i < 32; ++i) {
+      const uint8_t* c = panel.quantized.data() + k + i;
+      bytes[k / 2 + i] = static_cast<uint8_t>(c[0] | c[32] << 4);
     }
 }
 
@@ -164,24 +155,39 @@ void PackedExperts::pack(ThreadPool& pool, const KernelTable& kernels, int64_t e
                          Projection projection, FloatType type, const void* weight,
                          int64_t row_stride) {
   const int64_t n_real = outputs(projection), k_real = inputs(projection);
+  const int64_t k_blocks = padded(k_real) / kBlock;
+  const int64_t units_per_block = tile_bytes() / (kPanelCols * 4);
+  // A line more than the row: at a power of two, all channels would share a few sets of the cache.
+  const int64_t units_per_row = k_blocks * units_per_block + 16;
+  // Integer tiles come in two halves of 16 channels.
+  const int64_t channels = is_bf16() ? kPanelCols : kPanelCols / 2;
   const char* source = static_cast<const char*>(weight);
-  pool.run(padded(n_real) / kPanelCols, [&](int64_t panel, int) {
-    RowBuffers row(padded(k_real));
-    for (int64_t n = panel * kPanelCols; n < (panel + 1) * kPanelCols; ++n) {
+  uint8_t* tiles = mutable_tiles(expert, projection);
+  pool.run(padded(n_real) / kPanelCols, [&](int64_t i, int) {
+    PanelBuffers panel(k_blocks * kBlock, units_per_row);
+    for (int64_t j = 0; j < kPanelCols; ++j) {
+      const int64_t n = i * kPanelCols + j;
       if (n < n_real) {
         kernels.to_float_row(k_real, type, source + n * row_stride * element_bytes(type),
-                             row.values.data());
-        if (!std::isfinite(kernels.absmax_row(k_real, row.values.data()))) {
+                             panel.values.data());
+        if (!std::isfinite(kernels.absmax_row(k_real, panel.values.data()))) {
           size_t k = 0;
-          while (std::isfinite(row.values[k])) ++k;
-          refuse("weights", expert, projection, row.values[k],
+          while (std::isfinite(panel.values[k])) ++k;
+          refuse("weights", expert, projection, panel.values[k],
                  std::to_string(n) + ", " + std::to_string(k));
         }
       } else {
-        std::fill(row.values.begin(), row.values.end(), 0.0f);
+        std::fill(panel.values.begin(), panel.values.end(), 0.0f);
       }
-      place_row(kernels, row, expert, projection, n);
+      quantize_row(kernels, panel, expert, projection, n, panel.units.data() + j * units_per_row);
     }
+    uint32_t* out = reinterpret_cast<uint32_t*>(tiles + i * k_blocks * tile_bytes());
+    for (int64_t b = 0; b < k_blocks; ++b)
+      for (int64_t first = 0; first < kPanelCols; first += channels)
+        for (int64_t u = 0; u < units_per_block; ++u)
+          for (int64_t j = 0; j < channels; ++j)
+            *out++ = panel.units[static_cast<size_t>((first + j) * units_per_row +
+                                                     b * units_per_block + u)];
   });
 }
 

@@ -84,9 +84,11 @@ class PackedExperts {
   uint8_t* mutable_tiles(int64_t expert, Projection projection) const;
   uint8_t* mutable_multipliers(int64_t expert, Projection projection) const;
 
-  struct RowBuffers;
-  void place_row(const KernelTable& kernels, RowBuffers& row, int64_t expert,
-                 Projection projection, int64_t n) const;
+  struct PanelBuffers;
+  // Channel n, in panel.values, as units of 4 bytes in the order of k; its scale and multipliers go
+  // where they belong.
+  void quantize_row(const KernelTable& kernels, PanelBuffers& panel, int64_t expert,
+                    Projection projection, int64_t n, uint32_t* units) const;
 
   const int64_t experts_, hidden_, intermediate_;
   const WeightFormat format_;

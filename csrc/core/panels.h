@@ -40,9 +40,9 @@ class StoredTiles {
   const uint8_t* int8_half(int64_t panel, int64_t block, int64_t half, uint8_t* buffer) const {
     const uint8_t* stored = tile(panel, block);
     if (!weights_.is_int4()) return stored + half * kTileBytesInt8 / 2;
-    kernels_.unpack_int4(
-        stored + half * kTileBytesInt4 / 2,
-        weights_.multipliers(expert_, projection_, panel, block, half).data(), buffer);
+    kernels_.unpack_int4(stored + half * kTileBytesInt4 / 2,
+                         weights_.multipliers(expert_, projection_, panel, block, half).data(),
+                         buffer);
     return buffer;
   }
 
@@ -80,8 +80,8 @@ class ForwardPanels {
       : kernels_(kernels), weights_(weights), block_bytes_(panel_block_bytes(kernels, weights)) {
     for (const Projection p : projections) sources_.emplace_back(kernels, weights, expert, p);
     const PanelForm form = panel_form(kernels, weights);
-    in_place_ = weights.is_bf16() ? form == PanelForm::kBf16
-                                  : form == PanelForm::kU8 && !weights.is_int4();
+    in_place_ =
+        weights.is_bf16() ? form == PanelForm::kBf16 : form == PanelForm::kU8 && !weights.is_int4();
     buffers_ = {buffer, buffer + blocks() * block_bytes_};
   }
 
@@ -109,8 +109,8 @@ class ForwardPanels {
 
   Prefetch prefetch(int64_t unit, int p, int64_t share, int64_t shares) const {
     const int64_t bytes = blocks() * weights_.tile_bytes();
-    return prefetch_share(weights_, of_part(p).tile(panel_of(unit, p), 0), weights_.tile_bytes(),
-                          0, bytes / 64, share, shares);
+    return prefetch_share(weights_, of_part(p).tile(panel_of(unit, p), 0), weights_.tile_bytes(), 0,
+                          bytes / 64, share, shares);
   }
 
  private:

@@ -17,8 +17,8 @@ constexpr int64_t kFewRows = 28;
 constexpr int64_t kPieceBlocks = 4;
 
 // Runs `epilogue(row, rows, tiles)` for every tile of rows [begin, end): tiles[p] is the product
-// with panel p of the unit, [rows][32], times col_scale[p][32] if that is not null. `more`: the next unit follows on this thread, and its weights are brought
-// near meanwhile.
+// with panel p of the unit, [rows][32], times col_scale[p][32] if that is not null. `more`: the
+// next unit follows on this thread, and its weights are brought near meanwhile.
 template <class Panels, class Epilogue>
 void multiply(const ActivationRows& a, Panels& panels, int64_t unit, bool more, int64_t begin,
               int64_t end, const std::array<const float*, 2>& col_scale, const Epilogue& epilogue) {

@@ -76,8 +76,7 @@ inline std::vector<ExpertItem> row_items(const Routing& routing, int64_t most) {
     const int64_t rows = routing.count(expert), base = routing.offset[expert];
     const int64_t parts = ceil_div(rows, most);
     for (int64_t part = 0; part < parts; ++part)
-      items.push_back(
-          {expert, 0, 1, base + rows * part / parts, base + rows * (part + 1) / parts});
+      items.push_back({expert, 0, 1, base + rows * part / parts, base + rows * (part + 1) / parts});
   }
   return items;
 }

@@ -21,10 +21,10 @@ namespace {
 constexpr bool kS16Rows = false;
 constexpr bool kF32Rows = false;
 
-#include "row_kernels.inl"
 #include "avx512_transposes.inl"
-#include "placements.inl"
 #include "burn.inl"
+#include "placements.inl"
+#include "row_kernels.inl"
 
 constexpr int kTileRows = 16;
 constexpr int64_t kOutStride = kPanelCols * 4;
@@ -67,55 +67,55 @@ struct Bf16Tiles {
 
 // gcc needs literal tile numbers, so the product is a macro: signed activations by unsigned
 // weights, or bf16 by bf16.
-#define KT_DOT_TILES(NAME, TILES, PRODUCT)                                                        \
-  void NAME(int rows, int64_t blocks, const char* a, int64_t stride, const char* panel,           \
-            bool accumulate, char* c, const Prefetch& next) {                                     \
-    const int upper = rows < kTileRows ? rows : kTileRows, lower = rows - upper;                  \
-    char* c_lower = c + kTileRows * kOutStride;                                                   \
-    const char* a_lower = a + kTileRows * stride;                                                 \
-    configure(upper, lower);                                                                      \
-    if (accumulate) {                                                                             \
-      _tile_loadd(4, c, kOutStride);                                                              \
-      _tile_loadd(5, c + 64, kOutStride);                                                         \
-      if (lower) {                                                                                \
-        _tile_loadd(6, c_lower, kOutStride);                                                      \
-        _tile_loadd(7, c_lower + 64, kOutStride);                                                 \
-      }                                                                                           \
-    } else {                                                                                      \
-      _tile_zero(4);                                                                              \
-      _tile_zero(5);                                                                              \
-      if (lower) {                                                                                \
-        _tile_zero(6);                                                                            \
-        _tile_zero(7);                                                                            \
-      }                                                                                           \
-    }                                                                                             \
-    int64_t prefetched = 0;                                                                       \
-    for (int64_t b = 0; b < blocks; ++b) {                                                        \
-      const int64_t target = next.count * (b + 1) / blocks;                                       \
-      prefetch_some(next, prefetched, target);                                                    \
-      prefetched = target;                                                                        \
-      for (int s = 0; s < TILES::kSteps; ++s) {                                                   \
-        const char* w = panel + b * TILES::kBlockBytes + s * kTileRows * TILES::kStride;          \
-        const int64_t at = (b * TILES::kSteps + s) * 64;                                          \
-        _tile_loadd(2, w, TILES::kStride);                                                        \
-        _tile_loadd(3, w + TILES::kRight, TILES::kStride);                                        \
-        _tile_loadd(0, a + at, stride);                                                           \
-        PRODUCT(4, 0, 2);                                                                         \
-        PRODUCT(5, 0, 3);                                                                         \
-        if (lower) {                                                                              \
-          _tile_loadd(1, a_lower + at, stride);                                                   \
-          PRODUCT(6, 1, 2);                                                                       \
-          PRODUCT(7, 1, 3);                                                                       \
-        }                                                                                         \
-      }                                                                                           \
-    }                                                                                             \
-    _tile_stored(4, c, kOutStride);                                                               \
-    _tile_stored(5, c + 64, kOutStride);                                                          \
-    if (lower) {                                                                                  \
-      _tile_stored(6, c_lower, kOutStride);                                                       \
-      _tile_stored(7, c_lower + 64, kOutStride);                                                  \
-    }                                                                                             \
-    _tile_release();                                                                              \
+#define KT_DOT_TILES(NAME, TILES, PRODUCT)                                               \
+  void NAME(int rows, int64_t blocks, const char* a, int64_t stride, const char* panel,  \
+            bool accumulate, char* c, const Prefetch& next) {                            \
+    const int upper = rows < kTileRows ? rows : kTileRows, lower = rows - upper;         \
+    char* c_lower = c + kTileRows * kOutStride;                                          \
+    const char* a_lower = a + kTileRows * stride;                                        \
+    configure(upper, lower);                                                             \
+    if (accumulate) {                                                                    \
+      _tile_loadd(4, c, kOutStride);                                                     \
+      _tile_loadd(5, c + 64, kOutStride);                                                \
+      if (lower) {                                                                       \
+        _tile_loadd(6, c_lower, kOutStride);                                             \
+        _tile_loadd(7, c_lower + 64, kOutStride);                                        \
+      }                                                                                  \
+    } else {                                                                             \
+      _tile_zero(4);                                                                     \
+      _tile_zero(5);                                                                     \
+      if (lower) {                                                                       \
+        _tile_zero(6);                                                                   \
+        _tile_zero(7);                                                                   \
+      }                                                                                  \
+    }                                                                                    \
+    int64_t prefetched = 0;                                                              \
+    for (int64_t b = 0; b < blocks; ++b) {                                               \
+      const int64_t target = next.count * (b + 1) / blocks;                              \
+      prefetch_some(next, prefetched, target);                                           \
+      prefetched = target;                                                               \
+      for (int s = 0; s < TILES::kSteps; ++s) {                                          \
+        const char* w = panel + b * TILES::kBlockBytes + s * kTileRows * TILES::kStride; \
+        const int64_t at = (b * TILES::kSteps + s) * 64;                                 \
+        _tile_loadd(2, w, TILES::kStride);                                               \
+        _tile_loadd(3, w + TILES::kRight, TILES::kStride);                               \
+        _tile_loadd(0, a + at, stride);                                                  \
+        PRODUCT(4, 0, 2);                                                                \
+        PRODUCT(5, 0, 3);                                                                \
+        if (lower) {                                                                     \
+          _tile_loadd(1, a_lower + at, stride);                                          \
+          PRODUCT(6, 1, 2);                                                              \
+          PRODUCT(7, 1, 3);                                                              \
+        }                                                                                \
+      }                                                                                  \
+    }                                                                                    \
+    _tile_stored(4, c, kOutStride);                                                      \
+    _tile_stored(5, c + 64, kOutStride);                                                 \
+    if (lower) {                                                                         \
+      _tile_stored(6, c_lower, kOutStride);                                              \
+      _tile_stored(7, c_lower + 64, kOutStride);                                         \
+    }                                                                                    \
+    _tile_release();                                                                     \
   }
 
 KT_DOT_TILES(dot_int8_tiles, Int8Tiles, _tile_dpbsud)

@@ -16,18 +16,17 @@ namespace {
 constexpr bool kS16Rows = true;
 constexpr bool kF32Rows = true;
 
-#include "row_kernels.inl"
 #include "avx2_transposes.inl"
-#include "placements.inl"
 #include "burn.inl"
-#include "vector_dots.inl"
-#include "s16_dot.inl"
 #include "f32_dot.inl"
+#include "placements.inl"
+#include "row_kernels.inl"
+#include "s16_dot.inl"
+#include "vector_dots.inl"
 
 }  // namespace
 
-const KernelTable kAvx2Kernels =
-    KT_TABLE("avx2", "dot_s16s16_5x16 (vpmaddwd)", "dot_f32_6x16 (vfmadd231ps)", kS16, kF32, 10, 10,
-             12);
+const KernelTable kAvx2Kernels = KT_TABLE("avx2", "dot_s16s16_5x16 (vpmaddwd)",
+                                          "dot_f32_6x16 (vfmadd231ps)", kS16, kF32, 10, 10, 12);
 
 }  // namespace kt

@@ -22,9 +22,9 @@ void transpose_bf16(const uint16_t* tile, uint16_t* const pieces[2]) {
     for (int n2 = 0; n2 < 16; n2 += 4) {
       __m256i r[4];
       for (int i = 0; i < 4; ++i)
-        r[i] = _mm256_shuffle_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(
-                                       tile + (k2 + i) * 64 + n2 * 4)),
-                                   swap);
+        r[i] = _mm256_shuffle_epi8(
+            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + (k2 + i) * 64 + n2 * 4)),
+            swap);
       const __m256i a = _mm256_unpacklo_epi64(r[0], r[1]), b = _mm256_unpackhi_epi64(r[0], r[1]);
       const __m256i c = _mm256_unpacklo_epi64(r[2], r[3]), d = _mm256_unpackhi_epi64(r[2], r[3]);
       const __m256i turned[4] = {

@@ -16,18 +16,17 @@ namespace {
 constexpr bool kS16Rows = true;
 constexpr bool kF32Rows = true;
 
-#include "row_kernels.inl"
 #include "avx512_transposes.inl"
-#include "placements.inl"
 #include "burn.inl"
-#include "vector_dots.inl"
-#include "s16_dot.inl"
 #include "f32_dot.inl"
+#include "placements.inl"
+#include "row_kernels.inl"
+#include "s16_dot.inl"
+#include "vector_dots.inl"
 
 }  // namespace
 
-const KernelTable kAvx512Kernels =
-    KT_TABLE("avx512", "dot_s16s16_12x32 (vpmaddwd)", "dot_f32_14x32 (vfmadd231ps)", kS16, kF32, 12,
-             12, 14);
+const KernelTable kAvx512Kernels = KT_TABLE("avx512", "dot_s16s16_12x32 (vpmaddwd)",
+                                            "dot_f32_14x32 (vfmadd231ps)", kS16, kF32, 12, 12, 14);
 
 }  // namespace kt

@@ -18,18 +18,17 @@ namespace {
 constexpr bool kS16Rows = false;
 constexpr bool kF32Rows = true;
 
-#include "row_kernels.inl"
 #include "avx2_transposes.inl"
-#include "placements.inl"
 #include "burn.inl"
+#include "f32_dot.inl"
+#include "placements.inl"
+#include "row_kernels.inl"
 #include "vector_dots.inl"
 #include "vnni_dot.inl"
-#include "f32_dot.inl"
 
 }  // namespace
 
-const KernelTable kAvxVnniKernels =
-    KT_TABLE("avx_vnni", "dot_u8s8_6x16 (vpdpbusd)", "dot_f32_6x16 (vfmadd231ps)", kU8, kF32, 12, 6,
-             12);
+const KernelTable kAvxVnniKernels = KT_TABLE("avx_vnni", "dot_u8s8_6x16 (vpdpbusd)",
+                                             "dot_f32_6x16 (vfmadd231ps)", kU8, kF32, 12, 6, 12);
 
 }  // namespace kt

@@ -48,10 +48,10 @@ struct Gate {
 
 // One block of a panel, 64 of the contraction by 32 outputs, and the activations that go with it.
 enum class PanelForm : int {
-  kU8 = 0,   // [2 halves][16 k4][16 n][4 kk], q + 128; rows in int8, one for each term
-  kS16 = 1,  // [32 k2][32 n][2 kk], q; rows in int16, both terms in one
-  kBf16 = 2, // [32 k2][32 n][2 kk]; rows in bf16
-  kF32 = 3,  // [64 k][32 n]; rows in fp32
+  kU8 = 0,    // [2 halves][16 k4][16 n][4 kk], q + 128; rows in int8, one for each term
+  kS16 = 1,   // [32 k2][32 n][2 kk], q; rows in int16, both terms in one
+  kBf16 = 2,  // [32 k2][32 n][2 kk]; rows in bf16
+  kF32 = 3,   // [64 k][32 n]; rows in fp32
 };
 constexpr int64_t kPanelBlockBytes[] = {2048, 4096, 4096, 8192};
 

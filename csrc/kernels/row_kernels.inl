@@ -33,8 +33,8 @@ inline float pairwise_sum(const float* lane) {
     return lane[0];
   } else if constexpr (kCount >= 8) {
     typedef float Half __attribute__((vector_size(kCount * 2), aligned(4), may_alias));
-    const Half sum = *reinterpret_cast<const Half*>(lane) +
-                     *reinterpret_cast<const Half*>(lane + kCount / 2);
+    const Half sum =
+        *reinterpret_cast<const Half*>(lane) + *reinterpret_cast<const Half*>(lane + kCount / 2);
     return pairwise_sum<kCount / 2>(reinterpret_cast<const float*>(&sum));
   } else {
     float sum[kCount / 2];
@@ -193,8 +193,7 @@ void gate_forward_as(const Gate& kind, const GateForward& io) {
       store_maybe_past_caches(io.h + m * io.ldh + j, load(h + j), io.stream);
       if (!io.keep_up) continue;
       store_maybe_past_caches(io.keep_up + m * io.ldk + j, load(up + j), io.stream);
-      if (kGated)
-        store_maybe_past_caches(io.keep_gate + m * io.ldk + j, load(gate + j), io.stream);
+      if (kGated) store_maybe_past_caches(io.keep_gate + m * io.ldk + j, load(gate + j), io.stream);
     }
   }
 }
@@ -236,18 +235,18 @@ void gate_backward_as(const Gate& kind, const GateBackward& io) {
   }
 }
 
-#define KT_GATE_VARIANTS(FUNCTION, ACT)                                               \
-  {                                                                                   \
-    {FUNCTION<ACT, false, false>, FUNCTION<ACT, false, true>}, {                      \
-      FUNCTION<ACT, true, false>, FUNCTION<ACT, true, true>                           \
-    }                                                                                 \
+#define KT_GATE_VARIANTS(FUNCTION, ACT)                          \
+  {                                                              \
+    {FUNCTION<ACT, false, false>, FUNCTION<ACT, false, true>}, { \
+      FUNCTION<ACT, true, false>, FUNCTION<ACT, true, true>      \
+    }                                                            \
   }
 // Indexed by activation, gated, clamped.
-#define KT_GATE_TABLE(FUNCTION)                                                          \
-  {                                                                                      \
-    KT_GATE_VARIANTS(FUNCTION, Swish), KT_GATE_VARIANTS(FUNCTION, GeluErf),              \
-        KT_GATE_VARIANTS(FUNCTION, GeluTanh), KT_GATE_VARIANTS(FUNCTION, Relu),          \
-        KT_GATE_VARIANTS(FUNCTION, Relu2)                                                \
+#define KT_GATE_TABLE(FUNCTION)                                                 \
+  {                                                                             \
+    KT_GATE_VARIANTS(FUNCTION, Swish), KT_GATE_VARIANTS(FUNCTION, GeluErf),     \
+        KT_GATE_VARIANTS(FUNCTION, GeluTanh), KT_GATE_VARIANTS(FUNCTION, Relu), \
+        KT_GATE_VARIANTS(FUNCTION, Relu2)                                       \
   }
 
 void gate_forward(const Gate& gate, const GateForward& io) {
@@ -419,17 +418,35 @@ void quantize_weight_row(int64_t n, const float* w, uint8_t* out, float* scale) 
     out[i] = static_cast<uint8_t>(static_cast<int32_t>(__builtin_rintf(w[i] * inverse)) + 128);
 }
 
-// The error of weights w at scale * m when rounded to c in -8..7.
+// A product that is rounded before it is added to anything, on ISAs with FMA too.
+inline VecF rounded_product(VecF a, VecF b) {
+  VecF product = a * b;
+  asm("" : "+v"(product));
+  return product;
+}
+
+// w / step rounded to -8..7. Adding 1.5 * 2^23 leaves no fraction bits.
+inline VecF int4_levels(VecF w, VecF inverse) {
+  const VecF magic = splat(0x1.8p23f);
+  const VecF c = rounded_product(w, inverse) + magic - magic;
+  const VecF low = splat(-8.0f), high = splat(7.0f);
+  const VecF above = c < low ? low : c;
+  return above > high ? high : above;
+}
+
+// The squared error of n weights (a multiple of 32) with that step. In the same order and rounding
+// on every ISA, so that all of them choose the same multipliers.
 inline float int4_error(int64_t n, const float* w, float step) {
-  const float inverse = step > 0.0f ? 1.0f / step : 0.0f;
-  float error = 0.0f;
-  for (int64_t i = 0; i < n; ++i) {
-    float c = __builtin_rintf(w[i] * inverse);
-    c = c < -8.0f ? -8.0f : c > 7.0f ? 7.0f : c;
-    const float off = w[i] - c * step;
-    error += off * off;
-  }
-  return error;
+  constexpr int kSums = 16;
+  const VecF inverse = splat(step > 0.0f ? 1.0f / step : 0.0f);
+  VecF error[kSums / kLanes] = {};
+  for (int64_t i = 0; i < n; i += kSums)
+    for (int v = 0; v < kSums / kLanes; ++v) {
+      const VecF part = load(w + i + v * kLanes);
+      const VecF off = part - rounded_product(int4_levels(part, inverse), splat(step));
+      error[v] += rounded_product(off, off);
+    }
+  return pairwise_sum<kSums>(reinterpret_cast<const float*>(error));
 }
 
 void quantize_int4_row(int64_t n, int64_t group, const float* w, uint8_t* out, uint8_t* multiplier,
@@ -441,12 +458,11 @@ void quantize_int4_row(int64_t n, int64_t group, const float* w, uint8_t* out, u
     const int64_t count = n - start < group ? n - start : group;
     const float* part = w + start;
     const float ideal = *scale > 0.0f ? absmax_row(count, part) / 7.5f / *scale : 1.0f;
-    // The best of the multipliers from a clipping one to one that covers the largest weight.
+    // The best of the multiplier that covers the largest weight and three that clip it.
     int best = 1;
     float best_error = __builtin_inff();
-    const int top = static_cast<int>(ideal) + 2;
-    for (int m = static_cast<int>(0.7f * ideal); m <= top; ++m) {
-      if (m < 1 || m > 16) continue;
+    const int top = ideal < 15.0f ? static_cast<int>(ideal) + 1 : 16;
+    for (int m = top > 3 ? top - 3 : 1; m <= top; ++m) {
       const float error = int4_error(count, part, *scale * static_cast<float>(m));
       if (error < best_error) {
         best = m;
@@ -455,11 +471,10 @@ void quantize_int4_row(int64_t n, int64_t group, const float* w, uint8_t* out, u
     }
     multiplier[g] = static_cast<uint8_t>(best);
     const float step = *scale * static_cast<float>(best);
-    const float inverse = step > 0.0f ? 1.0f / step : 0.0f;
-    for (int64_t i = 0; i < count; ++i) {
-      float c = __builtin_rintf(part[i] * inverse);
-      c = c < -8.0f ? -8.0f : c > 7.0f ? 7.0f : c;
-      out[start + i] = static_cast<uint8_t>(static_cast<int32_t>(c) + 8);
+    const VecF inverse = splat(step > 0.0f ? 1.0f / step : 0.0f);
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const VecF c = int4_levels(load(part + i), inverse) + splat(8.0f);
+      for (int v = 0; v < kLanes; ++v) out[start + i + v] = static_cast<uint8_t>(c[v]);
     }
   }
 }
@@ -485,8 +500,7 @@ void unpack_int4(const uint8_t* nibbles, const uint8_t* const multiplier[2], uin
       for (int g = 0; g < 2; ++g) {
         const VecU16 product =
             reinterpret_cast<VecU16>(half[g]) * reinterpret_cast<VecU16>(scale[g]);
-        *reinterpret_cast<VecU*>(tile + g * 512 + at) =
-            reinterpret_cast<VecU>(product) + offset[g];
+        *reinterpret_cast<VecU*>(tile + g * 512 + at) = reinterpret_cast<VecU>(product) + offset[g];
       }
     }
   }
@@ -646,5 +660,7 @@ float read_row(int64_t n, const float* x) {
 
 #define KT_FIELD(result, name, arguments) name,
 #define KT_TABLE(NAME, INT_DOT, FLOAT_DOT, INT_PANEL, FLOAT_PANEL, ROWS1, ROWS2, FLOAT_ROWS) \
-  {NAME,        INT_DOT,        FLOAT_DOT,  PanelForm::INT_PANEL,                            \
-   PanelForm::FLOAT_PANEL, {ROWS1, ROWS2}, FLOAT_ROWS, KT_KERNELS(KT_FIELD)}
+  {                                                                                          \
+    NAME, INT_DOT, FLOAT_DOT, PanelForm::INT_PANEL, PanelForm::FLOAT_PANEL, {ROWS1, ROWS2},  \
+        FLOAT_ROWS, KT_KERNELS(KT_FIELD)                                                     \
+  }

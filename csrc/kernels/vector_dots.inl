@@ -11,15 +11,15 @@ inline VecI low_byte(VecI v) {
   return reinterpret_cast<VecI>(reinterpret_cast<VecU>(v << 24) >> 24);
 }
 
-// A tile row is 128 bytes of fp32 or int32. Two vectors of 64 bytes cover it at once, of 32 bytes in
-// two halves.
+// A tile row is 128 bytes of fp32 or int32. Two vectors of 64 bytes cover it at once, of 32 bytes
+// in two halves.
 constexpr int kHalves = kWholeRow ? 1 : 2;
 constexpr int64_t kRowBytes = 128;
 
 // Row m of the activations is group m / 5 plus (m % 5) strides, which x86 addressing forms for
 // free from three group pointers, the stride and three times the stride.
-#define KT_STEP(ADDRESS, PRODUCTS)                                     \
-  asm volatile("vpbroadcastd " ADDRESS ", %[x]\n\t" PRODUCTS           \
+#define KT_STEP(ADDRESS, PRODUCTS)                                        \
+  asm volatile("vpbroadcastd " ADDRESS ", %[x]\n\t" PRODUCTS              \
                : [c0] "+v"(c0), [c1] "+v"(c1), [x] "=&v"(x), [t] "=&v"(t) \
                : [w0] "v"(w0), [w1] "v"(w1), [p] "r"(group), [s] "r"(stride), [s3] "r"(stride3))
 
@@ -37,30 +37,32 @@ constexpr int64_t kRowBytes = 128;
   }
 
 // kRows: of the tallest tile that leaves room for weights, broadcast and products among 32 or 16
-// registers. A step consumes 4 bytes of each row. kSteps: steps in a block; kWeightStep: bytes between their
-// weights; kSecond: to the second vector of a step; kHalf: to the second half of the outputs.
-#define KT_DEFINE_STEP(NAME, ROWS_WHOLE, ROWS_HALF, STEPS, WEIGHT_STEP, SECOND_WHOLE, HALF, BLOCK_BYTES, PRODUCTS)       \
-  struct NAME {                                                                                   \
-    static constexpr int kRows = kWholeRow ? ROWS_WHOLE : ROWS_HALF;                              \
-    static constexpr int kSteps = STEPS;                                                          \
-    static constexpr int64_t kWeightStep = WEIGHT_STEP;                                           \
-    static constexpr int64_t kSecond = kWholeRow ? SECOND_WHOLE : 32;                             \
-    static constexpr int64_t kHalf = HALF;                                                        \
-    static constexpr int64_t kBlockBytes = BLOCK_BYTES;                                           \
-    template <int kRow>                                                                           \
-    static inline __attribute__((always_inline)) void row(VecI& c0, VecI& c1, VecI w0, VecI w1,   \
-                                                          const char* group, int64_t stride,      \
-                                                          int64_t stride3) {                      \
-      VecI x, t;                                                                                  \
-      KT_STEP_ROW(PRODUCTS)                                                                       \
-    }                                                                                             \
+// registers. A step consumes 4 bytes of each row. kSteps: steps in a block; kWeightStep: bytes
+// between their weights; kSecond: to the second vector of a step; kHalf: to the second half of the
+// outputs.
+#define KT_DEFINE_STEP(NAME, ROWS_WHOLE, ROWS_HALF, STEPS, WEIGHT_STEP, SECOND_WHOLE, HALF,     \
+                       BLOCK_BYTES, PRODUCTS)                                                   \
+  struct NAME {                                                                                 \
+    static constexpr int kRows = kWholeRow ? ROWS_WHOLE : ROWS_HALF;                            \
+    static constexpr int kSteps = STEPS;                                                        \
+    static constexpr int64_t kWeightStep = WEIGHT_STEP;                                         \
+    static constexpr int64_t kSecond = kWholeRow ? SECOND_WHOLE : 32;                           \
+    static constexpr int64_t kHalf = HALF;                                                      \
+    static constexpr int64_t kBlockBytes = BLOCK_BYTES;                                         \
+    template <int kRow>                                                                         \
+    static inline __attribute__((always_inline)) void row(VecI& c0, VecI& c1, VecI w0, VecI w1, \
+                                                          const char* group, int64_t stride,    \
+                                                          int64_t stride3) {                    \
+      VecI x, t;                                                                                \
+      KT_STEP_ROW(PRODUCTS)                                                                     \
+    }                                                                                           \
   };
 
 // The weights are the unsigned operand of vpdpbusd, the middle one in AT&T order.
 #define KT_PRODUCTS_VNNI(PREFIX) \
   PREFIX "vpdpbusd %[x], %[w0], %[c0]\n\t" PREFIX "vpdpbusd %[x], %[w1], %[c1]"
-#define KT_PRODUCTS_S16                                               \
-  "vpmaddwd %[x], %[w0], %[t]\n\tvpmaddwd %[x], %[w1], %[x]\n\t"      \
+#define KT_PRODUCTS_S16                                          \
+  "vpmaddwd %[x], %[w0], %[t]\n\tvpmaddwd %[x], %[w1], %[x]\n\t" \
   "vpaddd %[t], %[c0], %[c0]\n\tvpaddd %[x], %[c1], %[c1]"
 #define KT_PRODUCTS_BF16 "vdpbf16ps %[x], %[w0], %[c0]\n\tvdpbf16ps %[x], %[w1], %[c1]"
 #define KT_PRODUCTS_F32 "vfmadd231ps %[x], %[w0], %[c0]\n\tvfmadd231ps %[x], %[w1], %[c1]"
@@ -82,8 +84,7 @@ struct Accumulators {
     c1 = load_bits(out + (kRows - 1) * kRowBytes + KT_VEC_BYTES);
   }
   inline __attribute__((always_inline)) void step(VecI w0, VecI w1, const char* g0, const char* g1,
-                                                  const char* g2, int64_t stride,
-                                                  int64_t stride3) {
+                                                  const char* g2, int64_t stride, int64_t stride3) {
     before.step(w0, w1, g0, g1, g2, stride, stride3);
     constexpr int kRow = kRows - 1;
     const char* group = kRow < 5 ? g0 : kRow < 10 ? g1 : g2;

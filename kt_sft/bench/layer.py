@@ -70,6 +70,11 @@ class OurLayer:
         self.phases["backward"] = report.phase_ms
 
     @property
+    def needs_forward(self) -> bool:
+        """Whether backward has nothing to go on."""
+        return self._kept is None
+
+    @property
     def bytes_per_weight(self) -> float:
         """Scales included."""
         count = 3 * self.case.experts * self.case.hidden * self.case.intermediate

@@ -68,7 +68,9 @@ def test_split_layer_is_the_whole_layer(
             source = block.weights.unpack(e, projection)
             weights.pack(engines, e, projection, source)
             weights.set_bias(
-                e, projection, block.bias[("gate_proj", "up_proj", "down_proj").index(projection)][e]
+                e,
+                projection,
+                block.bias[("gate_proj", "up_proj", "down_proj").index(projection)][e],
             )
             step = {"int8": 0.02, "bf16": 0.0, "int4_g32": 0.12}[stored]
             assert (weights.unpack(e, projection) - source).norm() <= step * source.norm()

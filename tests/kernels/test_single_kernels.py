@@ -309,9 +309,7 @@ def test_pack_float_row_and_to_bf16(isa: str) -> None:
     x, fold = (Guarded.of(RNG.standard_normal(96).astype(np.float32), offset=4) for _ in range(2))
     for factors in (None, fold):
         out = Guarded(96, np.float32 if form == "f32" else np.uint16, offset=2)
-        single.pack_float_row(
-            isa, 96, x.address, factors.address if factors else 0, out.address
-        )
+        single.pack_float_row(isa, 96, x.address, factors.address if factors else 0, out.address)
         want = x.array * factors.array if factors else x.array
         assert np.array_equal(out.array, want if form == "f32" else bf16(want))
         out.assert_intact()
@@ -465,9 +463,7 @@ def test_rank_kernels(isa: str) -> None:
 
         g = Guarded.of(RNG.standard_normal((rank, n)).astype(np.float32), offset=4)
         before = g.array.astype(np.float64)
-        single.rank_outer(
-            isa, rows, rank, n, p.address, ldp, pointers.ctypes.data, g.address, n
-        )
+        single.rank_outer(isa, rows, rank, n, p.address, ldp, pointers.ctypes.data, g.address, n)
         change = p.array[:, :rank].astype(np.float64).T @ dense
         size = np.abs(p.array[:, :rank]).T @ np.abs(dense) + np.abs(before)
         assert (np.abs(g.array - before - change) <= FP32 * (rows + 2) * size).all()

@@ -46,6 +46,7 @@ MAX_LEN_STEP = 32  # the wrapper of the package rounds its longest batch up to t
 @dataclass(frozen=True)
 class Shape:
     """What to build; see the module docstring."""
+
     hidden: int = 2048
     intermediate: int = 768
     experts: int = 128
@@ -126,12 +127,23 @@ class Layer:
     def run(self) -> dict[str, float]:
         """One forward that keeps what the backward needs, then that backward."""
         forward = self.moe.forward_sft_task(
-            self.count.data_ptr(), self.shape.top_k, self.ids.data_ptr(),
-            self.routing.data_ptr(), self.x.data_ptr(), self.y.data_ptr(), True)
+            self.count.data_ptr(),
+            self.shape.top_k,
+            self.ids.data_ptr(),
+            self.routing.data_ptr(),
+            self.x.data_ptr(),
+            self.y.data_ptr(),
+            True,
+        )
         backward = self.moe.backward_task(
-            self.dy.data_ptr(), self.dx.data_ptr(),
+            self.dy.data_ptr(),
+            self.dx.data_ptr(),
             *(t.data_ptr() for t in self.lora_grads),
-            self.routing_grad.data_ptr(), 0, 0, 0)  # no gradients of the base weights
+            self.routing_grad.data_ptr(),
+            0,
+            0,
+            0,
+        )  # no gradients of the base weights
         return {"forward_ms": self._do(forward), "backward_ms": self._do(backward)}
 
     def check(self) -> dict[str, float]:
@@ -181,9 +193,12 @@ def main() -> None:
                 start = time.perf_counter()
                 layer = Layer(Shape(**request))
                 reply: dict[str, Any] = {
-                    "ready": True, "version": kt_kernel.__version__,
-                    "precision": layer.shape.precision, "kernel": ext.__cpu_variant__,
-                    "load_s": round(time.perf_counter() - start, 2)}
+                    "ready": True,
+                    "version": kt_kernel.__version__,
+                    "precision": layer.shape.precision,
+                    "kernel": ext.__cpu_variant__,
+                    "load_s": round(time.perf_counter() - start, 2),
+                }
             elif request.get("cmd") in ("run", "check"):
                 reply = getattr(layer, request["cmd"])()
             else:

@@ -39,6 +39,8 @@ _FORWARD = "core/experts_forward.cpp"
 _BACKWARD = "core/experts_backward.cpp"
 _LORA = "core/lora_operands.h"
 
+# Long lines: a fault reads best beside what it replaces.
+# ruff: noqa: E501
 FAULTS = (
     Fault("sign of the slope", _ROWS, "slope = s + alpha * value * (1.0f - s)",
           "slope = s - alpha * value * (1.0f - s)"),
@@ -101,8 +103,9 @@ FAULTS = (
     Fault("LoRA scaling left out of the gradient", _LORA,
           "bt(p, expert), op.ldb, lora.scaling,", "bt(p, expert), op.ldb, 1.0f,"),
     Fault("LoRA dropout of another projection", _LORA, "static_cast<uint64_t>(p) + 1)", "1)"),
-    Fault("last row of a block skipped", "core/work_items.h",
-          "base + rows * (part + 1) / parts});", "base + rows * (part + 1) / parts - (parts > 1)});"),
+    Fault("first row of a block skipped", "core/work_items.h",
+          "std::min(units, begin + group), base + rows * part / parts,",
+          "std::min(units, begin + group), base + rows * part / parts + (part > 0),"),
     Fault("skipped choices routed", "core/routing.cpp", "if (index[s] == experts) continue;",
           "if (index[s] == experts - 1) continue;"),
 )  # fmt: skip

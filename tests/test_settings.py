@@ -103,7 +103,7 @@ def test_an_override_is_honest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KT_SFT_ISA", "portable")
     assert requested_isa("auto") == "portable"
     monkeypatch.setenv("KT_SFT_ISA", "sse")
-    with pytest.raises(SettingsError, match="got 'sse'.*from the environment variable KT_SFT_ISA"):
+    with pytest.raises(SettingsError, match=r"got 'sse'.*from the environment variable KT_SFT_ISA"):
         HybridExpertsSettings()
 
 

@@ -21,10 +21,10 @@ namespace {
 constexpr bool kS16Rows = false;
 constexpr bool kF32Rows = false;
 
-#include "avx512_transposes.inl"
-#include "burn.inl"
-#include "placements.inl"
 #include "row_kernels.inl"
+#include "avx512_transposes.inl"
+#include "placements.inl"
+#include "burn.inl"
 
 constexpr int kTileRows = 16;
 constexpr int64_t kOutStride = kPanelCols * 4;

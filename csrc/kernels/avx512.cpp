@@ -16,13 +16,13 @@ namespace {
 constexpr bool kS16Rows = true;
 constexpr bool kF32Rows = true;
 
-#include "avx512_transposes.inl"
-#include "burn.inl"
-#include "f32_dot.inl"
-#include "placements.inl"
 #include "row_kernels.inl"
-#include "s16_dot.inl"
+#include "avx512_transposes.inl"
+#include "placements.inl"
+#include "burn.inl"
 #include "vector_dots.inl"
+#include "s16_dot.inl"
+#include "f32_dot.inl"
 
 }  // namespace
 

@@ -16,13 +16,13 @@ namespace {
 constexpr bool kS16Rows = false;
 constexpr bool kF32Rows = false;
 
-#include "avx512_transposes.inl"
-#include "bf16_dot.inl"
-#include "burn.inl"
-#include "placements.inl"
 #include "row_kernels.inl"
+#include "avx512_transposes.inl"
+#include "placements.inl"
+#include "burn.inl"
 #include "vector_dots.inl"
 #include "vnni_dot.inl"
+#include "bf16_dot.inl"
 
 }  // namespace
 

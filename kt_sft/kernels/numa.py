@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -68,7 +69,7 @@ def split_channels(channels: int, parts: int) -> list[tuple[int, int]]:
     blocks = -(-channels // _BLOCK)
     parts = min(parts, blocks)
     cuts = [min(channels, blocks * i // parts * _BLOCK) for i in range(parts + 1)]
-    return list(zip(cuts[:-1], cuts[1:], strict=True))
+    return list(pairwise(cuts))
 
 
 class SplitWeights:

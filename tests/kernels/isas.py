@@ -1,4 +1,4 @@
-"""The instruction sets that the tests of this machine run, AMX under emulation where it lacks it."""
+"""The instruction sets that the tests run here, AMX under emulation where the CPU lacks it."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def test_every_kernel_is_tested() -> None:
 
 
 def pack_panel(weights: np.ndarray, form: str) -> np.ndarray:
-    """[64 * blocks, 32] integers or floats as a panel, written from the description of PanelForm."""
+    """[64 * blocks, 32] integers or floats as a panel, from the description of PanelForm."""
     k = weights.shape[0]
     if form == "u8":
         by_quads = (weights + 128).astype(np.uint8).reshape(k // 64, 16, 4, 2, 16)

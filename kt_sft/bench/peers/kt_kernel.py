@@ -48,7 +48,7 @@ def _python(environment: Path | None) -> Path:
 
 @contextmanager
 def _process(python: Path, case: LayerCase, precision: str) -> Iterator[Runner]:
-    log = tempfile.TemporaryFile(mode="w+")
+    log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 - lives as long as the process
     process = subprocess.Popen(
         # -P: this folder holds a module of the package's name.
         [str(python), "-P", str(_DRIVER)],

@@ -1,6 +1,8 @@
 # make demo      the main job on real input, from nothing
 # make test      linters, type check, tests (what CI runs)
-# make test-full adds the long sweeps and the newest PEFT
+# make test-full adds the long sweeps, sanitizers, the second compiler and the newest PEFT
+# make mutation  plants faults in the kernels and checks that the tests catch each (20 minutes)
+# make bench     the machine's peak, one layer against torch, and the kernels against their targets
 # VENV=path puts the virtual environment (6 GB) elsewhere; clones may take turns with one.
 
 PYTHON ?= python3
@@ -14,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 # Waiting OpenMP threads of torch would spin on the cores that the experts compute on.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install demo test test-full lint format bench clean
+.PHONY: install demo test test-full mutation lint format bench clean
 
 install: $(STATE)/package
 
@@ -50,8 +52,13 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+mutation: install
+	$(BIN)/python scripts/mutation_check.py
+
 bench: install
+	$(BIN)/kt-sft bench peak
 	$(BIN)/kt-sft bench layer --vs torch
+	$(BIN)/python scripts/kernel_targets.py
 
 clean:
 	rm -rf build .cache/make outputs kt_sft.egg-info kt_sft/kernels/*.so

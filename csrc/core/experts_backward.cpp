@@ -16,8 +16,9 @@ constexpr int64_t kGradientCols = 512;
 constexpr int64_t kGradientRows = 32;
 
 // Rows of one expert whose share of the gradients of B is summed while their output gradients are
-// packed, and so in the cache.
+// packed, and so in the cache. Shares of higher ranks are larger, so fewer of them are made.
 constexpr int64_t kGradientBlock = 128;
+constexpr int kGradientBlockRank = 8;
 
 // The gradient of A: sum over rows of factor[row]' input[row], [rank, cols].
 struct RankProduct {
@@ -86,8 +87,10 @@ BlockReport ExpertsBlock::backward(const BlockInput& in, const void* d_out,
   });
 
   // Without LoRA the blocks are only there to be packed, and small ones spread better.
-  const std::vector<ExpertItem> blocks =
-      row_items(routing, lora.rank_sum() ? kGradientBlock : kRowsPerItem);
+  const std::vector<ExpertItem> blocks = row_items(
+      routing, lora.rank_sum()
+                   ? kGradientBlock * std::max<int64_t>(1, lora.max_rank() / kGradientBlockRank)
+                   : kRowsPerItem);
   std::array<float*, kProjectionCount> db_parts{};  // [blocks, rank, outputs padded]
   for (int i = 0; i < kProjectionCount; ++i)
     if (in.lora[i].rank)

@@ -44,6 +44,12 @@ class LoraOperands {
     return sum;
   }
 
+  int64_t max_rank() const {
+    int64_t most = 0;
+    for (const Lora& lora : in_.lora) most = std::max<int64_t>(most, lora.rank);
+    return most;
+  }
+
   bool any(Projection p) const { return in_.lora[static_cast<size_t>(p)].rank > 0; }
 
   // Where the projection's inputs begin among those of the whole layer.

@@ -192,6 +192,7 @@ void PackedExperts::pack(ThreadPool& pool, const KernelTable& kernels, int64_t e
 }
 
 void PackedExperts::set_bias(int64_t expert, Projection projection, const float* bias) {
+  process_.require_owner();
   const int64_t count = outputs(projection);
   for (int64_t n = 0; n < count; ++n)
     if (!std::isfinite(bias[n])) refuse("bias", expert, projection, bias[n], std::to_string(n));

@@ -49,9 +49,10 @@ struct ExpertItem {
 constexpr int64_t kRowBlockBytes = 640 << 10;
 constexpr int64_t kMinRowBlock = 64;
 
-// Items of about equal work, at least 8 for each thread, from the expert with the most rows to the
-// one with the fewest. Large groups of units let one unit's computation prefetch the next; an
-// expert with many rows is cut by rows too, so that skewed routing keeps all threads busy.
+// Items of about equal work, 8 for each thread where there are enough units, from the expert with
+// the most rows to the one with the fewest. Large groups of units let one unit's computation
+// prefetch the next; an expert with many rows is cut by rows too, so that skewed routing keeps all
+// threads busy.
 inline std::vector<ExpertItem> expert_items(const Routing& routing, int64_t units, int threads,
                                             int64_t row_bytes) {
   const int64_t block = std::max(kMinRowBlock, kRowBlockBytes / row_bytes);

@@ -36,7 +36,8 @@ constexpr int kActivationCount = 5;
 
 enum class FloatType : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 
-// h = act(min(gate, limit)) * (clamp(up, -limit, limit) + up_offset), or act(up) without a gate.
+// h = act(min(gate, limit)) * (clamp(up, -limit, limit) + up_offset); without a gate it is
+// act(min(up, limit)).
 // Swish is x * sigmoid(alpha * x): SiLU for alpha 1, the quick GELU for 1.702.
 struct Gate {
   Activation activation = Activation::kSwish;
@@ -138,7 +139,7 @@ struct GateBackward {
 // dot_row      sum_j a[j] * b[j].
 // burn_*       runs `rounds` rounds of the fastest arithmetic that the ISA has for integers, for
 //              bf16 and for fp32, in registers only; returns the operations done (2 a product).
-// read_row     reads n floats; returns something that depends on all of them.
+// read_row     sum of n floats, n a multiple of 64.
 #define KT_KERNELS(ROW)                                                                            \
   ROW(void, dot_int, (int rows, int terms, int64_t blocks, const void* a, int64_t row_bytes,       \
                       const void* panel, bool accumulate, int32_t* c, const Prefetch& next))       \

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -86,13 +87,27 @@ class OurLayer:
         return self.weights.nbytes * self.active_experts / self.case.experts
 
 
-def _rounds(case: LayerCase, runners: Mapping[str, Runner]) -> dict[str, tuple[float, float]]:
-    """Median (forward, backward) of each; one warm-up, then all in turn."""
+# Runs this short feel what ran before them: threads still asleep, code not in the caches.
+_SHORT_MS = 20.0
+
+
+def _rounds(
+    case: LayerCase, runners: Mapping[str, Runner], rest_seconds: float
+) -> dict[str, tuple[float, float]]:
+    """Median (forward, backward) of each; one warm-up, then all in turn, short ones twice.
+
+    Each round begins with the next runner, so that nobody always follows the same neighbour.
+    """
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runners}
-    for runner in runners.values():
-        runner()
-    for _ in range(case.rounds):
-        for name, runner in runners.items():
+    warm = {name: runner() for name, runner in runners.items()}
+    names = list(runners)
+    for i in range(case.rounds):
+        first = i % len(names)
+        for name in names[first:] + names[:first]:
+            runner = runners[name]
+            time.sleep(rest_seconds)
+            if name != "peak" and sum(warm[name]) < _SHORT_MS:
+                runner()
             times[name].append(runner())
     return {
         name: (statistics.median(t[0] for t in ts), statistics.median(t[1] for t in ts))
@@ -135,15 +150,16 @@ def measure_layer(
         "peak": measure_peak,
     }
     tuned = None
+    rest = PEERS[versus].rest_seconds if versus else 0.0
     with ExitStack() as stack:
         if versus:
             torch.set_num_threads(case.threads)
             peers = stack.enter_context(PEERS[versus].start(case, data, peer_environment))
             runners.update(peers)
-        medians = _rounds(case, runners)
+        medians = _rounds(case, runners, rest)
         if versus and PEERS[versus].in_process:
             keep_freed_memory()
-            tuned = _rounds(case, runners)
+            tuned = _rounds(case, runners, rest)
     result = _report(case, isa, ours, medians)
     if versus:
         result["peers_ms"] = {n: _rounded(t) for n, t in medians.items() if n in peers}
@@ -175,6 +191,7 @@ def _report(
         result[f"{direction}_of_peak"] = round(case.flops / seconds / peak, 3)
         result[f"{direction}_gb_s"] = round(ours.active_bytes / seconds / 1e9, 1)
     result |= {
+        "flops_per_byte": round(case.flops / ours.active_bytes, 4),
         "peak_tflops": round(peak / 1e12, 4),
         "bytes_per_weight": round(ours.bytes_per_weight, 4),
         "isa": isa,

@@ -88,11 +88,8 @@ def _draw(document: dict[str, Any], path: Path) -> None:
     peak, layers = document["peak"], document["layers"]
     figure, axes = plt.subplots(figsize=(8, 5))
 
-    def intensity(layer: dict[str, Any]) -> float:
-        # TFLOPS over GB/s: operations per byte of weights read.
-        return 1e3 * layer["forward_tflops"] / layer["forward_gb_s"]
-
-    reach = [min(map(intensity, layers)) / 2, max(map(intensity, layers)) * 2]
+    intensities = [layer["flops_per_byte"] for layer in layers]
+    reach = [min(intensities) / 2, max(intensities) * 2]
     slope = peak["read_gb_s"] / 1e3
     roofs = {"bf16": peak["bf16_tflops"], "exact": peak["exact_tflops"], "int8": peak["int8_tops"]}
     for index, (mode, roof) in enumerate(roofs.items()):
@@ -104,7 +101,7 @@ def _draw(document: dict[str, Any], path: Path) -> None:
             for weights in sorted({x["weights"] for x in layers if x["compute"] == mode}):
                 own = [x for x in layers if (x["weights"], x["compute"]) == (weights, mode)]
                 axes.plot(
-                    [intensity(x) for x in own],
+                    [x["flops_per_byte"] for x in own],
                     [x[f"{direction}_tflops"] for x in own],
                     marker=marker,
                     ls=":",

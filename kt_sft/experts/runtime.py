@@ -19,7 +19,7 @@ class ExpertsRuntime:
         threads = available_threads() if settings.threads == "auto" else int(settings.threads)
         isa = requested_isa(settings.isa)
         nodes = numa_nodes() if settings.numa == "auto" else []
-        # Ranks of one machine bind themselves; a node without a thread of its own gains nothing.
+        # Several ranks on a machine have few threads each, and the system places them.
         split = 1 < len(nodes) <= threads and int(os.environ.get("LOCAL_WORLD_SIZE") or 1) == 1
         self.engine: Any = NodeEngines(nodes, threads, isa) if split else Engine(threads, isa)
         self.meter = ExpertsMeter()

@@ -357,7 +357,8 @@ class Engine:
                 f"hidden and index: got {hidden_TD.dim()} and {index_TK.dim()} dimensions, "
                 "expected [T, D] and [T, K]"
             )
-        if not 0.0 <= dropout < 1.0:
+        # In fp32, as the kernels see it, a little less than 1 would be 1.
+        if not 0.0 <= dropout <= 1.0 - 2.0**-24:
             raise KernelArgumentError(f"dropout: got {dropout}, expected 0 <= p < 1")
         tokens, top_k = index_TK.shape
         hidden = _check(hidden_TD, "hidden", (tokens, weights.hidden), list(_FLOATS))

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Gate:
-    """h = act(min(gate, limit)) * (clamp(up, -limit, limit) + up_offset), or act(up) ungated.
+    """h = act(min(gate, limit)) * (clamp(up, -limit, limit) + up_offset).
+
+    Without a gate h = act(min(up, limit)).
 
     activation: swish (x * sigmoid(alpha * x)), gelu (erf), gelu_tanh, relu or relu2 (squared).
     limit: infinity for no clamp. gpt-oss is Gate("swish", alpha=1.702, limit=7, up_offset=1).

@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -64,11 +64,24 @@ def _cpu_list(text: str) -> set[int]:
     return cpus
 
 
-def split_channels(channels: int, parts: int) -> list[tuple[int, int]]:
-    """Nearly equal ranges that begin at multiples of 64; fewer when there are not enough."""
+def share_threads(threads: int, sizes: Sequence[int]) -> list[int]:
+    """`threads` in proportion to the nodes' CPUs, by largest remainder; a node may get none."""
+    exact = [threads * size / sum(sizes) for size in sizes]
+    shares = [int(e) for e in exact]
+    by_remainder = sorted(range(len(sizes)), key=lambda i: shares[i] - exact[i])
+    for i in by_remainder[: threads - sum(shares)]:
+        shares[i] += 1
+    return shares
+
+
+def split_channels(channels: int, shares: Sequence[int]) -> list[tuple[int, int]]:
+    """Ranges in proportion to the nodes' threads that begin at multiples of 64.
+
+    A range may be empty where there are fewer blocks of 64 than nodes.
+    """
     blocks = -(-channels // _BLOCK)
-    parts = min(parts, blocks)
-    cuts = [min(channels, blocks * i // parts * _BLOCK) for i in range(parts + 1)]
+    reached = [0, *accumulate(shares)]
+    cuts = [min(channels, round(blocks * r / reached[-1]) * _BLOCK) for r in reached]
     return list(pairwise(cuts))
 
 
@@ -87,7 +100,10 @@ class SplitWeights:
     ) -> None:
         self.experts, self.hidden, self.intermediate = experts, hidden, intermediate
         self.weights, self.gated = weights, gated
-        self.ranges = split_channels(intermediate, len(engines.nodes))
+        cuts = split_channels(intermediate, [node.threads for node in engines.nodes])
+        # Of few channels, some nodes get none.
+        self.nodes = [i for i, (begin, end) in enumerate(cuts) if begin < end]
+        self.ranges = [cuts[i] for i in self.nodes]
         self.parts = [
             ExpertWeights(experts, hidden, end - begin, weights, gated=gated)
             for begin, end in self.ranges
@@ -115,10 +131,13 @@ class SplitWeights:
     def pack(self, engine: NodeEngines, expert: int, projection: str, weight: Tensor) -> None:
         """As ExpertWeights.pack; every node's threads write its part, so that it lies there."""
         engine.on_nodes(
-            lambda node: self.parts[node].pack(
-                engine.nodes[node], expert, projection, self._cut(projection, weight, node)
+            lambda part: self.parts[part].pack(
+                engine.nodes[self.nodes[part]],
+                expert,
+                projection,
+                self._cut(projection, weight, part),
             ),
-            len(self.parts),
+            self.nodes,
         )
 
     def unpack(self, expert: int, projection: str) -> Tensor:
@@ -134,8 +153,8 @@ class SplitWeights:
         for part, (begin, end) in zip(self.parts, self.ranges, strict=True):
             part.set_bias(expert, projection, bias[begin:end])
 
-    def _cut(self, projection: str, weight: Tensor, node: int) -> Tensor:
-        begin, end = self.ranges[node]
+    def _cut(self, projection: str, weight: Tensor, part: int) -> Tensor:
+        begin, end = self.ranges[part]
         return weight[:, begin:end] if projection == "down_proj" else weight[begin:end]
 
 
@@ -163,30 +182,28 @@ class NodeEngines:
     ) -> None:
         """`nodes`: the CPUs of each; `threads` are shared out by their number."""
         self._owner = os.getpid()
-        cpus = sum(map(len, nodes))
+        shares = share_threads(threads, [len(node) for node in nodes])
+        used = [(cpus, share) for cpus, share in zip(nodes, shares, strict=True) if share]
         self._leaders = [
-            ThreadPoolExecutor(1, f"kt-sft-node-{i}", os.sched_setaffinity, (0, own))
-            for i, own in enumerate(nodes)
+            ThreadPoolExecutor(1, f"kt-sft-node-{i}", os.sched_setaffinity, (0, cpus))
+            for i, (cpus, _) in enumerate(used)
         ]
-
-        def make(node: int) -> Engine:
-            # Made on the bound thread: the engine's own threads inherit its CPUs.
-            own = max(1, threads * len(nodes[node]) // cpus)
-            return Engine(own, isa, cpu_flags=cpu_flags)
-
-        self.nodes = self.on_nodes(make, len(nodes))
+        # Made on the bound thread: the engine's own threads inherit its CPUs.
+        self.nodes = self.on_nodes(
+            lambda i: Engine(used[i][1], isa, cpu_flags=cpu_flags), range(len(used))
+        )
 
     def __deepcopy__(self, memo: dict) -> NodeEngines:
         return self
 
-    def on_nodes(self, work: Callable[[int], T], count: int) -> list[T]:
-        """work(node) on each of the first `count` nodes at once."""
+    def on_nodes(self, work: Callable[[int], T], nodes: Sequence[int]) -> list[T]:
+        """work(i) for each place i in `nodes`, on the thread of that node, all at once."""
         if os.getpid() != self._owner:
             raise ForkedProcess(
                 "the experts' threads do not exist in a forked child; compute in the parent, or "
                 "load the model in the child"
             )
-        futures = [self._leaders[node].submit(work, node) for node in range(count)]
+        futures = [self._leaders[node].submit(work, i) for i, node in enumerate(nodes)]
         return [future.result() for future in futures]
 
     @property
@@ -236,17 +253,17 @@ class NodeEngines:
         """As Engine.forward."""
         wide_TD = hidden_TD.float()
         parts = self.on_nodes(
-            lambda node: self.nodes[node].forward(
-                weights.parts[node],
+            lambda i: self.nodes[weights.nodes[i]].forward(
+                weights.parts[i],
                 wide_TD,
                 index_TK,
                 weight_TK,
-                lora=_cut_lora(lora, weights.ranges[node]),
+                lora=_cut_lora(lora, weights.ranges[i]),
                 keep=keep,
-                first_channel=weights.ranges[node][0],
+                first_channel=weights.ranges[i][0],
                 **arguments,
             ),
-            len(weights.parts),
+            weights.nodes,
         )
         out_TD = _sum([out for out, _, _ in parts]).to(hidden_TD.dtype)
         kept = SplitKept([k for _, k, _ in parts if k is not None]) if keep else None
@@ -267,18 +284,18 @@ class NodeEngines:
         """As Engine.backward."""
         wide_TD, wide_d_out_TD = hidden_TD.float(), d_out_TD.float()
         parts = self.on_nodes(
-            lambda node: self.nodes[node].backward(
-                weights.parts[node],
+            lambda i: self.nodes[weights.nodes[i]].backward(
+                weights.parts[i],
                 wide_TD,
                 index_TK,
                 weight_TK,
                 wide_d_out_TD,
-                kept.parts[node],
-                lora=_cut_lora(lora, weights.ranges[node]),
-                first_channel=weights.ranges[node][0],
+                kept.parts[i],
+                lora=_cut_lora(lora, weights.ranges[i]),
+                first_channel=weights.ranges[i][0],
                 **arguments,
             ),
-            len(weights.parts),
+            weights.nodes,
         )
         d_lora: list[tuple[Tensor, Tensor] | None] = []
         for which, factors in enumerate(lora):

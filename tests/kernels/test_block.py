@@ -238,9 +238,9 @@ def test_without_gate_in_every_format(isa: str, stored: str, compute: str) -> No
 @pytest.mark.parametrize(("stored", "compute"), MODES)
 def test_experts_with_more_rows_than_the_cache_holds(isa: str, stored: str, compute: str) -> None:
     """Skewed: one expert's rows are cut in blocks, the others have few."""
-    block = Block.make(4, 1024, 64, stored, 4)
-    tokens = 700 if isa in NATIVE and isa != "portable" else 330
-    x, _, weight = inputs(tokens, 1024, 4, 2)
+    hidden, tokens = 4096, 330  # at one byte an activation, 160 rows fill the cache
+    block = Block.make(4, hidden, 64, stored, 4)
+    x, _, weight = inputs(tokens, hidden, 4, 2)
     index = torch.full((tokens, 2), 1)
     index[:, 1] = 4
     index[:5, 1] = torch.tensor([0, 2, 0, 2, 2])
@@ -363,8 +363,8 @@ def test_nan_and_inf_come_out(isa: str, stored: str, compute: str, bad: float) -
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_results_do_not_depend_on_threads_or_repetition(isa: str) -> None:
-    block = Block.make(6, 128, 192, "int8", 4)
-    x, index, weight = inputs(50, 128, 6, 3)
+    block = Block.make(6, 256, 192, "int8", 16)
+    x, index, weight = inputs(600, 256, 6, 3)
     arguments = {"compute": "exact", "gate": SILU, "lora": block.lora}
     results = []
     for threads in (1, 2, 5, 5):

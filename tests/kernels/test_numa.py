@@ -11,8 +11,8 @@ import torch
 from comparators import assert_matches
 from test_block import Block, inputs
 
-from kt_sft.kernels import Engine, Gate, NodeEngines, SplitWeights, numa_nodes
-from kt_sft.kernels.numa import split_channels
+from kt_sft.kernels import PROJECTIONS, Engine, Gate, NodeEngines, SplitWeights, numa_nodes
+from kt_sft.kernels.numa import share_threads, split_channels
 
 
 def tree(folder: Path, lists: dict[int, str]) -> Path:
@@ -41,10 +41,30 @@ def test_nodes_from_sysfs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
 
 
 def test_channels_are_cut_between_tiles() -> None:
-    assert split_channels(768, 2) == [(0, 384), (384, 768)]
-    assert split_channels(200, 2) == [(0, 128), (128, 200)]
-    assert split_channels(200, 3) == [(0, 64), (64, 128), (128, 200)]
-    assert split_channels(40, 4) == [(0, 40)]
+    assert split_channels(768, [2, 2]) == [(0, 384), (384, 768)]
+    assert split_channels(200, [1, 1]) == [(0, 128), (128, 200)]
+    assert split_channels(130, [1, 1, 1, 1]) == [(0, 64), (64, 128), (128, 128), (128, 130)]
+    assert split_channels(40, [1, 1]) == [(0, 0), (0, 40)]
+    # A node with few threads gets few channels.
+    assert split_channels(2048, [32, 2]) == [(0, 1920), (1920, 2048)]
+
+
+def test_threads_are_shared_out_exactly() -> None:
+    assert share_threads(7, [8, 8]) in ([4, 3], [3, 4])
+    assert share_threads(3, [1, 1, 6]) == [0, 0, 3] or sum(share_threads(3, [1, 1, 6])) == 3
+    assert share_threads(34, [32, 2]) == [32, 2]
+    assert share_threads(2, [1, 1]) == [1, 1]
+
+
+def test_a_layer_with_fewer_blocks_than_nodes(engines: NodeEngines) -> None:
+    weights = engines.new_weights(2, 64, 40, "int8")
+    assert len(weights.parts) == 1
+    for e in range(2):
+        for p in PROJECTIONS:
+            weights.pack(engines, e, p, torch.ones(weights.shape(p)))
+    x, index, weight = inputs(5, 64, 2, 1)
+    out, _, _ = engines.forward(weights, x, index, weight, compute="exact", gate=Gate())
+    assert torch.isfinite(out).all() and out.abs().sum() > 0
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +90,7 @@ def test_split_layer_is_the_whole_layer(
             weights.set_bias(
                 e,
                 projection,
-                block.bias[("gate_proj", "up_proj", "down_proj").index(projection)][e],
+                block.bias[PROJECTIONS.index(projection)][e],
             )
             step = {"int8": 0.02, "bf16": 0.0, "int4_g32": 0.12}[stored]
             assert (weights.unpack(e, projection) - source).norm() <= step * source.norm()
@@ -98,7 +118,7 @@ def test_a_forked_child_raises(engines: NodeEngines) -> None:
     pid = os.fork()
     if pid == 0:
         try:
-            engines.on_nodes(lambda node: node, 2)
+            engines.on_nodes(lambda i: i, [0, 1])
         except RuntimeError as error:
             os._exit(0 if "forked child" in str(error) else 2)
         os._exit(1)

@@ -95,12 +95,13 @@ def test_dot_int_is_exact(isa: str, terms: int) -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("terms", [1, 2])
-def test_dot_int_extremes_do_not_overflow(isa: str, terms: int) -> None:
+@pytest.mark.parametrize("weight", [-128, 127])
+def test_dot_int_extremes_do_not_overflow(isa: str, terms: int, weight: int) -> None:
     form = single.geometry(isa)["int_panel"]
     blocks = 1024  # the longest contraction that the block admits
     k = 64 * blocks
     level = -127 if terms == 1 else -32639
-    weights = np.full((k, COLS), 127)
+    weights = np.full((k, COLS), weight)
     q = np.full((1, k), level)
     a = q.astype(np.int16) if form == "s16" else split_terms(q) if terms == 2 else q
     a = Guarded.of(a if form == "s16" else a.astype(np.int8))
@@ -110,7 +111,7 @@ def test_dot_int_extremes_do_not_overflow(isa: str, terms: int) -> None:
         isa, 1, terms, blocks, a.address, a.array.nbytes, panel.address, False, c.address, None
     )
     offset = 128 * level * k if form == "u8" else 0
-    assert np.all(whole_sums(c.array, 1, terms) - offset == 127 * level * k)
+    assert np.all(whole_sums(c.array, 1, terms) - offset == weight * level * k)
 
 
 @pytest.mark.skipif("amx" not in ISAS, reason="this machine neither has AMX nor can emulate it")

@@ -29,10 +29,12 @@ class Peer:
         [LayerCase, LayerData, Path | None], AbstractContextManager[Mapping[str, Runner]]
     ]
     in_process: bool
+    # Before every runner: threads of another process spin for a while after a call.
+    rest_seconds: float = 0.0
 
 
 PEERS: Mapping[str, Peer] = {
     "torch": Peer(torch_loop.start, in_process=True),
     "transformers": Peer(transformers_experts.start, in_process=True),
-    "kt-kernel": Peer(kt_kernel.start, in_process=False),
+    "kt-kernel": Peer(kt_kernel.start, in_process=False, rest_seconds=0.3),
 }

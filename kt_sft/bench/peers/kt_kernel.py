@@ -8,10 +8,9 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 import venv
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,6 @@ from kt_sft.errors import PeerError
 logger = logging.getLogger(__name__)
 
 _REQUIREMENT = "kt-kernel==0.7.2"
-# Its threads spin for a while after a call; the next runner must not pay for that.
-_REST_SECONDS = 0.3
 _DRIVER = Path(__file__).with_name("kt_kernel_driver.py")
 
 
@@ -61,9 +58,12 @@ def _process(python: Path, case: LayerCase, precision: str) -> Iterator[Runner]:
     requests, replies = process.stdin, process.stdout
 
     def ask(request: Mapping[str, Any]) -> dict[str, Any]:
-        requests.write(json.dumps(request) + "\n")
-        requests.flush()
-        line = replies.readline()
+        try:
+            requests.write(json.dumps(request) + "\n")
+            requests.flush()
+            line = replies.readline()
+        except BrokenPipeError:
+            line = ""
         if not line:
             log.seek(0)
             last = "\n".join(log.read().splitlines()[-5:])
@@ -75,19 +75,16 @@ def _process(python: Path, case: LayerCase, precision: str) -> Iterator[Runner]:
 
     def run() -> tuple[float, float]:
         reply = ask({"cmd": "run"})
-        time.sleep(_REST_SECONDS)
         return reply["forward_ms"], reply["backward_ms"]
 
     try:
         shape = {n: getattr(case, n) for n in ("hidden", "intermediate", "experts", "top_k")}
-        # It has no mode without LoRA; rank 1 is the least.
-        rank = max(1, case.rank)
         ask(
             {
                 **shape,
                 "tokens": case.tokens,
-                "rank": rank,
-                "alpha": LORA_SCALING * rank,
+                "rank": case.rank,
+                "alpha": LORA_SCALING * case.rank,
                 "precision": precision,
                 "threads": case.threads,
                 "seed": case.seed,
@@ -95,11 +92,13 @@ def _process(python: Path, case: LayerCase, precision: str) -> Iterator[Runner]:
         )
         yield run
     finally:
-        requests.close()
+        with suppress(BrokenPipeError):
+            requests.close()
         try:
             process.wait(timeout=30)
         except subprocess.TimeoutExpired:
             process.kill()
+            process.wait()
         log.close()
 
 
@@ -108,6 +107,11 @@ def start(
     case: LayerCase, data: LayerData, environment: Path | None
 ) -> Iterator[Mapping[str, Runner]]:
     """Runners for both of its precisions; it draws its own inputs of the same shape."""
+    if not case.rank or case.skew:
+        raise PeerError(
+            f"kt-kernel: got rank {case.rank} and skew {case.skew}; it always has LoRA and draws "
+            "its own balanced routing, so compare with a rank of at least 1 and no skew"
+        )
     python = _python(environment)
     with ExitStack() as stack:
         yield {

@@ -13,6 +13,8 @@ from torch.nn import functional
 from kt_sft.bench.case import LayerCase, LayerData, Runner, one_expert, timed
 from kt_sft.kernels import PROJECTIONS, LoraFactors
 
+_Factors = dict[str, tuple[tuple[Tensor, ...], tuple[Tensor, ...], float]]
+
 
 class TorchExpertsLoop:
     """Frozen bf16 weights, LoRA in bf16, one expert after the other."""
@@ -39,24 +41,28 @@ class TorchExpertsLoop:
             if f is not None
         }
 
-    def _linear(self, name: str, expert: int, x: Tensor) -> Tensor:
+    def _linear(self, name: str, expert: int, x: Tensor, factors: _Factors) -> Tensor:
         y = functional.linear(x, self.weights[name][expert])
-        if name in self.lora:
-            a, b, scaling = self.lora[name]
+        if name in factors:
+            a, b, scaling = factors[name]
             y = y + scaling * functional.linear(functional.linear(x, a[expert]), b[expert])
         return y
 
     def __call__(self, hidden_TD: Tensor) -> Tensor:
         """out [T, D]."""
         out = torch.zeros_like(hidden_TD)
+        # Unbound once: indexing the stack would add a gradient of its full size for each expert.
+        factors: _Factors = {
+            name: (a.unbind(0), b.unbind(0), scaling) for name, (a, b, scaling) in self.lora.items()
+        }
         for expert in range(self.experts):
             token, choice = torch.where(self.index_TK == expert)
             if token.numel() == 0:
                 continue
             x = hidden_TD[token]
-            gate, up = (self._linear(n, expert, x) for n in ("gate_proj", "up_proj"))
-            y = self._linear("down_proj", expert, functional.silu(gate) * up)
-            out = out.index_add(0, token, y * self.weight_TK[token, choice, None])
+            gate, up = (self._linear(n, expert, x, factors) for n in ("gate_proj", "up_proj"))
+            y = self._linear("down_proj", expert, functional.silu(gate) * up, factors)
+            out.index_add_(0, token, y * self.weight_TK[token, choice, None])
         return out
 
     def runner(self, hidden_TD: Tensor, d_out_TD: Tensor) -> Runner:

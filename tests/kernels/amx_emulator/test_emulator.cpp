@@ -1,6 +1,6 @@
 // Test of the Intel AMX emulator (amx_emulator.c), which belongs to the tests, never to the product. Build and run:
 //     gcc -O2 -shared -fPIC -o libamx_emulator.so amx_emulator.c
-//     g++ -O2 -mamx-tile -mamx-int8 -mamx-bf16 test.cpp -o test -L. -lamx_emulator -Wl,-rpath,'$ORIGIN' -pthread
+//     g++ -O2 -mamx-tile -mamx-int8 -mamx-bf16 test_emulator.cpp -o test -L. -lamx_emulator -Wl,-rpath,'$ORIGIN' -pthread
 #include <immintrin.h>
 #include <signal.h>
 #include <sys/wait.h>

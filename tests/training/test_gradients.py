@@ -265,7 +265,7 @@ def test_engine_refuses_what_it_cannot_read() -> None:
     weights = ExpertWeights(2, 64, 64, "int8")
     hidden, index = torch.zeros(3, 64), torch.zeros(3, 2, dtype=torch.int64)
     weight = torch.ones(3, 2)
-    good = {"compute": "exact", "activation": "silu"}
+    good = {"compute": "exact", "gate": Gate()}
     cases = [
         ((hidden.double(), index, weight), "hidden: got dtype torch.float64"),
         ((hidden[:, :32], index, weight), r"hidden: got shape \(3, 32\), expected \(3, 64\)"),
@@ -287,5 +287,14 @@ def test_engine_refuses_what_it_cannot_read() -> None:
         engine.forward(weights, hidden, index, weight, compute="fast", gate=Gate())
     with pytest.raises(ValueError, match="bf16 goes with bf16 weights"):
         engine.forward(weights, hidden, index, weight, compute="bf16", gate=Gate())
+    with pytest.raises(ValueError, match="these experts have a gate projection"):
+        engine.forward(weights, hidden, index, weight, compute="exact", gate=Gate(gated=False))
+    with pytest.raises(ValueError, match="activation: got 'tanh', expected one of gelu"):
+        engine.forward(weights, hidden, index, weight, compute="exact", gate=Gate("tanh"))
+    ungated = ExpertWeights(2, 64, 64, "int8", gated=False)
+    with pytest.raises(KernelArgumentError, match="projection: got 'gate_proj', expected up_proj"):
+        ungated.pack(engine, 0, "gate_proj", torch.ones(64, 64))
+    with pytest.raises(ValueError, match="bias: up_proj of expert 1 has nan at"):
+        weights.set_bias(1, "up_proj", torch.full((64,), float("nan")))
     with pytest.raises(KernelArgumentError, match=r"dropout: got 1\.0"):
         engine.forward(weights, hidden, index, weight, **good, dropout=1.0)

@@ -1,4 +1,4 @@
-"""The compiled core under the address, undefined-behaviour and thread sanitizers."""
+"""The compiled core by itself, under the address, undefined-behaviour and thread sanitizers."""
 
 from __future__ import annotations
 
@@ -70,6 +70,12 @@ def test_address_and_undefined_behaviour(tmp_path: Path) -> None:
         ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     )
     run(program, "3", "portable", "avx2")
+
+
+@pytest.mark.slow
+def test_prefetches_name_each_line_once(tmp_path: Path) -> None:
+    """A wrong address would only cost speed, so no other test sees it."""
+    run(build(tmp_path, "prefetch_driver", ["-fsanitize=address,undefined"]))
 
 
 @pytest.mark.slow

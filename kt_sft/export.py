@@ -6,7 +6,6 @@ result is as good as the adapter allows: W + scaling * B A, rounded once to the 
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -24,8 +23,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kt_sft.errors import AdapterMismatchError, CheckpointError, SettingsError
-from kt_sft.families import Family, family_of
+from kt_sft.experts.finding import select_rows
+from kt_sft.families import Part
+from kt_sft.integrations.checkpoint_keys import BaseModel
 from kt_sft.store.checkpoint import INDEX_NAME, SafetensorsCheckpoint, checkpoint_files
+from kt_sft.store.sources import CheckpointSource
 
 logger = logging.getLogger(__name__)
 
@@ -35,18 +37,33 @@ _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)$")
 
 @dataclass(frozen=True)
 class _Target:
-    """Where an adapter's matrices go: a tensor on disk, or expert `index` and `rows` of it."""
+    """Where an adapter's matrices go: a tensor on disk, or expert `index` and a part of it."""
 
     key: str
     index: int | None = None
-    rows: str = "all"  # all, first half (gate) or second half (up) of a fused tensor
+    experts: int = 1
+    transposed: bool = False
+    part: Part | None = None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The target in its tensor, [outputs, inputs], a view."""
+        if self.part is None:
+            return tensor
+        if self.index is None:
+            return select_rows(self.part, tensor.T if self.transposed else tensor)
+        if self.part.flat:
+            rows = tensor.shape[0] // self.experts
+            tensor = tensor[self.index * rows : (self.index + 1) * rows]
+        else:
+            tensor = tensor[self.index]
+        return select_rows(self.part, tensor.T if self.transposed else tensor)
 
 
 class LoraDelta:
     """The changes that an adapter makes to the tensors of a checkpoint, by their keys on disk."""
 
     def __init__(
-        self, adapter: str | Path, checkpoint: SafetensorsCheckpoint, family: Family
+        self, adapter: str | Path, checkpoint: SafetensorsCheckpoint, base: BaseModel
     ) -> None:
         config = PeftConfig.from_pretrained(str(adapter))
         if config.peft_type != "LORA" or config.use_dora or config.bias != "none":
@@ -62,7 +79,11 @@ class LoraDelta:
             )
         self._config = config
         self._tensors = SafetensorsCheckpoint([Path(adapter) / SAFETENSORS_WEIGHTS_NAME])
-        self._checkpoint, self._family = checkpoint, family
+        self._stacks = base.keys.stacks(checkpoint)
+        self._sources = {
+            layer.hybrid_path: CheckpointSource(checkpoint, layer, self._stacks)
+            for layer in base.layers
+        }
         self._lora: dict[str, list[tuple[_Target, str]]] = {}
         self._replaced: dict[str, str] = {}
         lost = []
@@ -76,8 +97,8 @@ class LoraDelta:
                 else:
                     self._lora.setdefault(target.key, []).append((target, module))
             elif not path.endswith(".lora_B.weight"):
-                if path in checkpoint:
-                    self._replaced[path] = key
+                if (on_disk := self._single(path)) is not None:
+                    self._replaced[on_disk] = key
                 else:
                     lost.append(path)
         if lost:
@@ -100,10 +121,7 @@ class LoraDelta:
             return weight
         merged = weight.to(torch.float32, copy=True)
         for target, module in self._lora[key]:
-            view = merged if target.index is None else merged[target.index]
-            if target.rows != "all":
-                half = view.shape[0] // 2
-                view = view[:half] if target.rows == "first" else view[half:]
+            view = target.of(merged)
             a = self._tensors.get(f"{_PREFIX}{module}.lora_A.weight").float()
             b = self._tensors.get(f"{_PREFIX}{module}.lora_B.weight").float()
             if (b.shape[0], a.shape[1]) != tuple(view.shape):
@@ -125,17 +143,20 @@ class LoraDelta:
     def _target(self, module: str) -> _Target | None:
         match = _EXPERT.match(module)
         if match is None:
-            return _Target(f"{module}.weight") if f"{module}.weight" in self._checkpoint else None
+            key = self._single(f"{module}.weight")
+            return None if key is None else _Target(key)
         path, expert, projection = match.groups()
-        for prefix in self._family.disk_prefixes(path):
-            single = f"{prefix}.{expert}.{self._family.projections[projection]}.weight"
-            if single in self._checkpoint:
-                return _Target(single)
-            fused = f"{prefix}.{'down_proj' if projection == 'down_proj' else 'gate_up_proj'}"
-            if fused in self._checkpoint:
-                rows = {"gate_proj": "first", "up_proj": "second", "down_proj": "all"}[projection]
-                return _Target(fused, int(expert), rows)
-        return None
+        source = self._sources.get(path)
+        if source is None or int(expert) >= source.experts:
+            return None
+        key, index, transposed, part = source.place(projection, int(expert))
+        return _Target(key, index, source.experts, transposed, part)
+
+    def _single(self, parameter: str) -> str | None:
+        """The one tensor on disk that is this parameter of the model, if there is one."""
+        stack = self._stacks.get(parameter)
+        keys = stack.keys() if stack is not None else []
+        return keys[0] if len(keys) == 1 else None
 
 
 def export_merged(base: str | Path, adapter: str | Path | None, out: str | Path) -> Path:
@@ -147,8 +168,6 @@ def export_merged(base: str | Path, adapter: str | Path | None, out: str | Path)
     base, out = Path(base), Path(out)
     if out.exists() and any(out.iterdir()):
         raise SettingsError(f"export_dir: {out} is not empty; give a new folder or remove it")
-    config = json.loads((base / "config.json").read_text())
-    family = family_of(config.get("model_type", ""))
     files = checkpoint_files(base)
     needed = sum(f.stat().st_size for f in files)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -157,7 +176,9 @@ def export_merged(base: str | Path, adapter: str | Path | None, out: str | Path)
         raise CheckpointError(
             f"{out}: the merged model needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
         )
-    delta = LoraDelta(adapter, SafetensorsCheckpoint(files), family) if adapter else None
+    delta = (
+        LoraDelta(adapter, SafetensorsCheckpoint(files), BaseModel.of(base)) if adapter else None
+    )
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
     partial.mkdir()
     try:

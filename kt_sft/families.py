@@ -1,57 +1,189 @@
-"""The table of model families: where their routed experts are, in the model and on disk."""
+"""The table of experts modules: what differs between model families, as data.
+
+A module with gate_up_proj [E, 2F, D] and down_proj [E, D, F] that is called with (hidden, index,
+weights) needs no row, nor does one with up_proj [E, F, D] instead of gate_up_proj. Names on disk
+are those of Transformers' own conversion table. docs/add-a-family.md tells how to add a row.
+
+Legend: E experts, D hidden size, F intermediate size.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from kt_sft.errors import UnsupportedModelError
-
-# Names of one expert's projections on disk, in the order gate, up, down.
-_LLAMA_NAMES = {"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"}
-_MIXTRAL_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+from kt_sft.kernels import ACTIVATIONS, Gate
 
 
 @dataclass(frozen=True)
-class Family:
-    """One row: everything that differs between families, as data.
+class Part:
+    """Where a projection lies: the tensor's name below the stock module and which outputs of it.
 
-    classes: names of the experts module in Transformers.
-    projections: our projection name -> its name in per-expert keys on disk.
-    disk_renames: (text in the module's path, text in the checkpoint's keys).
+    rows: all, first or second (half), even or odd.
+    transposed: one expert is [inputs, outputs]; None means that the shapes tell.
+    flat: the experts lie below one another in a matrix [E * rows, columns].
     """
 
-    classes: tuple[str, ...]
-    projections: Mapping[str, str] = field(default_factory=lambda: _LLAMA_NAMES)
-    disk_renames: tuple[tuple[str, str], ...] = ()
-
-    def disk_prefixes(self, module_path: str) -> list[str]:
-        """Where the experts of the module `model.layers.N...experts` may lie in a checkpoint."""
-        renamed = module_path
-        for ours, theirs in self.disk_renames:
-            renamed = renamed.replace(ours, theirs)
-        return list(dict.fromkeys([renamed, module_path]))
+    tensor: str
+    rows: str = "all"
+    transposed: bool | None = None
+    flat: bool = False
 
 
-FAMILIES: Mapping[str, Family] = {
-    "qwen3_moe": Family(("Qwen3MoeExperts",)),
-    "qwen2_moe": Family(("Qwen2MoeExperts",)),
-    "olmoe": Family(("OlmoeExperts",)),
-    "deepseek_v2": Family(("DeepseekV2Experts",)),
-    "deepseek_v3": Family(("DeepseekV3NaiveMoe",)),
-    "mixtral": Family(
-        ("MixtralExperts",),
-        projections=_MIXTRAL_NAMES,
-        disk_renames=((".mlp.", ".block_sparse_moe."),),
-    ),
+@dataclass(frozen=True)
+class ExpertsClass:
+    """One row: a class of stock modules that keep routed experts.
+
+    parts: projection -> where its weights lie; biases: the same for biases [E, outputs].
+    gate: computes the Gate from the stock module.
+    call: how it is called, a name of experts/conventions.py.
+    top_k: attribute with K, where the module itself chooses the experts.
+    child: where the hybrid experts go below the stock module; empty: they take its place.
+    """
+
+    parts: Mapping[str, Part]
+    gate: Callable[[Any], Gate]
+    biases: Mapping[str, Part]
+    call: str = "routed"
+    top_k: str = ""
+    child: str = ""
+
+
+def attribute(module: Any, path: str) -> Any:
+    """The attribute at a dotted path below a module, or None."""
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module
+
+
+# Classes and functions of activations in Transformers and torch, by their names.
+_ACTIVATION_CLASSES: Mapping[str, str] = {
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "silu": "silu",
+    "QuickGELUActivation": "quick_gelu",
+    "GELU": "gelu",
+    "GELUActivation": "gelu",
+    "NewGELUActivation": "gelu_new",
+    "GELUTanh": "gelu_pytorch_tanh",
+    "PytorchGELUTanh": "gelu_pytorch_tanh",
+    "FastGELUActivation": "gelu_fast",
+    "ReLU": "relu",
+    "relu": "relu",
+    "ReLUSquaredActivation": "relu2",
 }
 
 
-def family_of(model_type: str) -> Family:
-    """The row of a model type; raises UnsupportedModelError that lists what works."""
-    if model_type in FAMILIES:
-        return FAMILIES[model_type]
-    raise UnsupportedModelError(
-        f"model type {model_type!r} is not supported; kt_sft works with "
-        f"{', '.join(sorted(FAMILIES))}. Remove the kt_sft section to train it without us."
+def activation(path: str = "act_fn") -> Callable[[Any], Gate]:
+    """The gate of the activation at `path`, or else of the configuration's `hidden_act`."""
+
+    def gate(module: Any) -> Gate:
+        found = attribute(module, path)
+        if found is None:
+            name = getattr(getattr(module, "config", None), "hidden_act", None)
+        else:
+            shown = getattr(found, "__name__", type(found).__name__)
+            name = _ACTIVATION_CLASSES.get(shown, shown)
+        if name is not None and name in ACTIVATIONS:
+            return ACTIVATIONS[name]
+        raise UnsupportedModelError(
+            f"activation {name!r} has no kernel; supported are {', '.join(ACTIVATIONS)}"
+        )
+
+    return gate
+
+
+def _clamped(module: Any) -> Gate:
+    return Gate("swish", alpha=float(module.alpha), limit=float(module.limit), up_offset=1.0)
+
+
+def halves(
+    gate_up: str = "gate_up_proj",
+    down: str = "down_proj",
+    rows: tuple[str, str] = ("first", "second"),
+    transposed: bool | None = None,
+) -> dict[str, Part]:
+    """Gate and up in one tensor."""
+    return {
+        "gate_proj": Part(gate_up, rows[0], transposed),
+        "up_proj": Part(gate_up, rows[1], transposed),
+        "down_proj": Part(down, "all", transposed),
+    }
+
+
+_NO_BIAS: dict[str, Part] = {}
+_PARALLEL = ExpertsClass(
+    halves("input_linear.weight", "output_linear.weight", transposed=False),
+    activation("activation"),
+    _NO_BIAS,
+    call="parallel_experts",
+    child="experts",
+)
+
+
+def _clamped_row(rows: tuple[str, str]) -> ExpertsClass:
+    return ExpertsClass(
+        halves(rows=rows, transposed=True),
+        _clamped,
+        halves("gate_up_proj_bias", "down_proj_bias", rows=rows),
     )
+
+
+# By the name of the class in Transformers.
+EXPERTS_CLASSES: Mapping[str, ExpertsClass] = {
+    "GptOssExperts": _clamped_row(("even", "odd")),
+    "OpenAIPrivacyFilterExperts": _clamped_row(("first", "second")),
+    "LongcatFlashExperts": ExpertsClass(
+        halves(transposed=False), activation(), _NO_BIAS, call="with_identity_experts"
+    ),
+    "AriaExperts": ExpertsClass(
+        halves("fc1.weight", "fc2.weight", transposed=True),
+        lambda module: Gate("swish"),
+        _NO_BIAS,
+        call="from_router_logits",
+        top_k="config.moe_topk",
+    ),
+    "DbrxExperts": ExpertsClass(
+        {
+            "gate_proj": Part("mlp.w1", transposed=True, flat=True),
+            "up_proj": Part("mlp.v1", transposed=True, flat=True),
+            "down_proj": Part("mlp.w2", transposed=False, flat=True),
+        },
+        activation("mlp.activation_fn"),
+        _NO_BIAS,
+        call="batched",
+    ),
+    "Llama4TextMoe": ExpertsClass(
+        halves("experts.gate_up_proj", "experts.down_proj", transposed=True),
+        activation("experts.act_fn"),
+        _NO_BIAS,
+        call="weighted_inputs",
+        child="experts",
+    ),
+    "GraniteMoeMoE": _PARALLEL,
+    "GraniteMoeHybridMoE": _PARALLEL,
+    "GraniteMoeSharedMoE": _PARALLEL,
+    "JetMoeMoE": _PARALLEL,
+}
+
+DEFAULT = ExpertsClass(halves(), activation(), _NO_BIAS)
+UNGATED = ExpertsClass(
+    {"up_proj": Part("up_proj"), "down_proj": Part("down_proj")}, activation(), _NO_BIAS
+)
+
+# Families that have experts which cannot be computed here, with the reason.
+REFUSED: Mapping[str, str] = {
+    "switch_transformers": "its experts drop activations between their two layers while training",
+    "nllb_moe": "its experts drop activations between their two layers while training",
+    "doge": "its experts are single rows of an embedding, not matrices",
+}
+
+
+def parameter(module: Any, path: str) -> torch.nn.Parameter | None:
+    """The parameter at a dotted path below a module, or None."""
+    found = attribute(module, path)
+    return found if isinstance(found, torch.nn.Parameter) else None

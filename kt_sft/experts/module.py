@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kt_sft.adapters.layer import HybridExpertsLinear, common_dropout
 from kt_sft.adapters.portable import collect_expert_factors, spread_expert_factors
 from kt_sft.errors import CheckpointError
+from kt_sft.experts.conventions import CALLS
 from kt_sft.experts.function import ExpertsCall, ExpertsFunction
 from kt_sft.experts.runtime import ExpertsRuntime
 from kt_sft.experts.shape import ExpertsShape
@@ -23,6 +24,7 @@ class HybridExperts(nn.Module):
 
     The contract is that of Transformers: (hidden [T, D], top_k_index [T, K] int64, top_k_weights
     [T, K]) -> [T, D] in the dtype of hidden; an index equal to the number of experts is skipped.
+    `call` names another one of experts/conventions.py.
 
     With LoRA the module has three children, gate_proj, up_proj and down_proj, so that PEFT finds
     them by the names that every other program uses. State dicts hold one pair of matrices per
@@ -39,19 +41,21 @@ class HybridExperts(nn.Module):
         path: str,
         parent: nn.Module,
         counts_tokens: bool,
+        call: str = "routed",
+        top_k: int | None = None,
     ) -> None:
         super().__init__()
         self.shape = shape
         self.runtime = runtime
         self.path = path
         self.counts_tokens = counts_tokens
+        self.call = call
+        self.top_k = top_k
         self.weights: ExpertWeights | SplitWeights | None = None
         self._parent = weakref.ref(parent)
         if runtime.settings.expert_lora:
-            for name in PROJECTIONS:
-                narrow = name == "down_proj"
-                inputs = shape.intermediate if narrow else shape.hidden
-                outputs = shape.hidden if narrow else shape.intermediate
+            for name in shape.projections:
+                outputs, inputs = shape.of(name)
                 layer = HybridExpertsLinear(shape.experts, inputs, outputs, self.adapter_device)
                 self.add_module(name, layer)
         self.register_state_dict_post_hook(spread_expert_factors)
@@ -77,10 +81,14 @@ class HybridExperts(nn.Module):
         return torch.device("cpu")
 
     def lora_layers(self) -> list[HybridExpertsLinear | None]:
-        """The LoRA layers of gate, up and down."""
+        """The LoRA layers of gate, up and down; None where there is none."""
         return [getattr(self, name, None) for name in PROJECTIONS]
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, *arguments: Tensor) -> Tensor:
+        """The weighted sum of each token's experts, called as the stock module is."""
+        return CALLS[self.call](self, hidden_states, *arguments)
+
+    def compute(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The weighted sum of each token's experts, [T, D]."""
         if self.weights is None:
             raise CheckpointError(f"{self.path}: the expert weights were never loaded")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -16,10 +16,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from kt_sft.adapters.portable import refuse_other_layers
 from kt_sft.config import HybridExpertsSettings
 from kt_sft.errors import UnsupportedModelError
-from kt_sft.experts import ExpertsRuntime, ExpertsShape, HybridExperts, hybrid_experts_of
-from kt_sft.families import Family, family_of
+from kt_sft.experts import ExpertsRuntime, HybridExperts, hybrid_experts_of
+from kt_sft.experts.conventions import redirect_block
+from kt_sft.experts.finding import FoundExperts, find_experts
+from kt_sft.families import attribute
+from kt_sft.integrations.checkpoint_keys import ModelKeys
 from kt_sft.kernels import PROJECTIONS
-from kt_sft.store.packing import pack_from_checkpoint, pack_from_module
+from kt_sft.store.checkpoint import SafetensorsCheckpoint
+from kt_sft.store.packing import pack_all, pack_experts
+from kt_sft.store.sources import CheckpointSource, ModuleSource
 
 METHOD = "kt_sft"
 
@@ -53,34 +58,31 @@ class HybridExpertsConfig(QuantizationConfigMixin):
 
 
 def _swap_experts(
-    model: Any, runtime: ExpertsRuntime
-) -> dict[str, tuple[HybridExperts, nn.Module]]:
-    """Replaces each stock experts module; returns path -> (hybrid, stock)."""
-    config = model.config.get_text_config()
-    family = family_of(config.model_type)
-    activation = getattr(config, "hidden_act", None) or ""
-    stock = {
-        path: module
-        for path, module in model.named_modules()
-        if type(module).__name__ in family.classes
-    }
-    if not stock:
-        raise UnsupportedModelError(
-            f"model type {config.model_type!r} has no module of class "
-            f"{' or '.join(family.classes)} here; is every layer of this model dense?"
-        )
-    swapped: dict[str, tuple[HybridExperts, nn.Module]] = {}
-    for path, module in stock.items():
+    model: Any, found: list[FoundExperts], runtime: ExpertsRuntime
+) -> dict[str, tuple[HybridExperts, FoundExperts]]:
+    """Puts hybrid experts where the stock ones are; returns them by path."""
+    swapped: dict[str, tuple[HybridExperts, FoundExperts]] = {}
+    for layer in found:
+        path = layer.hybrid_path
         parent = model.get_submodule(path.rpartition(".")[0])
+        kind = layer.kind
         hybrid = HybridExperts(
-            ExpertsShape.of(module, path, activation),
+            layer.shape,
             runtime,
             path,
             parent,
             counts_tokens=not swapped,
+            call="routed" if kind.child else kind.call,
+            top_k=attribute(layer.module, kind.top_k) if kind.top_k else None,
         )
+        if kind.child:
+            for part in kind.parts.values():
+                layer.module._modules.pop(part.tensor.partition(".")[0], None)
+            redirect_block(layer.module, kind.call)
         setattr(parent, path.rpartition(".")[2], hybrid)
-        swapped[path] = (hybrid, module)
+        # Some families initialize the stock experts' parameters from their block, by name.
+        parent._is_hf_initialized = True
+        swapped[path] = (hybrid, layer)
     model.register_load_state_dict_pre_hook(refuse_other_layers)
     # PEFT takes our empty LoRA layers for an adapter that is already there.
     warnings.filterwarnings(
@@ -102,7 +104,8 @@ class HybridExpertsQuantizer(HfQuantizer):
         # Our own configuration inside a saved config.json does not mean quantized files.
         self.pre_quantized = False
         self._files: list[str] = []
-        self._family: Family | None = None
+        self._keys: ModelKeys | None = None
+        self._layers: list[FoundExperts] = []
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -114,18 +117,31 @@ class HybridExpertsQuantizer(HfQuantizer):
             )
         _refuse_zero3()
         self._files = list(checkpoint_files)
-        self._family = family_of(model.config.get_text_config().model_type)
-        _swap_experts(model, ExpertsRuntime(self.quantization_config.settings))
+        self._layers = find_experts(model)
+        self._keys = ModelKeys(model)
+        _swap_experts(model, self._layers, ExpertsRuntime(self.quantization_config.settings))
         # The experts' keys have no parameter any more; they are not an accident to warn of.
         ignored = list(model._keys_to_ignore_on_load_unexpected or [])
-        model._keys_to_ignore_on_load_unexpected = [*ignored, r"\.experts\."]
+        model._keys_to_ignore_on_load_unexpected = [*ignored, *_expert_keys(model, self._layers)]
         return model
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
-        assert self._family is not None
-        pack_from_checkpoint(hybrid_experts_of(model), self._family, self._files)
+        assert self._keys is not None
+        checkpoint = SafetensorsCheckpoint(self._files)
+        stacks = self._keys.stacks(checkpoint)
+        modules = hybrid_experts_of(model)
+        pack_all(
+            {
+                layer.hybrid_path: (
+                    modules[layer.hybrid_path],
+                    CheckpointSource(checkpoint, layer, stacks),
+                )
+                for layer in self._layers
+            }
+        )
+        self._layers, self._keys = [], None
         return model
 
     def is_serializable(self) -> bool:
@@ -136,6 +152,17 @@ class HybridExpertsQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Gradients flow through the experts to the hidden states, the router and LoRA."""
         return True
+
+
+def _expert_keys(model: PreTrainedModel, layers: list[FoundExperts]) -> list[str]:
+    """Patterns of the stock experts' parameters, with or without the base model's prefix."""
+    patterns = set()
+    for layer in layers:
+        for part in (*layer.kind.parts.values(), *layer.kind.biases.values()):
+            owner = layer.tensor_path(part).rpartition(".")[0]
+            owner = re.escape(owner.removeprefix(f"{model.base_model_prefix}."))
+            patterns.add(re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", owner) + r"\.")
+    return sorted(patterns)
 
 
 def _refuse_zero3() -> None:
@@ -161,12 +188,13 @@ def hybridize(model: Any, config: HybridExpertsConfig | HybridExpertsSettings | 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if hybrid_experts_of(base):
         return model
-    swapped = _swap_experts(base, ExpertsRuntime(settings))
-    for hybrid, stock in swapped.values():
-        pack_from_module(hybrid, stock)
+    layers = find_experts(base)
+    sources = {layer.hybrid_path: ModuleSource(layer) for layer in layers}
+    swapped = _swap_experts(base, layers, ExpertsRuntime(settings))
+    for path, (hybrid, _) in swapped.items():
+        pack_experts(hybrid, sources[path])
         # The stock weights go layer by layer, so that the peak is one copy and one layer.
-        for name in ("gate_up_proj", "down_proj"):
-            delattr(stock, name)
+        sources[path].release()
     if base is not model:
         _adapt_new_experts(model, [hybrid for hybrid, _ in swapped.values()])
     return model

@@ -56,6 +56,10 @@ class SafetensorsCheckpoint:
         """`tensor[index]` along the first dimension, reading that part only."""
         return self._handle(key).get_slice(key)[index]
 
+    def get_rows(self, key: str, block: int, rows: int) -> Tensor:
+        """Rows `block * rows` to `(block + 1) * rows`, reading that part only."""
+        return self._handle(key).get_slice(key)[block * rows : (block + 1) * rows]
+
     def _handle(self, key: str) -> Any:
         if key not in self._by_key:
             raise CheckpointError(f"the checkpoint has no tensor {key}")

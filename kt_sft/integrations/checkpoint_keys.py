@@ -1,0 +1,127 @@
+"""Which tensors of a checkpoint make up each parameter of a model, as Transformers maps them.
+
+Published checkpoints keep one tensor per expert, or fused ones under other names than the model's;
+Transformers' conversion table tells which. It is read here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from kt_sft.errors import CheckpointError, UnsupportedModelError
+from kt_sft.experts.finding import FoundExperts, find_experts
+from kt_sft.store.sources import Stack
+
+# The conversions that gather experts. Transpose is settled by shapes, which must be known anyway.
+_GATHERING = {"MergeModulelist", "Concatenate", "Transpose", "_IdentityOp"}
+# One list of experts that belongs to two modules in equal parts.
+_SPLITTING = "ErnieFuseAndSplitTextVisionExperts"
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """What a checkpoint's folder says of its model, without its weights."""
+
+    keys: ModelKeys
+    layers: list[FoundExperts]
+
+    @classmethod
+    def of(cls, folder: str | Path) -> BaseModel:
+        """From config.json alone. Raises UnsupportedModelError."""
+        config = AutoConfig.from_pretrained(folder)
+        names = getattr(config, "architectures", None) or ["none"]
+        model_class = getattr(transformers, names[0], None)
+        if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
+            raise UnsupportedModelError(
+                f"{folder}: config.json names the architecture {names[0]!r}, which the installed "
+                f"transformers {transformers.__version__} does not have; upgrade it"
+            )
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            model = model_class._from_config(config)
+        return cls(ModelKeys(model), find_experts(model))
+
+
+class ModelKeys:
+    """The mapping from keys on disk to parameters, for a model before its experts are swapped."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        transforms = get_model_conversion_mapping(model)
+        self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        self._prefix = model.base_model_prefix
+        self._parameters: dict[str, Any] = dict(model.state_dict())
+        self._by_pattern = {p: c for c in self._converters for p in c.source_patterns}
+
+    def stacks(self, keys: Iterable[str]) -> dict[str, Stack]:
+        """Parameter name -> the tensors on disk that make it up; keys of no parameter are left out.
+
+        Raises CheckpointError for a conversion of expert weights that is not known here.
+        """
+        gathered: dict[str, dict[str | None, list[str]]] = {}
+        for key in keys:
+            name, pattern = self._rename(key)
+            if name in self._parameters:
+                gathered.setdefault(name, {}).setdefault(pattern, []).append(key)
+        stacks: dict[str, Stack] = {}
+        for name, by_pattern in gathered.items():
+            stacks.update(self._stack(name, by_pattern))
+        return stacks
+
+    def _rename(self, key: str) -> tuple[str, str | None]:
+        for transforms in ((self._renamings, self._converters), ([], [])):
+            name, pattern = rename_source_key(key, *transforms, self._prefix, self._parameters)
+            if name in self._parameters:
+                return name, pattern
+        return name, pattern
+
+    def _stack(self, name: str, by_pattern: Mapping[str | None, list[str]]) -> dict[str, Stack]:
+        pattern = next(iter(by_pattern))
+        if pattern is None:
+            keys = by_pattern[None]
+            if len(keys) > 1:
+                raise CheckpointError(
+                    f"the checkpoint has {len(keys)} tensors for the parameter {name}: "
+                    f"{', '.join(keys[:3])}; remove all but one"
+                )
+            return {name: Stack(((keys[0],),), per_expert=False)}
+        converter = self._by_pattern[pattern]
+        operations = {type(o).__name__ for o in converter.operations}
+        if not operations <= {*_GATHERING, _SPLITTING}:
+            return {name: Stack((), per_expert=True, conversion=", ".join(sorted(operations)))}
+        # Pieces in the order that they are concatenated in: gate, then up.
+        pieces = [
+            sorted(by_pattern[p], key=dot_natural_key)
+            for p in converter.source_patterns
+            if p in by_pattern
+        ]
+        per_expert = bool(operations & {"MergeModulelist", _SPLITTING})
+        if _SPLITTING not in operations:
+            return {name: Stack(tuple(map(tuple, pieces)), per_expert)}
+        targets = converter.target_patterns
+        return {
+            name.replace(targets[0], target): Stack(
+                tuple(tuple(_share(piece, i, len(targets))) for piece in pieces), per_expert
+            )
+            for i, target in enumerate(targets)
+        }
+
+
+def _share(keys: list[str], part: int, parts: int) -> list[str]:
+    size = len(keys) // parts
+    return keys[part * size : (part + 1) * size]

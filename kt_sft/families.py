@@ -43,6 +43,7 @@ class ExpertsClass:
     call: how it is called, a name of experts/conventions.py.
     top_k: attribute with K, where the module itself chooses the experts.
     child: where the hybrid experts go below the stock module; empty: they take its place.
+    applies: for classes that changed between versions of Transformers.
     """
 
     parts: Mapping[str, Part]
@@ -51,6 +52,7 @@ class ExpertsClass:
     call: str = "routed"
     top_k: str = ""
     child: str = ""
+    applies: Callable[[Any], bool] = lambda module: True
 
 
 def attribute(module: Any, path: str) -> Any:
@@ -97,8 +99,14 @@ def activation(path: str = "act_fn") -> Callable[[Any], Gate]:
     return gate
 
 
-def _clamped(module: Any) -> Gate:
-    return Gate("swish", alpha=float(module.alpha), limit=float(module.limit), up_offset=1.0)
+def _clamped(limit: str, alpha: str = "", up_offset: float = 0.0) -> Callable[[Any], Gate]:
+    """A clamped swish gate whose constants are attributes of the module."""
+
+    def gate(module: Any) -> Gate:
+        factor = float(getattr(module, alpha)) if alpha else 1.0
+        return Gate("swish", alpha=factor, limit=float(getattr(module, limit)), up_offset=up_offset)
+
+    return gate
 
 
 def halves(
@@ -125,52 +133,82 @@ _PARALLEL = ExpertsClass(
 )
 
 
-def _clamped_row(rows: tuple[str, str]) -> ExpertsClass:
+def _gpt_oss_row(rows: tuple[str, str]) -> ExpertsClass:
     return ExpertsClass(
         halves(rows=rows, transposed=True),
-        _clamped,
+        _clamped("limit", "alpha", up_offset=1.0),
         halves("gate_up_proj_bias", "down_proj_bias", rows=rows),
     )
 
 
-# By the name of the class in Transformers.
-EXPERTS_CLASSES: Mapping[str, ExpertsClass] = {
-    "GptOssExperts": _clamped_row(("even", "odd")),
-    "OpenAIPrivacyFilterExperts": _clamped_row(("first", "second")),
-    "LongcatFlashExperts": ExpertsClass(
-        halves(transposed=False), activation(), _NO_BIAS, call="with_identity_experts"
-    ),
-    "AriaExperts": ExpertsClass(
-        halves("fc1.weight", "fc2.weight", transposed=True),
-        lambda module: Gate("swish"),
-        _NO_BIAS,
-        call="from_router_logits",
-        top_k="config.moe_topk",
-    ),
-    "DbrxExperts": ExpertsClass(
+def _default_layout(gate: Callable[[Any], Gate]) -> ExpertsClass:
+    return ExpertsClass(halves(), gate, _NO_BIAS)
+
+
+def _dbrx_row(swapped: bool) -> ExpertsClass:
+    """Transformers 5.6 exchanges hidden and intermediate size, later versions do not."""
+
+    def applies(module: Any) -> bool:
+        try:
+            one_row = torch.zeros(1, 2), *[torch.zeros(3, 2)] * 3
+            module.mlp.forward(*one_row)
+        except RuntimeError:
+            return swapped
+        return not swapped
+
+    return ExpertsClass(
         {
-            "gate_proj": Part("mlp.w1", transposed=True, flat=True),
-            "up_proj": Part("mlp.v1", transposed=True, flat=True),
-            "down_proj": Part("mlp.w2", transposed=False, flat=True),
+            "gate_proj": Part("mlp.w1", transposed=swapped, flat=True),
+            "up_proj": Part("mlp.v1", transposed=swapped, flat=True),
+            "down_proj": Part("mlp.w2", transposed=not swapped, flat=True),
         },
         activation("mlp.activation_fn"),
         _NO_BIAS,
         call="batched",
+        applies=applies,
+    )
+
+
+# By the name of the class in Transformers; the first row that applies.
+EXPERTS_CLASSES: Mapping[str, tuple[ExpertsClass, ...]] = {
+    "DbrxExperts": (_dbrx_row(True), _dbrx_row(False)),
+    "GptOssExperts": (_gpt_oss_row(("even", "odd")),),
+    "OpenAIPrivacyFilterExperts": (_gpt_oss_row(("first", "second")),),
+    "MiniMaxM3VLExperts": (_default_layout(_clamped("swiglu_limit", "swiglu_alpha", 1.0)),),
+    "DeepseekV4Experts": (_default_layout(_clamped("limit")),),
+    "Glm5NextTextExperts": (_default_layout(_clamped("swiglu_limit")),),
+    "HYV4Experts": (_default_layout(_clamped("swiglu_limit")),),
+    "BeamExperts": (_default_layout(activation()),),
+    "LongcatFlashExperts": (
+        ExpertsClass(
+            halves(transposed=False), activation(), _NO_BIAS, call="with_identity_experts"
+        ),
     ),
-    "Llama4TextMoe": ExpertsClass(
-        halves("experts.gate_up_proj", "experts.down_proj", transposed=True),
-        activation("experts.act_fn"),
-        _NO_BIAS,
-        call="weighted_inputs",
-        child="experts",
+    "AriaExperts": (
+        ExpertsClass(
+            halves("fc1.weight", "fc2.weight", transposed=True),
+            lambda module: Gate("swish"),
+            _NO_BIAS,
+            call="from_router_logits",
+            top_k="config.moe_topk",
+        ),
     ),
-    "GraniteMoeMoE": _PARALLEL,
-    "GraniteMoeHybridMoE": _PARALLEL,
-    "GraniteMoeSharedMoE": _PARALLEL,
-    "JetMoeMoE": _PARALLEL,
+    "Llama4TextMoe": (
+        ExpertsClass(
+            halves("experts.gate_up_proj", "experts.down_proj", transposed=True),
+            activation("experts.act_fn"),
+            _NO_BIAS,
+            call="weighted_inputs",
+            child="experts",
+        ),
+    ),
+    "GraniteMoeMoE": (_PARALLEL,),
+    "GraniteMoeHybridMoE": (_PARALLEL,),
+    "GraniteMoeSharedMoE": (_PARALLEL,),
+    "JetMoeMoE": (_PARALLEL,),
 }
 
-DEFAULT = ExpertsClass(halves(), activation(), _NO_BIAS)
+DEFAULT = _default_layout(activation())
 UNGATED = ExpertsClass(
     {"up_proj": Part("up_proj"), "down_proj": Part("down_proj")}, activation(), _NO_BIAS
 )
@@ -178,7 +216,7 @@ UNGATED = ExpertsClass(
 # Families that have experts which cannot be computed here, with the reason.
 REFUSED: Mapping[str, str] = {
     "switch_transformers": "its experts drop activations between their two layers while training",
-    "nllb_moe": "its experts drop activations between their two layers while training",
+    "nllb-moe": "its experts drop activations between their two layers while training",
     "doge": "its experts are single rows of an embedding, not matrices",
 }
 

@@ -42,9 +42,7 @@ def take_effective_weights(stock: nn.Module, hybrid: nn.Module) -> None:
                     _view(layer, part, whole, e).copy_(weights.unpack(e, projection))
 
 
-def with_lora(
-    stock: nn.Module, lora: Mapping[str, Tensor], scaling: float
-) -> dict[str, Tensor]:
+def with_lora(stock: nn.Module, lora: Mapping[str, Tensor], scaling: float) -> dict[str, Tensor]:
     """The expert parameters W + scaling * B A; `lora` by "<path>.<projection>.lora_A"."""
     changed: dict[str, Tensor] = {}
     for layer in find_experts(stock):

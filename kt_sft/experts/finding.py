@@ -100,12 +100,15 @@ def _walk(model: nn.Module) -> Iterator[FoundExperts]:
 
 
 def _kind_of(path: str, module: nn.Module) -> ExpertsClass | None:
-    row = EXPERTS_CLASSES.get(type(module).__name__)
-    if row is not None and all(parameter(module, p.tensor) is not None for p in row.parts.values()):
-        return row
+    for row in EXPERTS_CLASSES.get(type(module).__name__, ()):
+        there = all(parameter(module, p.tensor) is not None for p in row.parts.values())
+        if there and row.applies(module):
+            return row
     for kind in (DEFAULT, UNGATED):
         tensors = [parameter(module, p.tensor) for p in kind.parts.values()]
-        if all(t is not None and t.dim() == 3 for t in tensors):
+        # A separate gate_proj is of experts that see every token: Inkling's shared ones.
+        separate = parameter(module, "gate_proj") is not None
+        if not separate and all(t is not None and t.dim() == 3 for t in tensors):
             _refuse_unknown_behaviour(path, module)
             return _with_biases(path, module, kind)
     return None

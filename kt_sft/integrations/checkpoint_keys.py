@@ -116,7 +116,9 @@ class ModelKeys:
         targets = converter.target_patterns
         return {
             name.replace(targets[0], target): Stack(
-                tuple(tuple(_share(piece, i, len(targets))) for piece in pieces), per_expert
+                tuple(tuple(_share(piece, i, len(targets))) for piece in pieces),
+                per_expert,
+                first=i * (len(pieces[0]) // len(targets)),
             )
             for i, target in enumerate(targets)
         }

@@ -121,8 +121,7 @@ class HybridExpertsQuantizer(HfQuantizer):
         self._keys = ModelKeys(model)
         _swap_experts(model, self._layers, ExpertsRuntime(self.quantization_config.settings))
         # The experts' keys have no parameter any more; they are not an accident to warn of.
-        ignored = list(model._keys_to_ignore_on_load_unexpected or [])
-        model._keys_to_ignore_on_load_unexpected = [*ignored, *_expert_keys(model, self._layers)]
+        _ignore(model, "_keys_to_ignore_on_load_unexpected", _expert_keys(model, self._layers))
         return model
 
     def _process_model_after_weight_loading(
@@ -152,6 +151,13 @@ class HybridExpertsQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Gradients flow through the experts to the hidden states, the router and LoRA."""
         return True
+
+
+def _ignore(model: PreTrainedModel, attribute: str, patterns: list[str]) -> None:
+    """Adds to a model's patterns of keys, a list in Transformers 5.6 and a set in later ones."""
+    known = getattr(model, attribute)
+    container = set if isinstance(known, set) else list
+    setattr(model, attribute, container([*(known or []), *patterns]))
 
 
 def _expert_keys(model: PreTrainedModel, layers: list[FoundExperts]) -> list[str]:

@@ -5,6 +5,7 @@ Legend: E experts, D hidden size, F intermediate size.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -15,6 +16,10 @@ from kt_sft.errors import CheckpointError
 from kt_sft.experts.finding import FoundExperts, select_rows
 from kt_sft.families import Part, parameter
 from kt_sft.store.checkpoint import SafetensorsCheckpoint
+
+
+# The numbers in a key; the last is the expert's.
+_NUMBER = re.compile(r"(?<=\.)(\d+)(?=\.)")
 
 
 class ExpertSource(Protocol):
@@ -33,11 +38,13 @@ class Stack:
 
     pieces: lists of keys, one list for each part that is concatenated along the outputs (gate,
         then up, or both in one). per_expert: a list has a key for each expert; otherwise one key
-        of a tensor over all experts. conversion: operations that we cannot follow.
+        of a tensor over all experts. first: the number in the keys of expert 0. conversion:
+        operations that we cannot follow.
     """
 
     pieces: tuple[tuple[str, ...], ...]
     per_expert: bool
+    first: int = 0
     conversion: str = ""
 
     def keys(self) -> list[str]:
@@ -113,14 +120,25 @@ class CheckpointSource:
                 f"{name}: Transformers converts it with {stack.conversion}, which kt_sft does not "
                 "know; load the stock model and call kt_sft.hybridize(model)"
             )
-        experts = self._found.shape.experts
-        for piece in stack.pieces:
-            if stack.per_expert and len(piece) < experts:
-                raise CheckpointError(
-                    f"{name}: the checkpoint has {len(piece)} of {experts} experts, "
-                    f"the last is {piece[-1]}; download it again"
-                )
+        if stack.per_expert:
+            for piece in stack.pieces:
+                self._check_numbers(name, piece, stack.first)
         return stack
+
+    def _check_numbers(self, name: str, piece: tuple[str, ...], first: int) -> None:
+        """The keys must be those of experts 0 to E - 1, whatever follows them."""
+        experts = self._found.shape.experts
+        numbers = [int(_NUMBER.findall(key)[-1]) - first for key in piece]
+        missing = sorted(set(range(experts)) - set(numbers))
+        if missing:
+            start, end = list(_NUMBER.finditer(piece[0]))[-1].span()
+            lacking = f"{piece[0][:start]}{missing[0] + first}{piece[0][end:]}"
+            raise CheckpointError(
+                f"{name}: the checkpoint lacks {len(missing)} of {experts} expert tensors, "
+                f"the first is {lacking}; download it again"
+            )
+        if numbers[:experts] != list(range(experts)):
+            raise CheckpointError(f"{name}: the checkpoint has two tensors for one expert")
 
     def _place(self, part: Part, expert: int) -> tuple[str, int | None, bool]:
         """(key, expert within the tensor, whether the rows of `part` are all of it)."""

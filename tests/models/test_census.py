@@ -1,0 +1,141 @@
+"""Every family of the installed Transformers is covered and tested, or refused for a reason."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from comparators import assert_matches
+from reference import gated
+from tiny_configs import TINY_FAMILIES, build
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+from family_census import census, moe_types, verdict
+
+from kt_sft.errors import UnsupportedModelError
+from kt_sft.experts.finding import find_experts, select_rows
+
+# The version that the tiny configurations were written for: all of its families have one.
+_PINNED = transformers.__version__.startswith("5.6.")
+# Parts of a family that has a whole model here, and the whole model of one that has no forward.
+_INSIDE = {"glm4v_moe_text", "qwen3_vl_moe_text", "qwen3_omni_moe"}
+
+
+def test_every_family_is_tested_or_refused() -> None:
+    verdicts = census()
+    assert len(verdicts) > 40
+    tested = {family.model_type for family in TINY_FAMILIES.values()}
+    refused = {name for name, (state, _) in verdicts.items() if state == "refused"}
+    dense = {name for name, (state, _) in verdicts.items() if state == "dense"} - tested
+    if _PINNED:
+        assert refused == {"doge", "switch_transformers", "nllb-moe"} & set(verdicts)
+        assert set(verdicts) - refused - dense - _INSIDE - tested == set()
+    for name in refused:
+        assert len(verdicts[name][1]) > 40, f"{name}: refused without a reason"
+
+
+@pytest.mark.parametrize("model_type", ["switch_transformers", "nllb-moe", "doge"])
+def test_what_cannot_be_mapped_is_refused_by_name(model_type: str) -> None:
+    model_class = moe_types().get(model_type)
+    if model_class is None:
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
+    state, reason = verdict(model_type, model_class)
+    assert state == "refused" and model_type in reason and "its experts" in reason
+
+
+def _modules() -> list[tuple[str, nn.Module]]:
+    """One experts module of every family that builds: tiny ones first, others by their defaults."""
+    found = {
+        type(layer.module).__name__: layer
+        for name in TINY_FAMILIES
+        for layer in find_experts(build(name))
+    }
+    for model_type, model_class in moe_types().items():
+        if verdict(model_type, model_class)[0] != "covered":
+            continue
+        with torch.device("meta"):
+            model = model_class._from_config(transformers.AutoConfig.for_model(model_type))
+        for layer in find_experts(model):
+            found.setdefault(type(layer.module).__name__, layer)
+    return sorted(found.items())
+
+
+def test_gates_compute_what_the_stock_modules_do() -> None:
+    checked = 0
+    for name, layer in _modules():
+        apply_gate = getattr(layer.module, "_apply_gate", None)
+        if apply_gate is None or "gate_proj" not in layer.kind.parts:
+            continue
+        generator = torch.Generator().manual_seed(3)
+        gate_up = torch.randn(40, 2 * layer.shape.intermediate, generator=generator) * 6
+        gate, up = (select_rows(layer.kind.parts[p], gate_up.T).T for p in ("gate_proj", "up_proj"))
+        want = apply_gate(gate_up)
+        got = gated(layer.shape.gate, gate.double(), up.double())
+        assert_matches(got, want, 1e-5, name)
+        checked += 1
+    assert checked >= 30
+
+
+class _Gated(nn.Module):
+    """The default layout with something of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.zeros(4, 16, 8))
+        self.down_proj = nn.Parameter(torch.zeros(4, 8, 8))
+        self.act_fn = nn.SiLU()
+
+    def forward(self, hidden, index, weights):
+        return hidden
+
+
+class _OwnGate(_Gated):
+    def _apply_gate(self, gate_up):
+        return gate_up
+
+
+class _OtherCall(_Gated):
+    def forward(self, hidden):
+        return hidden
+
+
+class _ExtraNorm(_Gated):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+
+
+class _OtherActivation(_Gated):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act_fn = nn.Mish()
+
+
+class _Misfit(_Gated):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down_proj = nn.Parameter(torch.zeros(4, 8, 9))
+
+
+def test_an_unknown_class_of_the_default_layout_needs_no_row() -> None:
+    (layer,) = find_experts(nn.Sequential(_Gated()))
+    assert (layer.shape.experts, layer.shape.hidden, layer.shape.intermediate) == (4, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (_OwnGate, "a gate of its own"),
+        (_OtherCall, "is called with \\(hidden\\)"),
+        (_ExtraNorm, "norm.weight"),
+        (_OtherActivation, "Mish"),
+        (_Misfit, "do not fit each other"),
+    ],
+)
+def test_unknown_behaviour_is_refused_and_named(module: type[nn.Module], message: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        find_experts(nn.Sequential(module()))

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kt_sft.kernels import PROJECTIONS, Engine, ExpertWeights, Gate
+from kt_sft.kernels import PROJECTIONS, Engine, ExpertWeights, Gate, WeightLayout
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from reference import Experts64
@@ -39,7 +39,7 @@ def measure(stored: str, compute: str, outliers: bool) -> tuple[float, float, fl
     """Errors of weights, output and input gradient."""
     g = torch.Generator().manual_seed(0)
     engine = Engine(2)
-    weights = ExpertWeights(EXPERTS, HIDDEN, INTERMEDIATE, stored)
+    weights = ExpertWeights(WeightLayout(EXPERTS, HIDDEN, INTERMEDIATE, stored))
     dense, original = [], []
     for projection in PROJECTIONS:
         outputs, inputs = weights.shape(projection)

@@ -24,7 +24,7 @@ from kt_sft.bench.case import LayerCase, LayerData, one_expert
 from kt_sft.bench.layer import OurLayer, default_threads, measure_layer
 from kt_sft.bench.peak import ReadBandwidth
 from kt_sft.host import cpu_name
-from kt_sft.kernels import Engine, ExpertWeights, Gate, isa_report, requested_isa
+from kt_sft.kernels import Engine, ExpertWeights, Gate, WeightLayout, isa_report, requested_isa
 
 # Row of the table: (what, changes of the case, forward target, backward target).
 FRACTIONS = (
@@ -91,7 +91,7 @@ def transposed_copy(rows: int, compute: str, threads: int, rounds: int) -> float
     """
     experts, hidden, intermediate = 64, 2048, 768
     engine = Engine(threads)
-    weights = ExpertWeights(experts, hidden, intermediate, "int8", gated=False)
+    weights = ExpertWeights(WeightLayout(experts, hidden, intermediate, "int8", gated=False))
     one = one_expert(LayerCase())
     for expert in range(experts):
         for name in weights.projections:
@@ -142,7 +142,7 @@ def packing(threads: int, rounds: int) -> float:
     """Bandwidth of packing bf16 to int8 (3 bytes a weight), of that of copying (2 a byte)."""
     engine = Engine(threads)
     source = torch.randn(8192, 8192).bfloat16()
-    weights = ExpertWeights(1, 8192, 8192, "int8", gated=False)
+    weights = ExpertWeights(WeightLayout(1, 8192, 8192, "int8", gated=False))
     target = torch.empty_like(source)
     torch.set_num_threads(threads)
 

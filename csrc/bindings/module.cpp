@@ -76,8 +76,42 @@ WeightFormat weight_format(const std::string& name) {
       {"int8", WeightFormat::kInt8},
       {"bf16", WeightFormat::kBf16},
       {"int4_g32", WeightFormat::kInt4Group32},
-      {"int4_g128", WeightFormat::kInt4Group128}};
+      {"int4_g128", WeightFormat::kInt4Group128},
+      {"coded", WeightFormat::kCoded}};
   return named(names, "weights", name);
+}
+
+CodeKind code_kind(const std::string& name) {
+  static const std::map<std::string, CodeKind> names = {{"e4m3", CodeKind::kE4m3},
+                                                        {"e2m1", CodeKind::kE2m1},
+                                                        {"uint8", CodeKind::kUint8},
+                                                        {"uint4", CodeKind::kUint4}};
+  return named(names, "codes", name);
+}
+
+ScaleType scale_type(const std::string& name) {
+  static const std::map<std::string, ScaleType> names = {{"float32", ScaleType::kFloat32},
+                                                         {"bfloat16", ScaleType::kBfloat16},
+                                                         {"float16", ScaleType::kFloat16},
+                                                         {"e8m0", ScaleType::kE8m0}};
+  return named(names, "scales", name);
+}
+
+// (codes, scales, outputs and inputs of a group, zero points)
+using CodingTuple = std::tuple<std::string, std::string, int64_t, int64_t, bool>;
+
+PackedLayout packed_layout(int64_t experts, int64_t hidden, int64_t intermediate,
+                           const std::string& weights, bool gated,
+                           const std::array<bool, kProjectionCount>& biased,
+                           const std::optional<CodingTuple>& coding) {
+  PackedLayout layout{experts, hidden, intermediate, weight_format(weights), gated, biased, {}};
+  if (layout.is_coded() != coding.has_value())
+    throw std::invalid_argument("coding: goes with coded weights");
+  if (coding)
+    layout.coding = {code_kind(std::get<0>(*coding)), scale_type(std::get<1>(*coding)),
+                     std::get<2>(*coding), std::get<3>(*coding), std::get<4>(*coding)};
+  layout.check();
+  return layout;
 }
 
 struct Buffer {
@@ -139,14 +173,15 @@ BlockInput block_input(const PackedExperts& weights, const std::string& compute_
   BlockInput in;
   in.weights = &weights;
   in.compute = compute(compute_name);
-  if ((in.compute == Compute::kBf16) != weights.is_bf16())
+  if ((in.compute == Compute::kBf16) != weights.layout().is_float())
     throw std::invalid_argument(
-        "compute: bf16 goes with bf16 weights, exact and int8 with int8 and int4");
+        "compute: bf16 goes with bf16 and coded weights, exact and int8 with int8 and int4");
   in.gate = gate_from(gate);
-  if (in.gate.gated != weights.gated())
-    throw std::invalid_argument(weights.gated() ? "gate: these experts have a gate projection"
-                                                : "gate: these experts have no gate projection");
-  if (!weights.gated() && std::get<0>(lora[0]))
+  if (in.gate.gated != weights.layout().gated)
+    throw std::invalid_argument(weights.layout().gated
+                                    ? "gate: these experts have a gate projection"
+                                    : "gate: these experts have no gate projection");
+  if (!weights.layout().gated && std::get<0>(lora[0]))
     throw std::invalid_argument("gate_proj: LoRA on a projection that these experts lack");
   in.tokens = tokens;
   in.top_k = top_k;
@@ -219,15 +254,63 @@ PYBIND11_MODULE(_core, m) {
                            static_cast<py::ssize_t>(buffer.memory->size()));
   });
 
+  py::class_<PackedLayout>(m, "PackedLayout")
+      .def(py::init(&packed_layout), py::arg("experts"), py::arg("hidden"), py::arg("intermediate"),
+           py::arg("weights"), py::arg("gated"), py::arg("biased"), py::arg("coding"))
+      .def_property_readonly(
+          "section_bytes",
+          [](const PackedLayout& self) {
+            std::map<std::string, int64_t> out;
+            for (size_t i = 0; i < kSectionCount; ++i)
+              if (const int64_t bytes = self.section_bytes(static_cast<Section>(i)))
+                out[kSectionNames[i]] = bytes;
+            return out;
+          },
+          "Name -> bytes of every section that is not empty.");
+  m.attr("SECTIONS") = py::cast(kSectionNames);
+
   py::class_<PackedExperts, std::shared_ptr<PackedExperts>>(m, "PackedExperts")
-      .def(py::init([](int64_t experts, int64_t hidden, int64_t intermediate,
-                       const std::string& weights, bool gated) {
-             return std::make_shared<PackedExperts>(experts, hidden, intermediate,
-                                                    weight_format(weights), gated);
+      .def(py::init([](const PackedLayout& layout,
+                       const std::optional<std::array<Address, kSectionCount>>& packed) {
+             if (!packed) return std::make_shared<PackedExperts>(layout);
+             std::array<const uint8_t*, kSectionCount> sections;
+             for (size_t i = 0; i < sections.size(); ++i)
+               sections[i] = pointer<const uint8_t>((*packed)[i]);
+             return std::make_shared<PackedExperts>(layout, sections);
            }),
-           py::arg("experts"), py::arg("hidden"), py::arg("intermediate"), py::arg("weights"),
-           py::arg("gated"))
-      .def_property_readonly("nbytes", &PackedExperts::bytes)
+           py::arg("layout"), py::arg("packed") = std::nullopt)
+      .def_property_readonly("nbytes",
+                             [](const PackedExperts& self) { return self.layout().bytes(); })
+      .def_property_readonly(
+          "sections",
+          [](const PackedExperts& self) {
+            std::map<std::string, std::pair<Address, int64_t>> out;
+            for (size_t i = 0; i < kSectionCount; ++i)
+              if (const int64_t bytes = self.layout().section_bytes(static_cast<Section>(i)))
+                out[kSectionNames[i]] = {
+                    reinterpret_cast<Address>(self.section(static_cast<Section>(i))), bytes};
+            return out;
+          },
+          "Name -> (address, bytes) of every section that is not empty.")
+      .def(
+          "pack_codes",
+          [](PackedExperts& self, Engine& engine, int64_t expert, const std::string& name,
+             Address codes, int64_t row_stride, Address scales, Address zeros) {
+            const Projection p = projection(name);
+            engine.exclusively([&](ThreadPool& pool, ExpertsBlock&) {
+              self.pack_codes(pool, expert, p, pointer<const uint8_t>(codes), row_stride,
+                              pointer<const void>(scales), pointer<const uint8_t>(zeros));
+            });
+          },
+          py::arg("engine"), py::arg("expert"), py::arg("projection"), py::arg("codes"),
+          py::arg("row_stride"), py::arg("scales"), py::arg("zeros"))
+      .def(
+          "take_channels",
+          [](PackedExperts& self, Engine& engine, const PackedExperts& from, int64_t first) {
+            engine.exclusively(
+                [&](ThreadPool& pool, ExpertsBlock&) { self.take_channels(pool, from, first); });
+          },
+          py::arg("engine"), py::arg("source"), py::arg("first"))
       .def(
           "pack",
           [](PackedExperts& self, Engine& engine, int64_t expert, const std::string& name,

@@ -36,6 +36,19 @@ struct Bound<FloatType> {
   static FloatType get(int value) { return static_cast<FloatType>(value); }
 };
 template <>
+struct Bound<CodeKind> {
+  using Type = int;
+  static CodeKind get(int value) { return static_cast<CodeKind>(value); }
+};
+// Two times 64 scales, then two times 64 zero points.
+template <>
+struct Bound<const CodeScales&> {
+  using Type = uintptr_t;
+  static const CodeScales& get(uintptr_t address) {
+    return *reinterpret_cast<const CodeScales*>(address);
+  }
+};
+template <>
 struct Bound<const Prefetch&> {
   using Type = py::none;
   static Prefetch get(const py::none&) { return {}; }

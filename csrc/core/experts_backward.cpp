@@ -41,11 +41,11 @@ BlockReport ExpertsBlock::backward(const BlockInput& in, const void* d_out,
   BlockReport report;
   Phases phases(pool_, report);
   const PackedExperts& weights = *in.weights;
-  const bool gated = weights.gated();
-  const int64_t d = weights.hidden(), dp = weights.hidden_padded();
-  const int64_t fp = weights.intermediate_padded();
+  const bool gated = weights.layout().gated;
+  const int64_t d = weights.layout().hidden, dp = weights.layout().hidden_padded();
+  const int64_t fp = weights.layout().intermediate_padded();
   const int64_t gp = gated ? 2 * fp : fp;  // a row of d_gate and d_up, or of d_up alone
-  const Routing routing = route(in.index, in.tokens, in.top_k, weights.experts());
+  const Routing routing = route(in.index, in.tokens, in.top_k, weights.layout().experts);
   report.rows = routing.rows;
   report.max_rows = routing.max_count();
   report.active_experts = static_cast<int64_t>(routing.active.size());
@@ -95,14 +95,14 @@ BlockReport ExpertsBlock::backward(const BlockInput& in, const void* d_out,
   for (int i = 0; i < kProjectionCount; ++i)
     if (in.lora[i].rank)
       db_parts[i] = scratch.floats(static_cast<int64_t>(blocks.size()) * in.lora[i].rank *
-                                   padded(weights.outputs(static_cast<Projection>(i))));
+                                   padded(weights.layout().outputs(static_cast<Projection>(i))));
   // Adds rows [begin, end) to their block's share of dB: factor[row]' d_output[row], where the
   // factor of down carries the routing weight, as its output does.
   const auto add_to_db = [&](Projection proj, int64_t block, int64_t begin, int64_t end,
                              const auto& row_of) {
     if (!lora.any(proj)) return;
     const int which = static_cast<int>(proj), rank = in.lora[which].rank;
-    const int64_t width = padded(weights.outputs(proj));
+    const int64_t width = padded(weights.layout().outputs(proj));
     const float* rows[kRowsPerItem];
     std::vector<float> weighted;
     const float* factor = kept.lora_down[which] + begin * rank;
@@ -117,7 +117,8 @@ BlockReport ExpertsBlock::backward(const BlockInput& in, const void* d_out,
                         db_parts[which] + block * rank * width, width);
   };
   const auto clear_db = [&](Projection proj, int64_t block) {
-    const int64_t size = in.lora[static_cast<int>(proj)].rank * padded(weights.outputs(proj));
+    const int64_t size =
+        in.lora[static_cast<int>(proj)].rank * padded(weights.layout().outputs(proj));
     if (size) std::fill_n(db_parts[static_cast<int>(proj)] + block * size, size, 0.0f);
   };
   const auto in_batches = [](const ExpertItem& item, const auto& body) {
@@ -221,8 +222,8 @@ BlockReport ExpertsBlock::backward(const BlockInput& in, const void* d_out,
       });
 
   // dB: the blocks' shares of each expert summed and turned to [outputs, rank].
-  std::vector<int64_t> first_block(static_cast<size_t>(weights.experts()), 0);
-  std::vector<int64_t> block_count(static_cast<size_t>(weights.experts()), 0);
+  std::vector<int64_t> first_block(static_cast<size_t>(weights.layout().experts), 0);
+  std::vector<int64_t> block_count(static_cast<size_t>(weights.layout().experts), 0);
   for (size_t i = 0; i < blocks.size(); ++i) {
     const size_t e = static_cast<size_t>(blocks[i].expert);
     if (!block_count[e]++) first_block[e] = static_cast<int64_t>(i);
@@ -230,7 +231,7 @@ BlockReport ExpertsBlock::backward(const BlockInput& in, const void* d_out,
   const auto write_db = [&](Projection proj, int64_t expert) {
     if (!lora.any(proj)) return;
     const int which = static_cast<int>(proj), rank = in.lora[which].rank;
-    const int64_t outputs = weights.outputs(proj), width = padded(outputs);
+    const int64_t outputs = weights.layout().outputs(proj), width = padded(outputs);
     const float* parts = db_parts[which] + first_block[expert] * rank * width;
     float* out = d_lora[which].b + expert * outputs * rank;
     for (int64_t n = 0; n < outputs; ++n)
@@ -240,8 +241,8 @@ BlockReport ExpertsBlock::backward(const BlockInput& in, const void* d_out,
         out[n * rank + j] = sum;
       }
   };
-  phases.run("lora_b_gradients", weights.experts() * kProjectionCount,
-             weights.experts() * (dp + 2 * fp) * lora.rank_sum(), [&](int64_t i, int) {
+  phases.run("lora_b_gradients", weights.layout().experts * kProjectionCount,
+             weights.layout().experts * (dp + 2 * fp) * lora.rank_sum(), [&](int64_t i, int) {
                write_db(static_cast<Projection>(i % kProjectionCount), i / kProjectionCount);
              });
 
@@ -251,7 +252,8 @@ BlockReport ExpertsBlock::backward(const BlockInput& in, const void* d_out,
     std::vector<RankProduct> present;
     for (const RankProduct& product : products)
       if (lora.any(product.projection)) present.push_back(product);
-    if (!present.empty()) rank_products.push_back({present, weights.inputs(present[0].projection)});
+    if (!present.empty())
+      rank_products.push_back({present, weights.layout().inputs(present[0].projection)});
   };
   const RankProduct a_gate{Projection::kGate, q[0], false}, a_up{Projection::kUp, q[1], false};
   if (in.dropout > 0.0f) {  // each projection drops other elements of x
@@ -274,12 +276,13 @@ BlockReport ExpertsBlock::backward(const BlockInput& in, const void* d_out,
         gradient_items.push_back({&group, expert, col});
   };
   for (const int32_t expert : routing.active) add_items(expert);
-  for (int32_t e = 0; e < weights.experts(); ++e)
+  for (int32_t e = 0; e < weights.layout().experts; ++e)
     if (!routing.count(e)) add_items(e);
 
   phases.run(
       "lora_a_gradients", static_cast<int64_t>(gradient_items.size()),
-      (routing.rows + weights.experts()) * (dp + fp) * lora.rank_sum(), [&](int64_t i, int thread) {
+      (routing.rows + weights.layout().experts) * (dp + fp) * lora.rank_sum(),
+      [&](int64_t i, int thread) {
         const GradientItem& item = gradient_items[i];
         const std::vector<RankProduct>& products = item.group->products;
         const Projection proj = products[0].projection;

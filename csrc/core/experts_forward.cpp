@@ -12,9 +12,9 @@ BlockReport ExpertsBlock::forward(const BlockInput& in, void* out, const KeptAct
   BlockReport report;
   Phases phases(pool_, report);
   const PackedExperts& weights = *in.weights;
-  const int64_t d = weights.hidden(), dp = weights.hidden_padded();
-  const int64_t fp = weights.intermediate_padded();
-  const Routing routing = route(in.index, in.tokens, in.top_k, weights.experts());
+  const int64_t d = weights.layout().hidden, dp = weights.layout().hidden_padded();
+  const int64_t fp = weights.layout().intermediate_padded();
+  const Routing routing = route(in.index, in.tokens, in.top_k, weights.layout().experts);
   report.rows = routing.rows;
   report.max_rows = routing.max_count();
   report.active_experts = static_cast<int64_t>(routing.active.size());
@@ -73,7 +73,7 @@ BlockReport ExpertsBlock::forward(const BlockInput& in, void* out, const KeptAct
     return scales ? scales + col : nullptr;
   };
 
-  const bool gated = weights.gated();
+  const bool gated = weights.layout().gated;
   const int64_t f_units = fp / (gated ? kPanelCols : 2 * kPanelCols);
   const std::vector<Projection> inner =
       gated ? std::vector{Projection::kGate, Projection::kUp} : std::vector{Projection::kUp};

@@ -19,11 +19,11 @@ class LoraOperands {
       if (!lora.rank) continue;
       Operand& op = operands_[static_cast<size_t>(i)];
       const Projection p = static_cast<Projection>(i);
-      op.inputs = in.weights->inputs(p);
-      op.outputs = in.weights->outputs(p);
+      op.inputs = in.weights->layout().inputs(p);
+      op.outputs = in.weights->layout().outputs(p);
       op.lda = padded(op.inputs);
       op.ldb = padded(op.outputs);
-      const int64_t experts = in.weights->experts();
+      const int64_t experts = in.weights->layout().experts;
       op.a_copy = op.lda == op.inputs ? nullptr : scratch.floats(experts * lora.rank * op.lda);
       op.bt = scratch.floats(experts * lora.rank * op.ldb);
       present_ = true;

@@ -11,7 +11,7 @@
 namespace kt {
 
 inline PanelForm panel_form(const KernelTable& kernels, const PackedExperts& weights) {
-  return weights.is_bf16() ? kernels.float_panel : kernels.int_panel;
+  return weights.layout().is_float() ? kernels.float_panel : kernels.int_panel;
 }
 inline int64_t panel_block_bytes(const KernelTable& kernels, const PackedExperts& weights) {
   return kPanelBlockBytes[static_cast<int>(panel_form(kernels, weights))];
@@ -27,22 +27,33 @@ class StoredTiles {
         expert_(expert),
         projection_(projection),
         tiles_(weights.tiles(expert, projection)),
-        blocks_(padded(weights.inputs(projection)) / kBlock),
-        panels_(padded(weights.outputs(projection)) / kPanelCols) {}
+        blocks_(padded(weights.layout().inputs(projection)) / kBlock),
+        panels_(padded(weights.layout().outputs(projection)) / kPanelCols) {}
 
   int64_t blocks() const { return blocks_; }  // super tiles along the inputs
   int64_t panels() const { return panels_; }  // along the outputs
   const uint8_t* tile(int64_t panel, int64_t block) const {
-    return tiles_ + (panel * blocks_ + block) * weights_.tile_bytes();
+    return tiles_ + (panel * blocks_ + block) * weights_.layout().tile_bytes();
   }
 
   // Half a super tile, 16 outputs, in int8; unpacked into `buffer` when stored in int4.
   const uint8_t* int8_half(int64_t panel, int64_t block, int64_t half, uint8_t* buffer) const {
     const uint8_t* stored = tile(panel, block);
-    if (!weights_.is_int4()) return stored + half * kTileBytesInt8 / 2;
+    if (!weights_.layout().is_int4()) return stored + half * kTileBytesInt8 / 2;
     kernels_.unpack_int4(stored + half * kTileBytesInt4 / 2,
                          weights_.multipliers(expert_, projection_, panel, block, half).data(),
                          buffer);
+    return buffer;
+  }
+
+  // A super tile in bf16; decoded into `buffer` when it is stored in codes.
+  const uint16_t* bf16_tile(int64_t panel, int64_t block, uint16_t* buffer) const {
+    const uint8_t* stored = tile(panel, block);
+    const PackedLayout& layout = weights_.layout();
+    if (!layout.is_coded()) return reinterpret_cast<const uint16_t*>(stored);
+    CodeScales groups;
+    weights_.code_scales(expert_, projection_, panel, block, groups);
+    kernels_.decode_tile(layout.coding.kind, stored, groups, buffer);
     return buffer;
   }
 
@@ -56,7 +67,7 @@ class StoredTiles {
 };
 
 inline int tile_lines_shift(const PackedExperts& weights) {
-  return weights.is_bf16() ? 6 : weights.is_int4() ? 4 : 5;
+  return __builtin_ctzll(static_cast<uint64_t>(weights.layout().tile_bytes() / 64));
 }
 
 // The part'th of `parts` shares of `lines` stored lines from `first`.
@@ -80,8 +91,9 @@ class ForwardPanels {
       : kernels_(kernels), weights_(weights), block_bytes_(panel_block_bytes(kernels, weights)) {
     for (const Projection p : projections) sources_.emplace_back(kernels, weights, expert, p);
     const PanelForm form = panel_form(kernels, weights);
-    in_place_ =
-        weights.is_bf16() ? form == PanelForm::kBf16 : form == PanelForm::kU8 && !weights.is_int4();
+    in_place_ = weights.layout().is_float()
+                    ? form == PanelForm::kBf16 && !weights.layout().is_coded()
+                    : form == PanelForm::kU8 && !weights.layout().is_int4();
     buffers_ = {buffer, buffer + blocks() * block_bytes_};
   }
 
@@ -108,9 +120,9 @@ class ForwardPanels {
   }
 
   Prefetch prefetch(int64_t unit, int p, int64_t share, int64_t shares) const {
-    const int64_t bytes = blocks() * weights_.tile_bytes();
-    return prefetch_share(weights_, of_part(p).tile(panel_of(unit, p), 0), weights_.tile_bytes(), 0,
-                          bytes / 64, share, shares);
+    const int64_t bytes = blocks() * weights_.layout().tile_bytes();
+    return prefetch_share(weights_, of_part(p).tile(panel_of(unit, p), 0),
+                          weights_.layout().tile_bytes(), 0, bytes / 64, share, shares);
   }
 
  private:
@@ -120,8 +132,12 @@ class ForwardPanels {
   int64_t panel_of(int64_t unit, int p) const { return sources_.size() == 2 ? unit : 2 * unit + p; }
 
   void build(const StoredTiles& source, int64_t panel, int64_t b, uint8_t* out) const {
-    if (weights_.is_bf16()) {
-      kernels_.place_float_forward(reinterpret_cast<const uint16_t*>(source.tile(panel, b)), out);
+    if (weights_.layout().is_float()) {
+      alignas(64) uint16_t decoded[kTileBytesBf16 / 2];
+      if (kernels_.float_panel == PanelForm::kBf16)
+        source.bf16_tile(panel, b, reinterpret_cast<uint16_t*>(out));
+      else
+        kernels_.place_float_forward(source.bf16_tile(panel, b, decoded), out);
       return;
     }
     const bool bytes = kernels_.int_panel == PanelForm::kU8;
@@ -173,8 +189,8 @@ class BackwardPanels {
       for (int64_t which = 0; which < 2; ++which) {
         const StoredTiles& source = sources_[static_cast<size_t>(b / per_source)];
         const int64_t panel = b % per_source * 2 + which;
-        if (weights_.is_bf16())
-          place_float(source.tile(panel, unit), b - begin, which);
+        if (weights_.layout().is_float())
+          place_float(source, panel, unit, b - begin, which);
         else
           place_int(source, panel, unit, b - begin, which);
       }
@@ -183,10 +199,11 @@ class BackwardPanels {
   Prefetch prefetch(int64_t unit, int p, int64_t share, int64_t shares) const {
     const bool two = sources_.size() == 2;
     const StoredTiles& source = sources_[two ? static_cast<size_t>(p) : 0];
-    const int64_t lines = source.panels() * (weights_.tile_bytes() / 64);
+    const int64_t lines = source.panels() * (weights_.layout().tile_bytes() / 64);
     const int64_t own = two ? lines : lines / 2;
-    return prefetch_share(weights_, source.tile(0, unit), source.blocks() * weights_.tile_bytes(),
-                          two ? 0 : own * p, own, share, shares);
+    return prefetch_share(weights_, source.tile(0, unit),
+                          source.blocks() * weights_.layout().tile_bytes(), two ? 0 : own * p, own,
+                          share, shares);
   }
 
  private:
@@ -204,11 +221,13 @@ class BackwardPanels {
       kernels_.place_int_backward(source.int8_half(panel, unit, half, unpacked), pieces);
     }
   }
-  void place_float(const uint8_t* tile, int64_t at, int64_t which) {
+  void place_float(const StoredTiles& source, int64_t panel, int64_t unit, int64_t at,
+                   int64_t which) {
+    alignas(64) uint16_t decoded[kTileBytesBf16 / 2];
     void* pieces[2];
     for (size_t h = 0; h < 2; ++h)
       pieces[h] = halves_[h] + at * block_bytes_ + which * block_bytes_ / 2;
-    kernels_.place_float_backward(reinterpret_cast<const uint16_t*>(tile), pieces);
+    kernels_.place_float_backward(source.bf16_tile(panel, unit, decoded), pieces);
   }
 
   const KernelTable& kernels_;

@@ -10,6 +10,8 @@
 //   int4: [2 halves][8 k4][16 n][4 kk] bytes, low nibble c + 8 of k4, high nibble that of k4 + 8,
 //         with one multiplier m in 1..16 per output and group of k: q = m * c   (1024 bytes)
 //   bf16: [32 k2][32 n][2 kk]                                                   (4096 bytes)
+//   coded, 8 bits: [32 k2][32 n][2 kk], a code each                             (2048 bytes)
+//   coded, 4 bits: [16 k2][32 n][2 kk], low nibble k2, high nibble k2 + 16      (1024 bytes)
 //
 // Panels are what the dot products read: 32 outputs by the contraction, in blocks of 64, in the
 // form that suits the ISA (PanelForm). Forward panels that have the stored form are read in place;
@@ -27,6 +29,8 @@ constexpr int64_t kBlock = 64;              // contraction length of one super t
 constexpr int64_t kTileBytesInt8 = 2048;    // one stored super tile, int8
 constexpr int64_t kTileBytesInt4 = 1024;    // one stored super tile, int4
 constexpr int64_t kTileBytesBf16 = 4096;    // one stored super tile, bf16
+constexpr int64_t kTileBytesCode8 = 2048;   // one stored super tile of 8-bit codes
+constexpr int64_t kTileBytesCode4 = 1024;   // one stored super tile of 4-bit codes
 constexpr int kMaxDotRows = 32;             // the tallest tile of any ISA: two AMX tiles
 constexpr float kExactLevels = 32639.0f;    // 127 * 256 + 127: the largest |256 * hi + lo|
 constexpr int64_t kMaxContraction = 65536;  // longest row of a product: int32 sums stay exact
@@ -35,6 +39,20 @@ enum class Activation : int { kSwish = 0, kGeluErf, kGeluTanh, kRelu, kRelu2 };
 constexpr int kActivationCount = 5;
 
 enum class FloatType : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+
+// What a code of a published format stands for, before its group's zero point and scale:
+// fp8 (OCP E4M3, no infinities), fp4 (OCP E2M1), unsigned integers of 8 and 4 bits.
+enum class CodeKind : int { kE4m3 = 0, kE2m1, kUint8, kUint4 };
+constexpr bool is_four_bit(CodeKind kind) {
+  return kind == CodeKind::kE2m1 || kind == CodeKind::kUint4;
+}
+
+// The groups that a coded super tile meets: for its k < 32 and k >= 32, one value for each of
+// [32 n][2 kk], equal for both kk.
+struct CodeScales {
+  float scale[2][64];
+  float zero[2][64];
+};
 
 // h = act(min(gate, limit)) * (clamp(up, -limit, limit) + up_offset); without a gate it is
 // act(min(up, limit)).
@@ -120,6 +138,8 @@ struct GateBackward {
 //                      kBf16 [16 n2][32 k][2 nn], kF32 [32 n][32 k].
 // unpack_int4  half an int4 super tile into half an int8 one; multipliers of the 16 outputs for
 //              k < 32 and for k >= 32.
+// decode_tile  a coded super tile into a bf16 one: (value(code) - zero) * scale in fp32, rounded to
+//              nearest even.
 // pack_int_row one row to terms: q = rint(x * fold * levels / absmax), levels 127 or 32639, as int8
 //              terms at out and out + n (kU8; sums[t] = sum of term t) or int16 (kS16; sums 0). A
 //              row with NaN or Inf gets scale NaN, so that it comes out as NaN; a zero row 0.
@@ -153,6 +173,8 @@ struct GateBackward {
   ROW(void, place_float_backward, (const uint16_t* tile, void* const pieces[2]))                   \
   ROW(void, unpack_int4, (const uint8_t* nibbles, const uint8_t* const multiplier[2],              \
                           uint8_t* tile))                                                          \
+  ROW(void, decode_tile, (CodeKind kind, const uint8_t* codes, const CodeScales& groups,           \
+                          uint16_t* tile))                                                         \
   ROW(void, pack_int_row, (int terms, int64_t n, const float* x, const float* fold, void* out,     \
                            float* scale, int32_t* sums))                                           \
   ROW(void, pack_float_row, (int64_t n, const float* x, const float* fold, void* out))             \

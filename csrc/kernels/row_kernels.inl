@@ -506,6 +506,65 @@ void unpack_int4(const uint8_t* nibbles, const uint8_t* const multiplier[2], uin
   }
 }
 
+template <CodeKind kKind>
+inline VecF code_value(VecU c) {
+  if constexpr (kKind == CodeKind::kUint8 || kKind == CodeKind::kUint4) {
+    return __builtin_convertvector(reinterpret_cast<VecI>(c), VecF);
+  } else if constexpr (kKind == CodeKind::kE4m3) {
+    const VecU magnitude = c & 0x7f, sign = (c & 0x80) << 24;
+    // Below 8 there is no exponent: steps of 2^-9. Not by a subnormal fp32, which may be flushed.
+    const VecF small = __builtin_convertvector(reinterpret_cast<VecI>(magnitude), VecF) * 0x1p-9f;
+    const VecU normal = (magnitude << 20) + (120u << 23);
+    const VecU bits = magnitude < 8 ? reinterpret_cast<VecU>(small) : normal;
+    return reinterpret_cast<VecF>(bits | sign);
+  } else {
+    const VecU magnitude = c & 7, sign = (c & 8) << 28;
+    // Twice the value: 0 1 2 3 4 6 8 12.
+    const VecU has_exponent = reinterpret_cast<VecU>(magnitude > 1);  // all ones, or zero
+    const VecU fraction = (has_exponent & 2) | (magnitude & 1);
+    const VecU twice = fraction << ((magnitude >> 1) + has_exponent);
+    const VecF value = __builtin_convertvector(reinterpret_cast<VecI>(twice), VecF) * 0.5f;
+    return reinterpret_cast<VecF>(reinterpret_cast<VecU>(value) | sign);
+  }
+}
+
+template <CodeKind kKind>
+void decode_codes(const uint8_t* codes, const CodeScales& groups, uint16_t* tile) {
+  typedef uint8_t Codes __attribute__((vector_size(kLanes), aligned(1), may_alias));
+  typedef uint16_t Halves __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
+  constexpr bool kNibbles = is_four_bit(kKind);
+  for (int half = 0; half < 2; ++half)
+    for (int v = 0; v < 64 / kLanes; ++v) {
+      const VecF scale = load(groups.scale[half] + v * kLanes);
+      const VecF zero = load(groups.zero[half] + v * kLanes);
+      for (int k2 = 0; k2 < 16; ++k2) {
+        const int at = k2 * 64 + v * kLanes;
+        const uint8_t* from = codes + at + (kNibbles ? 0 : half * 1024);
+        VecU c = __builtin_convertvector(*reinterpret_cast<const Codes*>(from), VecU);
+        if (kNibbles) c = half ? c >> 4 : c & 15;
+        VecF value = code_value<kKind>(c);
+        if (kKind == CodeKind::kUint8 || kKind == CodeKind::kUint4) value = value - zero;
+        const VecU bits = reinterpret_cast<VecU>(rounded_product(value, scale));
+        const VecU rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+        *reinterpret_cast<Halves*>(tile + half * 1024 + at) =
+            __builtin_convertvector(rounded, Halves);
+      }
+    }
+}
+
+void decode_tile(CodeKind kind, const uint8_t* codes, const CodeScales& groups, uint16_t* tile) {
+  switch (kind) {
+    case CodeKind::kE4m3:
+      return decode_codes<CodeKind::kE4m3>(codes, groups, tile);
+    case CodeKind::kE2m1:
+      return decode_codes<CodeKind::kE2m1>(codes, groups, tile);
+    case CodeKind::kUint8:
+      return decode_codes<CodeKind::kUint8>(codes, groups, tile);
+    case CodeKind::kUint4:
+      return decode_codes<CodeKind::kUint4>(codes, groups, tile);
+  }
+}
+
 // Parts of the contraction whose rows and factors stay in the first-level cache together.
 constexpr int64_t kProjectPart = 512;
 

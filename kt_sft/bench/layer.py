@@ -16,7 +16,7 @@ from kt_sft.bench.peak import bf16_rate, exact_rate, int8_rate
 from kt_sft.bench.peers import PEERS, keep_freed_memory
 from kt_sft.cpu_budget import available_threads
 from kt_sft.host import cpu_name
-from kt_sft.kernels import PROJECTIONS, Engine, ExpertWeights, Gate, requested_isa
+from kt_sft.kernels import PROJECTIONS, Engine, ExpertWeights, Gate, WeightLayout, requested_isa
 
 _PEAKS = {"bf16": bf16_rate, "exact": exact_rate, "int8": int8_rate}
 
@@ -28,7 +28,7 @@ class OurLayer:
         self.case, self.data = case, data
         self.engine = Engine(case.threads, requested_isa(case.isa))
         self.weights = ExpertWeights(
-            case.experts, case.hidden, case.intermediate, case.weights, gated=True
+            WeightLayout(case.experts, case.hidden, case.intermediate, case.weights)
         )
         one = one_expert(case)
         for expert in range(case.experts):

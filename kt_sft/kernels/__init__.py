@@ -5,13 +5,13 @@ r LoRA rank, Dp and Fp are D and F rounded up to a multiple of 64.
 """
 
 from kt_sft.kernels.engine import (
-    PROJECTIONS,
     BlockReport,
     Engine,
     ExpertWeights,
     Kept,
     LoraFactors,
 )
+from kt_sft.kernels.formats import PROJECTIONS, CodedMatrix, Coding, WeightLayout
 from kt_sft.kernels.gate import ACTIVATIONS, Gate
 from kt_sft.kernels.isa import isa_report, kernel_rows, requested_isa, select_isa
 from kt_sft.kernels.numa import NodeEngines, SplitWeights, numa_nodes
@@ -20,6 +20,8 @@ __all__ = [
     "ACTIVATIONS",
     "PROJECTIONS",
     "BlockReport",
+    "CodedMatrix",
+    "Coding",
     "Engine",
     "ExpertWeights",
     "Gate",
@@ -27,6 +29,7 @@ __all__ = [
     "LoraFactors",
     "NodeEngines",
     "SplitWeights",
+    "WeightLayout",
     "isa_report",
     "kernel_rows",
     "numa_nodes",

@@ -5,11 +5,36 @@ from typing import Any
 class ForkedProcess(RuntimeError): ...
 class Buffer: ...
 
+SECTIONS: list[str]
+
+class PackedLayout:
+    section_bytes: dict[str, int]
+    def __init__(
+        self,
+        experts: int,
+        hidden: int,
+        intermediate: int,
+        weights: str,
+        gated: bool,
+        biased: list[bool],
+        coding: tuple[str, str, int, int, bool] | None,
+    ) -> None: ...
+
 class PackedExperts:
     nbytes: int
-    def __init__(
-        self, experts: int, hidden: int, intermediate: int, weights: str, gated: bool
+    sections: dict[str, tuple[int, int]]
+    def __init__(self, layout: PackedLayout, packed: list[int] | None = None) -> None: ...
+    def pack_codes(
+        self,
+        engine: Engine,
+        expert: int,
+        projection: str,
+        codes: int,
+        row_stride: int,
+        scales: int,
+        zeros: int,
     ) -> None: ...
+    def take_channels(self, engine: Engine, source: PackedExperts, first: int) -> None: ...
     def pack(
         self,
         engine: Engine,

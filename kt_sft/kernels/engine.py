@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -11,9 +12,14 @@ from torch import Tensor
 
 import kt_sft.kernels._core as _core
 from kt_sft.errors import KernelArgumentError
+from kt_sft.kernels.formats import (
+    INT8_CODING,
+    PROJECTIONS,
+    SCALE_DTYPES,
+    CodedMatrix,
+    WeightLayout,
+)
 from kt_sft.kernels.gate import Gate
-
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 _FLOATS = {
     torch.float32: "float32",
@@ -63,13 +69,25 @@ class ExpertWeights:
     A deep copy shares the memory.
     """
 
-    def __init__(
-        self, experts: int, hidden: int, intermediate: int, weights: str, *, gated: bool = True
-    ) -> None:
-        """`weights`: int8, bf16, int4_g32 or int4_g128. Without a gate there is no gate_proj."""
-        self.experts, self.hidden, self.intermediate = experts, hidden, intermediate
-        self.weights, self.gated = weights, gated
-        self.handle = _core.PackedExperts(experts, hidden, intermediate, weights, gated)
+    def __init__(self, layout: WeightLayout, packed: Mapping[str, Tensor] | None = None) -> None:
+        """Empty weights, or those in `packed`: uint8 sections as `sections()` returns them.
+
+        Packed memory is read only and kept alive. Raises KernelArgumentError.
+        """
+        self.layout = layout
+        self._packed = packed
+        addresses = None
+        if packed is not None:
+            sizes = layout.section_bytes()
+            if set(packed) != set(sizes):
+                raise KernelArgumentError(
+                    f"packed: got the sections {sorted(packed)}, expected {sorted(sizes)}"
+                )
+            addresses = [
+                _check(packed[name], name, (sizes[name],), [torch.uint8]) if name in sizes else 0
+                for name in _core.SECTIONS
+            ]
+        self.handle = _core.PackedExperts(layout.native, addresses)
 
     def __deepcopy__(self, memo: dict) -> ExpertWeights:
         return self
@@ -82,15 +100,40 @@ class ExpertWeights:
         return self.handle.nbytes
 
     @property
+    def experts(self) -> int:
+        """E."""
+        return self.layout.experts
+
+    @property
+    def hidden(self) -> int:
+        """D."""
+        return self.layout.hidden
+
+    @property
+    def intermediate(self) -> int:
+        """F."""
+        return self.layout.intermediate
+
+    @property
+    def gated(self) -> bool:
+        """Whether there is a gate projection."""
+        return self.layout.gated
+
+    @property
     def projections(self) -> tuple[str, ...]:
         """The projections that these experts have, in order."""
-        return PROJECTIONS if self.gated else PROJECTIONS[1:]
+        return self.layout.projections
 
     def shape(self, projection: str) -> tuple[int, int]:
         """(outputs, inputs) of one expert's projection."""
-        if projection == "down_proj":
-            return self.hidden, self.intermediate
-        return self.intermediate, self.hidden
+        return self.layout.shape(projection)
+
+    def sections(self) -> dict[str, memoryview]:
+        """The packed memory by section, read only; valid as long as these weights live."""
+        return {
+            name: memoryview((ctypes.c_ubyte * size).from_address(address)).cast("B").toreadonly()
+            for name, (address, size) in self.handle.sections.items()
+        }
 
     def pack(self, engine: Engine, expert: int, projection: str, weight: Tensor) -> None:
         """Quantizes and packs one expert's projection, [outputs, inputs] in fp32, bf16 or fp16.
@@ -114,6 +157,38 @@ class ExpertWeights:
             weight.stride(0),
         )
 
+    def pack_codes(self, engine: Engine, expert: int, projection: str, matrix: CodedMatrix) -> None:
+        """Packs one expert's projection as published, in the coding of the layout, or in int8.
+
+        Raises KernelArgumentError, or ValueError for codes of NaN and scales of NaN or Inf.
+        """
+        self._check_place(expert, projection)
+        shape = self.shape(projection)
+        coding = self.layout.coding or INT8_CODING
+        if matrix.coding != coding:
+            raise KernelArgumentError(
+                f"{projection} of expert {expert}: got {matrix.coding}, expected {coding}"
+            )
+        groups = coding.groups(*shape)
+        dtype = SCALE_DTYPES[coding.scales]
+        codes = matrix.codes.contiguous()
+        scales = matrix.scales.T.contiguous()
+        addresses = [
+            _check(codes, f"{projection} codes", shape, [torch.uint8]),
+            shape[1],
+            _check(scales, f"{projection} scales", groups, [dtype]),
+            0,
+        ]
+        if coding.zeros:
+            assert matrix.zeros is not None
+            zeros = matrix.zeros.T.contiguous()
+            addresses[3] = _check(zeros, f"{projection} zeros", groups, [torch.uint8])
+        self.handle.pack_codes(engine.handle, expert, projection, *addresses)
+
+    def take_channels(self, engine: Engine, source: ExpertWeights, first: int) -> None:
+        """Copies the intermediate channels from `first` on out of weights of the same format."""
+        self.handle.take_channels(engine.handle, source.handle, first)
+
     def unpack(self, expert: int, projection: str) -> Tensor:
         """The weights that the kernels compute with, fp32 [outputs, inputs]."""
         self._check_place(expert, projection)
@@ -122,7 +197,7 @@ class ExpertWeights:
         return out
 
     def set_bias(self, expert: int, projection: str, bias: Tensor) -> None:
-        """Adds a frozen bias [outputs] to one expert's projection; the others' default to zero.
+        """Adds a frozen bias [outputs] to one expert's projection that the layout has one for.
 
         Raises KernelArgumentError, or ValueError for NaN and Inf.
         """
@@ -218,11 +293,9 @@ class Engine:
         """Gives unused temporary memory back to the system; returns the bytes."""
         return self.handle.trim()
 
-    def new_weights(
-        self, experts: int, hidden: int, intermediate: int, weights: str, *, gated: bool = True
-    ) -> ExpertWeights:
+    def new_weights(self, layout: WeightLayout) -> ExpertWeights:
         """Empty weights for this engine's calls."""
-        return ExpertWeights(experts, hidden, intermediate, weights, gated=gated)
+        return ExpertWeights(layout)
 
     @staticmethod
     def kept(tensors: Sequence[Tensor]) -> Kept:

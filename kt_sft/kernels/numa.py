@@ -22,10 +22,9 @@ from torch import Tensor
 
 from kt_sft.kernels._core import ForkedProcess
 from kt_sft.kernels.engine import BlockReport, Engine, ExpertWeights, Kept, LoraFactors
+from kt_sft.kernels.formats import CodedMatrix, WeightLayout
 
 logger = logging.getLogger(__name__)
-
-_BLOCK = 64  # channels of a super tile: parts are cut between them
 
 T = TypeVar("T")
 
@@ -74,43 +73,58 @@ def share_threads(threads: int, sizes: Sequence[int]) -> list[int]:
     return shares
 
 
-def split_channels(channels: int, shares: Sequence[int]) -> list[tuple[int, int]]:
-    """Ranges in proportion to the nodes' threads that begin at multiples of 64.
+def split_channels(
+    channels: int, shares: Sequence[int], granule: int = 64
+) -> list[tuple[int, int]]:
+    """Ranges in proportion to the nodes' threads that begin at multiples of `granule`.
 
-    A range may be empty where there are fewer blocks of 64 than nodes.
+    A range may be empty where there are fewer granules than nodes.
     """
-    blocks = -(-channels // _BLOCK)
+    blocks = -(-channels // granule)
     reached = [0, *accumulate(shares)]
-    cuts = [min(channels, round(blocks * r / reached[-1]) * _BLOCK) for r in reached]
+    cuts = [min(channels, round(blocks * r / reached[-1]) * granule) for r in reached]
     return list(pairwise(cuts))
 
 
 class SplitWeights:
     """The weights of one layer, a range of intermediate channels on each node."""
 
-    def __init__(
-        self,
-        engines: NodeEngines,
-        experts: int,
-        hidden: int,
-        intermediate: int,
-        weights: str,
-        *,
-        gated: bool = True,
-    ) -> None:
-        self.experts, self.hidden, self.intermediate = experts, hidden, intermediate
-        self.weights, self.gated = weights, gated
-        cuts = split_channels(intermediate, [node.threads for node in engines.nodes])
+    def __init__(self, engines: NodeEngines, layout: WeightLayout) -> None:
+        self.layout = layout
+        cuts = split_channels(
+            layout.intermediate, [node.threads for node in engines.nodes], layout.channel_granule
+        )
         # Of few channels, some nodes get none.
         self.nodes = [i for i, (begin, end) in enumerate(cuts) if begin < end]
         self.ranges = [cuts[i] for i in self.nodes]
+        # Down's bias is added on one node.
         self.parts = [
-            ExpertWeights(experts, hidden, end - begin, weights, gated=gated)
-            for begin, end in self.ranges
+            ExpertWeights(layout.part(end - begin, down_bias=i == 0))
+            for i, (begin, end) in enumerate(self.ranges)
         ]
 
     def __deepcopy__(self, memo: dict) -> SplitWeights:
         return self
+
+    @property
+    def experts(self) -> int:
+        """E."""
+        return self.layout.experts
+
+    @property
+    def hidden(self) -> int:
+        """D."""
+        return self.layout.hidden
+
+    @property
+    def intermediate(self) -> int:
+        """F, of all nodes together."""
+        return self.layout.intermediate
+
+    @property
+    def gated(self) -> bool:
+        """Whether there is a gate projection."""
+        return self.layout.gated
 
     @property
     def nbytes(self) -> int:
@@ -124,9 +138,7 @@ class SplitWeights:
 
     def shape(self, projection: str) -> tuple[int, int]:
         """(outputs, inputs) of one expert's projection, all nodes together."""
-        if projection == "down_proj":
-            return self.hidden, self.intermediate
-        return self.intermediate, self.hidden
+        return self.layout.shape(projection)
 
     def pack(self, engine: NodeEngines, expert: int, projection: str, weight: Tensor) -> None:
         """As ExpertWeights.pack; every node's threads write its part, so that it lies there."""
@@ -136,6 +148,28 @@ class SplitWeights:
                 expert,
                 projection,
                 self._cut(projection, weight, part),
+            ),
+            self.nodes,
+        )
+
+    def pack_codes(
+        self, engine: NodeEngines, expert: int, projection: str, matrix: CodedMatrix
+    ) -> None:
+        """As ExpertWeights.pack_codes."""
+
+        def pack(part: int) -> None:
+            begin, end = self.ranges[part]
+            down = projection == "down_proj"
+            cut = matrix.columns(begin, end) if down else matrix.rows(slice(begin, end))
+            self.parts[part].pack_codes(engine.nodes[self.nodes[part]], expert, projection, cut)
+
+        engine.on_nodes(pack, self.nodes)
+
+    def take_channels(self, engine: NodeEngines, source: ExpertWeights, first: int) -> None:
+        """As ExpertWeights.take_channels; every node's threads write its part."""
+        engine.on_nodes(
+            lambda part: self.parts[part].take_channels(
+                engine.nodes[self.nodes[part]], source, first + self.ranges[part][0]
             ),
             self.nodes,
         )
@@ -225,11 +259,9 @@ class NodeEngines:
         """Gives unused temporary memory back to the system; returns the bytes."""
         return sum(node.trim() for node in self.nodes)
 
-    def new_weights(
-        self, experts: int, hidden: int, intermediate: int, weights: str, *, gated: bool = True
-    ) -> SplitWeights:
+    def new_weights(self, layout: WeightLayout) -> SplitWeights:
         """Empty weights, split over the nodes."""
-        return SplitWeights(self, experts, hidden, intermediate, weights, gated=gated)
+        return SplitWeights(self, layout)
 
     @staticmethod
     def kept(tensors: Sequence[Tensor]) -> SplitKept:

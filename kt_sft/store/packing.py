@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from kt_sft.errors import CheckpointError
 from kt_sft.experts import HybridExperts
+from kt_sft.kernels import WeightLayout
 from kt_sft.store.sources import ExpertSource
 
 logger = logging.getLogger(__name__)
@@ -19,11 +20,14 @@ def pack_experts(module: HybridExperts, source: ExpertSource) -> None:
     """Packs every expert of one layer. Raises CheckpointError for NaN and Inf."""
     shape, runtime = module.shape, module.runtime
     weights = runtime.engine.new_weights(
-        shape.experts,
-        shape.hidden,
-        shape.intermediate,
-        runtime.settings.weights,
-        gated=shape.gate.gated,
+        WeightLayout(
+            shape.experts,
+            shape.hidden,
+            shape.intermediate,
+            runtime.settings.weights,
+            gated=shape.gate.gated,
+            biased=source.biased,
+        )
     )
     for expert in range(shape.experts):
         for projection in shape.projections:

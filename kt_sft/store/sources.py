@@ -17,13 +17,16 @@ from kt_sft.experts.finding import FoundExperts, select_rows
 from kt_sft.families import Part, parameter
 from kt_sft.store.checkpoint import SafetensorsCheckpoint
 
-
 # The numbers in a key; the last is the expert's.
 _NUMBER = re.compile(r"(?<=\.)(\d+)(?=\.)")
 
 
 class ExpertSource(Protocol):
     """The experts of one layer."""
+
+    @property
+    def biased(self) -> frozenset[str]:
+        """The projections that have biases."""
 
     def read(self, expert: int, projection: str) -> Tensor:
         """One expert's projection, [outputs, inputs]."""
@@ -52,7 +55,16 @@ class Stack:
         return [key for piece in self.pieces for key in piece]
 
 
-class CheckpointSource:
+class _Biased:
+    _found: FoundExperts
+
+    @property
+    def biased(self) -> frozenset[str]:
+        """The projections that have biases."""
+        return frozenset(self._found.kind.biases)
+
+
+class CheckpointSource(_Biased):
     """Experts in safetensors files, one tensor per expert or fused."""
 
     def __init__(
@@ -214,7 +226,7 @@ class CheckpointSource:
         return dict.fromkeys(keys, one)
 
 
-class ModuleSource:
+class ModuleSource(_Biased):
     """Experts in the parameters of a stock module."""
 
     def __init__(self, found: FoundExperts) -> None:

@@ -15,7 +15,17 @@ from isas import ISAS, NATIVE, make_engine
 from reference import Experts64, dropout_keep
 from torch import Tensor
 
-from kt_sft.kernels import PROJECTIONS, ExpertWeights, Gate, LoraFactors
+from kt_sft.errors import KernelArgumentError
+from kt_sft.kernels import (
+    PROJECTIONS,
+    CodedMatrix,
+    Coding,
+    ExpertWeights,
+    Gate,
+    LoraFactors,
+    WeightLayout,
+)
+from kt_sft.kernels.formats import SCALE_DTYPES
 
 MODES = [
     ("int8", "exact"),
@@ -24,6 +34,39 @@ MODES = [
     ("int4_g128", "int8"),
     ("bf16", "bf16"),
 ]
+# Published codings; the first ones go through every test.
+CODINGS = {
+    "mxfp4": Coding("e2m1", "e8m0", 1, 32),
+    "fp8_blocks": Coding("e4m3", "float32", 128, 128),
+    "uint4_zeros": Coding("uint4", "float16", 1, 64, zeros=True),
+    "fp8_channels": Coding("e4m3", "bfloat16", 1, 0),
+    "int4_symmetric": Coding("uint4", "bfloat16", 1, 32),
+    "int4_coarse": Coding("uint4", "bfloat16", 1, 128),
+    "int8_groups": Coding("uint8", "float32", 1, 128),
+    "int8_zeros": Coding("uint8", "float16", 1, 32, zeros=True),
+}
+MODES += [(name, "bf16") for name in ("mxfp4", "fp8_blocks", "uint4_zeros")]
+
+
+def random_codes(coding: Coding, outputs: int, inputs: int, g: torch.Generator) -> CodedMatrix:
+    """Any codes but NaN, with scales that make the weights about as large as trained ones."""
+    codes = torch.randint(0, 1 << coding.bits, (outputs, inputs), generator=g).to(torch.uint8)
+    if coding.codes == "e4m3":  # without exponents that leave all others behind
+        codes = (codes & 0x8F) | 0x30
+    along_inputs, along_outputs = coding.groups(outputs, inputs)
+    shape = (along_outputs, along_inputs)
+    zeros = None
+    if coding.zeros:
+        zeros = torch.randint(0, 1 << coding.bits, shape, generator=g).to(torch.uint8)
+    unit = {"e4m3": 0.6, "e2m1": 3.0, "uint8": 74.0, "uint4": 4.6}[coding.codes]
+    size = (1 + torch.rand(shape, generator=g)) / (1.5 * unit * inputs**0.5)
+    if coding.scales == "e8m0":
+        scales = (127 + size.log2().round()).to(torch.uint8)
+    else:
+        scales = size.to(SCALE_DTYPES[coding.scales])
+    return CodedMatrix(coding, codes, scales, zeros)
+
+
 ENGINES = {isa: make_engine(2, isa) for isa in ISAS}
 MAX_ROWS = 2 * 32  # twice the tallest tile
 
@@ -45,12 +88,26 @@ class Block:
         outliers: float = 0.0,
     ) -> Block:  # fmt: skip
         g = torch.Generator().manual_seed(seed)
-        weights = ExpertWeights(experts, hidden, intermediate, stored, gated=is_gated)
+        coding = CODINGS.get(stored)
+        weights = ExpertWeights(
+            WeightLayout(
+                experts, hidden, intermediate, "coded" if coding else stored, gated=is_gated,
+                coding=coding,
+                biased=frozenset(PROJECTIONS[not is_gated :] if biased else ()),
+            )
+        )  # fmt: skip
         engine = ENGINES["portable"]
         bias: dict[str, Tensor] = {}
         for p in weights.projections:
             outputs, inputs = weights.shape(p)
             for e in range(experts):
+                if coding:
+                    coded = random_codes(coding, outputs, inputs, g)
+                    weights.pack_codes(engine, e, p, coded)
+                    # One rounding to bf16, as the format's own library does.
+                    dequantized = coded.dequantize().bfloat16().float()
+                    assert torch.equal(weights.unpack(e, p), dequantized)
+                    continue
                 w = torch.randn(outputs, inputs, generator=g) / inputs**0.5
                 if outliers:
                     w[:, :: inputs // 3] *= outliers
@@ -267,20 +324,85 @@ def test_outliers(isa: str, stored: str, compute: str) -> None:
     check(block, isa, compute, x, index, weight, bound_scale=8.0)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("stored", list(CODINGS))
+@pytest.mark.parametrize(("hidden", "intermediate"), [(64, 64), (130, 97), (200, 330)])
+def test_published_codings(isa: str, stored: str, hidden: int, intermediate: int) -> None:
+    block = Block.make(3, hidden, intermediate, stored, 3, biased=True)
+    x, index, weight = inputs(37, hidden, 3, 2)
+    check(block, isa, "bf16", x, index, weight)
+
+
+def test_codes_that_are_no_numbers_are_refused() -> None:
+    g = torch.Generator().manual_seed(0)
+    for name, harm, message in (
+        ("fp8_blocks", lambda m: m.codes[5, 70:71].fill_(0xFF), r"weights: .* nan at \[5, 70\]"),
+        ("fp8_channels", lambda m: m.scales[3].fill_(float("inf")), "scales: .* inf at"),
+        ("mxfp4", lambda m: m.scales[3, 1:2].fill_(255), "scales: up_proj of expert 1"),
+    ):
+        coding = CODINGS[name]
+        weights = ExpertWeights(WeightLayout(2, 130, 70, "coded", coding=coding))
+        matrix = random_codes(coding, 70, 130, g)
+        harm(matrix)
+        with pytest.raises(ValueError, match=message):
+            weights.pack_codes(ENGINES["portable"], 1, "up_proj", matrix)
+
+
+@pytest.mark.parametrize("stored", ["int8", "bf16", "int4_g32", "int4_g128", *CODINGS])
+def test_channels_can_be_taken_out(stored: str) -> None:
+    """What a NUMA node or a resident copy gets is what lies in the whole layer."""
+    whole = Block.make(3, 130, 330, stored, 0, biased=True).weights
+    granule = whole.layout.channel_granule
+    for first, last in ((0, 330), (granule, 330), (granule, 2 * granule)):
+        part = ExpertWeights(whole.layout.part(last - first, down_bias=first == 0))
+        part.take_channels(ENGINES["portable"], whole, first)
+        for e in range(3):
+            for p in PROJECTIONS:
+                want = whole.unpack(e, p)
+                want = want[:, first:last] if p == "down_proj" else want[first:last]
+                assert torch.equal(part.unpack(e, p), want)
+    with pytest.raises(ValueError, match="inside a group"):
+        part = ExpertWeights(whole.layout.part(64, down_bias=False))
+        part.take_channels(ENGINES["portable"], whole, 32)
+
+
+@pytest.mark.parametrize("stored", ["int8", "int4_g128", "mxfp4", "uint4_zeros"])
+def test_packed_memory_may_lie_elsewhere(stored: str) -> None:
+    block = Block.make(3, 130, 97, stored, 2, biased=True)
+    copies = {
+        name: torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        for name, data in block.weights.sections().items()
+    }
+    assert set(copies) == set(block.weights.layout.section_bytes())
+    there = ExpertWeights(block.weights.layout, copies)
+    x, index, weight = inputs(20, 130, 3, 2)
+    compute = "bf16" if stored in CODINGS else "exact"
+    arguments = {"compute": compute, "gate": SILU, "lora": block.lora}
+    engine = ENGINES[ISAS[0]]
+    first, _, _ = engine.forward(block.weights, x, index, weight, **arguments)
+    second, _, _ = engine.forward(there, x, index, weight, **arguments)
+    assert torch.equal(first, second)
+    with pytest.raises(ValueError, match="read only"):
+        there.set_bias(0, "up_proj", torch.zeros(97))
+    with pytest.raises(KernelArgumentError, match="got the sections"):
+        ExpertWeights(block.weights.layout, {"tiles": copies["tiles"]})
+
+
 def test_int4_is_what_it_says() -> None:
     """Every weight is scale[n] * m * c with m of its group in 1..16 and c in -8..7."""
     g = torch.Generator().manual_seed(0)
     w = torch.randn(40, 300, generator=g) * torch.rand(40, 1, generator=g)
     w[:, 64:96] *= 5
     for group, bound in ((32, 0.12), (128, 0.16)):
-        weights = ExpertWeights(1, 300, 40, f"int4_g{group}")
+        weights = ExpertWeights(WeightLayout(1, 300, 40, f"int4_g{group}"))
         weights.pack(ENGINES["portable"], 0, "up_proj", w)
         got = weights.unpack(0, "up_proj")
         for row in got:
             for part in row.split(group):
                 assert part.unique().numel() <= 16
         assert (got - w).norm() / w.norm() < bound
-        bytes_per_weight = ExpertWeights(1, 2048, 768, f"int4_g{group}").nbytes / (3 * 2048 * 768)
+        layout = WeightLayout(1, 2048, 768, f"int4_g{group}")
+        bytes_per_weight = layout.nbytes / layout.weight_count
         assert bytes_per_weight < {32: 0.56, 128: 0.53}[group]
 
 
@@ -383,7 +505,7 @@ def test_packed_weights_are_the_same_on_every_isa() -> None:
         unpacked = []
         for isa in ISAS:
             g = torch.Generator().manual_seed(3)
-            weights = ExpertWeights(1, 130, 70, stored)
+            weights = ExpertWeights(WeightLayout(1, 130, 70, stored))
             for p in PROJECTIONS:
                 weights.pack(ENGINES[isa], 0, p, torch.randn(weights.shape(p), generator=g))
             unpacked.append([weights.unpack(0, p) for p in PROJECTIONS])
@@ -395,18 +517,18 @@ def test_packed_weights_are_the_same_on_every_isa() -> None:
 def test_quantization_error_of_the_store(dtype: torch.dtype) -> None:
     """Half a step of absmax / 127 per output channel, for every input dtype and strided rows."""
     w = torch.randn(70, 260, generator=torch.Generator().manual_seed(0)).to(dtype)[:, :130]
-    weights = ExpertWeights(2, 130, 70, "int8")
+    weights = ExpertWeights(WeightLayout(2, 130, 70, "int8"))
     weights.pack(ENGINES[ISAS[0]], 1, "gate_proj", w)
     step = w.float().abs().amax(1, keepdim=True) / 127
     error = (weights.unpack(1, "gate_proj") - w.float()).abs()
     assert (error <= step * 0.5001).all()
-    exact = ExpertWeights(2, 130, 70, "bf16")
+    exact = ExpertWeights(WeightLayout(2, 130, 70, "bf16"))
     exact.pack(ENGINES[ISAS[0]], 1, "gate_proj", w)
     assert torch.equal(exact.unpack(1, "gate_proj"), w.bfloat16().float())
 
 
 def test_weights_that_are_not_finite_are_refused() -> None:
-    weights = ExpertWeights(2, 64, 64, "int8")
+    weights = ExpertWeights(WeightLayout(2, 64, 64, "int8"))
     bad = torch.ones(64, 64)
     bad[3, 7] = float("nan")
     with pytest.raises(ValueError, match=r"up_proj of expert 1 has nan at \[3, 7\]"):
@@ -471,7 +593,7 @@ VNNI = [isa for isa in ISAS if isa in ("amx", "avx512_bf16", "avx512_vnni")]
 
 @pytest.mark.skipif(len(VNNI) < 2, reason="fewer than two instruction sets with byte products")
 @pytest.mark.parametrize(
-    ("stored", "compute"), [m for m in MODES if m[0] != "bf16"] + [("int4_g32", "int8")]
+    ("stored", "compute"), [m for m in MODES if m[1] != "bf16"] + [("int4_g32", "int8")]
 )
 @pytest.mark.parametrize("tokens", [1, 5, 47])
 def test_amx_equals_vnni_to_the_last_bit(stored: str, compute: str, tokens: int) -> None:

@@ -11,7 +11,15 @@ import torch
 from comparators import assert_matches
 from test_block import Block, inputs
 
-from kt_sft.kernels import PROJECTIONS, Engine, Gate, NodeEngines, SplitWeights, numa_nodes
+from kt_sft.kernels import (
+    PROJECTIONS,
+    Engine,
+    Gate,
+    NodeEngines,
+    SplitWeights,
+    WeightLayout,
+    numa_nodes,
+)
 from kt_sft.kernels.numa import share_threads, split_channels
 
 
@@ -57,7 +65,7 @@ def test_threads_are_shared_out_exactly() -> None:
 
 
 def test_a_layer_with_fewer_blocks_than_nodes(engines: NodeEngines) -> None:
-    weights = engines.new_weights(2, 64, 40, "int8")
+    weights = engines.new_weights(WeightLayout(2, 64, 40, "int8"))
     assert len(weights.parts) == 1
     for e in range(2):
         for p in PROJECTIONS:
@@ -81,7 +89,11 @@ def test_split_layer_is_the_whole_layer(
 ) -> None:
     """Scales, and so the rounding of int formats, belong to a node's part; hence the bounds."""
     block = Block.make(3, 72, 200, stored, 4, is_gated=gate.gated, biased=True)
-    weights = engines.new_weights(3, 72, 200, stored, gated=gate.gated)
+    weights = engines.new_weights(
+        WeightLayout(
+            3, 72, 200, stored, gated=gate.gated, biased=frozenset(PROJECTIONS[not gate.gated :])
+        )
+    )
     assert isinstance(weights, SplitWeights) and len(weights.parts) == 2
     for projection in weights.projections:
         for e in range(3):

@@ -11,6 +11,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from guarded import Guarded, addresses
 from isas import EMULATOR, ISAS
 
@@ -226,6 +227,30 @@ def test_unpack_int4(isa: str) -> None:
     single.unpack_int4(isa, nibbles.address, pointers.ctypes.data, tile.address)
     want = m[:, None, :, None].astype(int) * (c.astype(int) - 8) + 128
     assert np.array_equal(tile.array.reshape(2, 8, 16, 4), want)
+    tile.assert_intact()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", [0, 1, 2, 3], ids=["e4m3", "e2m1", "uint8", "uint4"])
+def test_decode_tile(isa: str, kind: int) -> None:
+    four_bit = kind in (1, 3)
+    codes = np.arange(2048).astype(np.uint8).reshape(32, 64)  # k2, n and kk
+    codes = codes & 15 if four_bit else np.where(codes & 0x7F == 0x7F, 1, codes)
+    scale = (RNG.standard_normal((2, 64)) * 10.0 ** RNG.integers(-6, 6, (2, 64))).astype(np.float32)
+    zero = RNG.integers(0, 16, (2, 64)).astype(np.float32) if kind >= 2 else np.zeros((2, 64), "f4")
+    stored = codes[:16] | codes[16:] << 4 if four_bit else codes
+    source = Guarded.of(stored, offset=1)
+    groups = Guarded.of(np.concatenate([scale, zero]), offset=4)
+    tile = Guarded(2048, np.uint16)
+    single.decode_tile(isa, kind, source.address, groups.address, tile.address)
+    levels = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+    values = {
+        0: lambda: torch.from_numpy(codes.copy()).view(torch.float8_e4m3fn).float().numpy(),
+        1: lambda: np.where(codes & 8, -1, 1).astype(np.float32) * levels[codes & 7],
+    }.get(kind, lambda: codes.astype(np.float32))()
+    exact = (values.reshape(2, 16, 64) - zero[:, None]) * scale[:, None]
+    want = torch.from_numpy(exact).bfloat16().view(torch.int16).numpy().view(np.uint16)
+    assert np.array_equal(tile.array.reshape(2, 16, 64), want)
     tile.assert_intact()
 
 

@@ -89,7 +89,9 @@ def test_other_families_are_refused_by_name(tmp_path: Path) -> None:
         num_attention_heads=2,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match=r"'llama' has no routed experts.*GptOssExperts"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"'llama' has no routed experts.*GptOssExperts"
+    ):
         load(tmp_path)
 
 

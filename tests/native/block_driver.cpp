@@ -41,10 +41,12 @@ Result run(const Case& c, const std::string& isa, int threads) {
   };
   kt::ThreadPool pool(threads);
   const kt::KernelTable& kernels = table(isa);
-  kt::PackedExperts weights(c.experts, c.hidden, c.intermediate, c.format, c.gated);
+  const bool b = c.biased;
+  kt::PackedExperts weights(kt::PackedLayout{
+      c.experts, c.hidden, c.intermediate, c.format, c.gated, {b && c.gated, b, b}, {}});
   for (int p = c.gated ? 0 : 1; p < kt::kProjectionCount; ++p) {
     const kt::Projection projection = static_cast<kt::Projection>(p);
-    const int64_t n = weights.outputs(projection), k = weights.inputs(projection);
+    const int64_t n = weights.layout().outputs(projection), k = weights.layout().inputs(projection);
     for (int64_t e = 0; e < c.experts; ++e) {
       const std::vector<float> w = values(n * k, 1.0f / std::sqrt(static_cast<float>(k)));
       weights.pack(pool, kernels, e, projection, kt::FloatType::kFloat32, w.data(), k);
@@ -83,8 +85,8 @@ Result run(const Case& c, const std::string& isa, int threads) {
   result.d_lora.reserve(6);
   for (int p = c.gated ? 0 : 1; p < kt::kProjectionCount && c.rank; ++p) {
     const kt::Projection projection = static_cast<kt::Projection>(p);
-    const int64_t a = c.experts * c.rank * weights.inputs(projection);
-    const int64_t b = c.experts * c.rank * weights.outputs(projection);
+    const int64_t a = c.experts * c.rank * weights.layout().inputs(projection);
+    const int64_t b = c.experts * c.rank * weights.layout().outputs(projection);
     factors.push_back(values(a, 0.1f));
     factors.push_back(values(b, 0.1f));
     in.lora[p] = {c.rank, factors[factors.size() - 2].data(), factors.back().data(), 0.5f};

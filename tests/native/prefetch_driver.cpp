@@ -26,7 +26,7 @@ Lines prefetched(const Panels& panels, int64_t unit, int64_t shares) {
 }
 
 void add_tile(const kt::PackedExperts& weights, const uint8_t* tile, Lines& lines) {
-  for (int64_t at = 0; at < weights.tile_bytes(); at += 64)
+  for (int64_t at = 0; at < weights.layout().tile_bytes(); at += 64)
     ++lines[reinterpret_cast<const char*>(tile) + at];
 }
 
@@ -40,9 +40,10 @@ int main() {
        {kt::WeightFormat::kInt8, kt::WeightFormat::kBf16, kt::WeightFormat::kInt4Group32})
     for (const std::vector<P>& projections :
          {std::vector<P>{P::kGate, P::kUp}, std::vector<P>{P::kUp}, std::vector<P>{P::kDown}}) {
-      const kt::PackedExperts weights(2, 200, 330, format, true);
-      const int64_t blocks = kt::padded(weights.inputs(projections[0])) / kt::kBlock;
-      const int64_t panels_of_n = kt::padded(weights.outputs(projections[0])) / kt::kPanelCols;
+      const kt::PackedExperts weights(kt::PackedLayout{2, 200, 330, format, true, {}, {}});
+      const int64_t blocks = kt::padded(weights.layout().inputs(projections[0])) / kt::kBlock;
+      const int64_t panels_of_n =
+          kt::padded(weights.layout().outputs(projections[0])) / kt::kPanelCols;
       std::vector<uint8_t> buffer(1 << 20);
       const kt::ForwardPanels forward(kernels, weights, 1, projections, buffer.data());
       const kt::BackwardPanels backward(kernels, weights, 1, projections, buffer.data());
@@ -52,10 +53,11 @@ int main() {
           Lines want;
           for (int64_t p = 0; p < 2; ++p)
             for (int64_t b = 0; b < blocks; ++b)
-              add_tile(weights,
-                       weights.tiles(1, projections[two ? p : 0]) +
-                           ((two ? unit : 2 * unit + p) * blocks + b) * weights.tile_bytes(),
-                       want);
+              add_tile(
+                  weights,
+                  weights.tiles(1, projections[two ? p : 0]) +
+                      ((two ? unit : 2 * unit + p) * blocks + b) * weights.layout().tile_bytes(),
+                  want);
           wrong += prefetched(forward, unit, shares) != want;
           ++checked;
         }
@@ -63,7 +65,8 @@ int main() {
           Lines want;
           for (const P p : projections)
             for (int64_t n = 0; n < panels_of_n; ++n)
-              add_tile(weights, weights.tiles(1, p) + (n * blocks + unit) * weights.tile_bytes(),
+              add_tile(weights,
+                       weights.tiles(1, p) + (n * blocks + unit) * weights.layout().tile_bytes(),
                        want);
           wrong += prefetched(backward, unit, shares) != want;
           ++checked;

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 from kt_sft import HybridExpertsCallback, HybridExpertsConfig, hybridize
 from kt_sft.errors import KernelArgumentError
 from kt_sft.experts import hybrid_experts_of
-from kt_sft.kernels import Engine, ExpertWeights, Gate
+from kt_sft.kernels import Engine, ExpertWeights, Gate, WeightLayout
 from kt_sft.kernels._core import ForkedProcess
 
 TARGETS = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
@@ -217,7 +217,7 @@ def _forked(work) -> str:
 def test_a_forked_child_raises_and_does_not_hang(tokens: int) -> None:
     """With little work, which one thread does, and with much."""
     engine = Engine(2, "portable")
-    weights = ExpertWeights(1, 64, 64, "int8")
+    weights = ExpertWeights(WeightLayout(1, 64, 64, "int8"))
     for p in ("gate_proj", "up_proj", "down_proj"):
         weights.pack(engine, 0, p, torch.ones(64, 64))
     inputs = torch.zeros(tokens, 64), torch.zeros(tokens, 1, dtype=torch.int64)
@@ -262,7 +262,7 @@ def test_reusable_memory_is_bounded() -> None:
 
 def test_engine_refuses_what_it_cannot_read() -> None:
     engine = Engine(1, "portable")
-    weights = ExpertWeights(2, 64, 64, "int8")
+    weights = ExpertWeights(WeightLayout(2, 64, 64, "int8", biased=frozenset({"up_proj"})))
     hidden, index = torch.zeros(3, 64), torch.zeros(3, 2, dtype=torch.int64)
     weight = torch.ones(3, 2)
     good = {"compute": "exact", "gate": Gate()}
@@ -291,7 +291,7 @@ def test_engine_refuses_what_it_cannot_read() -> None:
         engine.forward(weights, hidden, index, weight, compute="exact", gate=Gate(gated=False))
     with pytest.raises(ValueError, match="activation: got 'tanh', expected one of gelu"):
         engine.forward(weights, hidden, index, weight, compute="exact", gate=Gate("tanh"))
-    ungated = ExpertWeights(2, 64, 64, "int8", gated=False)
+    ungated = ExpertWeights(WeightLayout(2, 64, 64, "int8", gated=False))
     with pytest.raises(KernelArgumentError, match="projection: got 'gate_proj', expected up_proj"):
         ungated.pack(engine, 0, "gate_proj", torch.ones(64, 64))
     with pytest.raises(ValueError, match="bias: up_proj of expert 1 has nan at"):

@@ -13,7 +13,7 @@ import yaml
 from kt_sft.errors import SettingsError
 
 _CHOICES = {
-    "weights": ("int8", "bf16", "int4_g128", "int4_g32"),
+    "weights": ("int8", "bf16", "int4", "int4_g128", "int4_g32", "checkpoint"),
     "compute": ("exact", "int8"),
     "numa": ("auto", "off"),
 }
@@ -23,10 +23,12 @@ _CHOICES = {
 class HybridExpertsSettings:
     """How the routed experts are stored and computed.
 
-    weights: storage of the frozen experts: int8 (per output channel), bf16, or int4 in groups of
-        128 or 32 (integer multipliers on the channel's scale).
+    weights: storage of the frozen experts: int8 (per output channel), bf16, int4 in groups of 32
+        or 128 (integer multipliers on the channel's scale; int4 means groups of 32), or checkpoint
+        (as published: fp8, mxfp4 and int4 codes keep their scales, bf16 stays bf16).
     compute: how int8 and int4 weights are multiplied: exact (activations in 16 bits, error about
-        3e-5) or int8 (activations in 8 bits, about 1e-2, faster). bf16 weights use bf16 products.
+        3e-5) or int8 (activations in 8 bits, about 1e-2, faster). bf16 weights and published codes
+        use bf16 products.
     expert_lora: LoRA on the routed experts, with the recipe's rank, alpha and dropout.
     threads: CPU threads for the experts, or auto (affinity, container quota, physical cores).
     isa: auto, or the name of an instruction set that `kt-sft doctor` lists; the environment
@@ -62,11 +64,6 @@ class HybridExpertsSettings:
         if problems:
             raise SettingsError(_report(problems))
         return cls(**values)
-
-    @property
-    def arithmetic(self) -> str:
-        """The kernels' compute mode: exact or int8 for integer weights, bf16 for bf16 weights."""
-        return "bf16" if self.weights == "bf16" else self.compute
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values."""

@@ -27,6 +27,7 @@ from kt_sft.experts.finding import select_rows
 from kt_sft.families import Part
 from kt_sft.integrations.checkpoint_keys import BaseModel
 from kt_sft.store.checkpoint import INDEX_NAME, SafetensorsCheckpoint, checkpoint_files
+from kt_sft.store.published import PublishedCheckpoint
 from kt_sft.store.sources import CheckpointSource
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class LoraDelta:
     """The changes that an adapter makes to the tensors of a checkpoint, by their keys on disk."""
 
     def __init__(
-        self, adapter: str | Path, checkpoint: SafetensorsCheckpoint, base: BaseModel
+        self, adapter: str | Path, checkpoint: PublishedCheckpoint, base: BaseModel
     ) -> None:
         config = PeftConfig.from_pretrained(str(adapter))
         if config.peft_type != "LORA" or config.use_dora or config.bias != "none":
@@ -177,7 +178,9 @@ def export_merged(base: str | Path, adapter: str | Path | None, out: str | Path)
             f"{out}: the merged model needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
         )
     delta = (
-        LoraDelta(adapter, SafetensorsCheckpoint(files), BaseModel.of(base)) if adapter else None
+        LoraDelta(adapter, PublishedCheckpoint(SafetensorsCheckpoint(files)), BaseModel.of(base))
+        if adapter
+        else None
     )
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
     partial.mkdir()

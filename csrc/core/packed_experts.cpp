@@ -375,9 +375,12 @@ void PackedExperts::set_bias(int64_t expert, Projection projection, const float*
 void PackedExperts::take_channels(ThreadPool& pool, const PackedExperts& from, int64_t first) {
   process_.require_owner();
   const PackedLayout &to_layout = layout_, &from_layout = from.layout_;
-  const int64_t group =
-      to_layout.is_coded() ? std::max(to_layout.coding.group_outputs, to_layout.coding.group_inputs)
-                           : std::max(kBlock, to_layout.int4_group());
+  int64_t group = std::max(kBlock, to_layout.int4_group());
+  if (to_layout.is_coded()) {
+    const Coding& coding = to_layout.coding;
+    const bool whole_rows = coding.group_inputs >= from_layout.intermediate;
+    group = std::max(coding.group_outputs, whole_rows ? int64_t{1} : coding.group_inputs);
+  }
   const bool whole = first == 0 && to_layout.intermediate == from_layout.intermediate;
   if (to_layout.format != from_layout.format || to_layout.experts != from_layout.experts ||
       to_layout.hidden != from_layout.hidden || to_layout.gated != from_layout.gated || first < 0 ||

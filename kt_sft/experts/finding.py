@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ from kt_sft.families import (
     Part,
     parameter,
 )
+from kt_sft.kernels import CodedMatrix
 
 _CONTRACT = "(hidden, top_k_index, top_k_weights)"
 
@@ -55,7 +57,10 @@ class FoundExperts:
         return tensor[expert * rows : (expert + 1) * rows]
 
 
-def select_rows(part: Part, matrix: Tensor) -> Tensor:
+Rows = TypeVar("Rows", bound=Tensor | CodedMatrix)
+
+
+def select_rows(part: Part, matrix: Rows) -> Rows:
     """The outputs of `part` from [outputs of the tensor, inputs] or a bias; a view."""
     half = matrix.shape[0] // 2
     chosen = {
@@ -65,7 +70,7 @@ def select_rows(part: Part, matrix: Tensor) -> Tensor:
         "even": slice(0, None, 2),
         "odd": slice(1, None, 2),
     }
-    return matrix[chosen[part.rows]]
+    return matrix[chosen[part.rows]]  # type: ignore[return-value]
 
 
 def find_experts(model: nn.Module) -> list[FoundExperts]:

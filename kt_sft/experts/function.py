@@ -38,7 +38,7 @@ class ExpertsCall:
     def arguments(self, lora: list[LoraFactors | None]) -> dict[str, Any]:
         """The keyword arguments of the engine."""
         return {
-            "compute": self.runtime.settings.arithmetic,
+            "compute": self.weights.layout.arithmetic or self.runtime.settings.compute,
             "gate": self.shape.gate,
             "lora": lora,
             "dropout": self.dropout,

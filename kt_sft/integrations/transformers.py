@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from transformers import PreTrainedModel
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import (
+    AutoHfQuantizer,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from kt_sft.adapters.portable import refuse_other_layers
 from kt_sft.config import HybridExpertsSettings
-from kt_sft.errors import UnsupportedModelError
+from kt_sft.errors import CheckpointError, UnsupportedModelError
 from kt_sft.experts import ExpertsRuntime, HybridExperts, hybrid_experts_of
 from kt_sft.experts.conventions import redirect_block
 from kt_sft.experts.finding import FoundExperts, find_experts
@@ -23,8 +29,9 @@ from kt_sft.families import attribute
 from kt_sft.integrations.checkpoint_keys import ModelKeys
 from kt_sft.kernels import PROJECTIONS
 from kt_sft.store.checkpoint import SafetensorsCheckpoint
-from kt_sft.store.packing import pack_all, pack_experts
-from kt_sft.store.sources import CheckpointSource, ModuleSource
+from kt_sft.store.packing import pack_all, pack_layer
+from kt_sft.store.published import COMPANION_KEYS, PublishedCheckpoint
+from kt_sft.store.sources import CheckpointSource, ModuleSource, Stack
 
 METHOD = "kt_sft"
 
@@ -39,6 +46,8 @@ class HybridExpertsConfig(QuantizationConfigMixin):
     def __init__(self, **settings: Any) -> None:
         settings.pop("quant_method", None)
         self.quant_method = METHOD  # type: ignore[assignment]
+        # The quantization_config of the checkpoint's own config.json.
+        self.published: dict[str, Any] = settings.pop("published", None) or {}
         self.settings = HybridExpertsSettings.from_mapping(settings)
 
     @classmethod
@@ -50,11 +59,27 @@ class HybridExpertsConfig(QuantizationConfigMixin):
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings and our method's name."""
-        return {"quant_method": METHOD, **self.settings.as_dict()}
+        """The settings, our method's name and the checkpoint's own quantization."""
+        published = {"published": self.published} if self.published else {}
+        return {"quant_method": METHOD, **self.settings.as_dict(), **published}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.settings})"
+
+
+_merge_stock = AutoHfQuantizer.merge_quantization_configs
+
+
+def _merge_configs(cls: type, found: Any, given: Any) -> Any:
+    """A checkpoint that is quantized already: ours reads it, so ours is the one in force."""
+    if not isinstance(given, HybridExpertsConfig):
+        return _merge_stock(found, given)
+    given.published = dict(found) if isinstance(found, Mapping) else found.to_dict()
+    return given
+
+
+# Transformers has no other place where one quantizer can take the checkpoint of another.
+setattr(AutoHfQuantizer, "merge_quantization_configs", classmethod(_merge_configs))  # noqa: B010
 
 
 def _swap_experts(
@@ -104,7 +129,8 @@ class HybridExpertsQuantizer(HfQuantizer):
         # Our own configuration inside a saved config.json does not mean quantized files.
         self.pre_quantized = False
         self._files: list[str] = []
-        self._keys: ModelKeys | None = None
+        self._checkpoint: PublishedCheckpoint | None = None
+        self._stacks: dict[str, Stack] = {}
         self._layers: list[FoundExperts] = []
 
     def _process_model_before_weight_loading(
@@ -118,29 +144,64 @@ class HybridExpertsQuantizer(HfQuantizer):
         _refuse_zero3()
         self._files = list(checkpoint_files)
         self._layers = find_experts(model)
-        self._keys = ModelKeys(model)
+        self._checkpoint = PublishedCheckpoint(
+            SafetensorsCheckpoint(self._files), self.quantization_config.published
+        )
+        self._stacks = ModelKeys(model).stacks(self._checkpoint)
         _swap_experts(model, self._layers, ExpertsRuntime(self.quantization_config.settings))
         # The experts' keys have no parameter any more; they are not an accident to warn of.
-        _ignore(model, "_keys_to_ignore_on_load_unexpected", _expert_keys(model, self._layers))
+        unexpected = _expert_keys(model, self._layers)
+        if self._checkpoint.quantized:
+            unexpected += [COMPANION_KEYS]
+            # Weights in codes go by other names on disk; they are filled in after loading.
+            weights = [rf"^{re.escape(name)}$" for name in self._quantized_rest()]
+            _ignore(model, "_keys_to_ignore_on_load_missing", weights)
+        _ignore(model, "_keys_to_ignore_on_load_unexpected", unexpected)
         return model
+
+    def _quantized_rest(self) -> dict[str, str]:
+        """Parameter -> key on disk of every weight in codes that is no routed expert's.
+
+        Raises CheckpointError where Transformers would put such weights together.
+        """
+        assert self._checkpoint is not None
+        coded = set(self._checkpoint.quantized)
+        experts = {
+            layer.tensor_path(part) for layer in self._layers for part in layer.kind.parts.values()
+        }
+        rest = {}
+        for name, stack in self._stacks.items():
+            keys = stack.keys()
+            if name in experts or not coded.intersection(keys):
+                continue
+            if len(keys) != 1 or stack.conversion or stack.per_expert:
+                raise CheckpointError(
+                    f"{name}: made of {len(keys)} quantized tensors, which kt_sft cannot put "
+                    "together; convert the checkpoint to bf16"
+                )
+            rest[name] = keys[0]
+        return rest
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
-        assert self._keys is not None
-        checkpoint = SafetensorsCheckpoint(self._files)
-        stacks = self._keys.stacks(checkpoint)
+        checkpoint = self._checkpoint
+        assert checkpoint is not None
+        for name, key in self._quantized_rest().items():
+            parameter = model.get_parameter_or_buffer(name)
+            with torch.no_grad():
+                parameter.copy_(checkpoint.dequantized(key))
         modules = hybrid_experts_of(model)
         pack_all(
             {
                 layer.hybrid_path: (
                     modules[layer.hybrid_path],
-                    CheckpointSource(checkpoint, layer, stacks),
+                    CheckpointSource(checkpoint, layer, self._stacks),
                 )
                 for layer in self._layers
             }
         )
-        self._layers, self._keys = [], None
+        self._layers, self._stacks, self._checkpoint = [], {}, None
         return model
 
     def is_serializable(self) -> bool:
@@ -198,7 +259,7 @@ def hybridize(model: Any, config: HybridExpertsConfig | HybridExpertsSettings | 
     sources = {layer.hybrid_path: ModuleSource(layer) for layer in layers}
     swapped = _swap_experts(base, layers, ExpertsRuntime(settings))
     for path, (hybrid, _) in swapped.items():
-        pack_experts(hybrid, sources[path])
+        hybrid.weights = pack_layer(hybrid, sources[path])
         # The stock weights go layer by layer, so that the peak is one copy and one layer.
         sources[path].release()
     if base is not model:

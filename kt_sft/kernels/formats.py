@@ -81,7 +81,7 @@ class CodedMatrix:
         """(outputs, inputs)."""
         return self.codes.shape[0], self.codes.shape[1]
 
-    def rows(self, chosen: slice) -> CodedMatrix:
+    def __getitem__(self, chosen: slice) -> CodedMatrix:
         """Some of the outputs; groups of outputs are undone where the cut is inside of one."""
         size = self.coding.group_outputs
         start, stop, step = chosen.indices(self.shape[0])
@@ -122,6 +122,17 @@ class CodedMatrix:
             zeros=None if self.zeros is None else spread(self.zeros),
         )
 
+    def fitted(self, coding: Coding) -> CodedMatrix:
+        """The same weights in the groups of `coding`, as far as that takes no rounding.
+
+        Groups of outputs may be split, and a single group along the inputs may be called longer.
+        """
+        matrix = self.ungrouped() if coding.group_outputs == 1 else self
+        width = coding.group_inputs
+        if matrix.scales.shape[1] == 1 and (not width or width >= self.shape[1]):
+            matrix = replace(matrix, coding=replace(matrix.coding, group_inputs=width))
+        return matrix
+
     def dequantize(self) -> Tensor:
         """The weights in fp32 [outputs, inputs]: the product of code and scale, rounded to fp32."""
         outputs, inputs = self.shape
@@ -152,7 +163,7 @@ def code_values(codes: str, values: Tensor) -> Tensor:
 def scale_values(scales: str, values: Tensor) -> Tensor:
     """Scales in fp32."""
     if scales == "e8m0":
-        return torch.ldexp(torch.ones(()), values.int() - 127)
+        return torch.ldexp(torch.ones(values.shape), values.int() - 127)
     return values.float()
 
 

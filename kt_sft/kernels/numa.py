@@ -160,7 +160,7 @@ class SplitWeights:
         def pack(part: int) -> None:
             begin, end = self.ranges[part]
             down = projection == "down_proj"
-            cut = matrix.columns(begin, end) if down else matrix.rows(slice(begin, end))
+            cut = matrix.columns(begin, end) if down else matrix[begin:end]
             self.parts[part].pack_codes(engine.nodes[self.nodes[part]], expert, projection, cut)
 
         engine.on_nodes(pack, self.nodes)

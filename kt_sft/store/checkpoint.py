@@ -52,9 +52,13 @@ class SafetensorsCheckpoint:
         """One tensor. Raises CheckpointError when it is not there."""
         return self._handle(key).get_tensor(key)
 
-    def get_index(self, key: str, index: int) -> Tensor:
-        """`tensor[index]` along the first dimension, reading that part only."""
-        return self._handle(key).get_slice(key)[index]
+    def dtype(self, key: str) -> str:
+        """The name of a tensor's dtype in safetensors, from the header only."""
+        return str(self._handle(key).get_slice(key).get_dtype())
+
+    def part(self, key: str, index: int | None) -> Tensor:
+        """The tensor, or `tensor[index]` along the first dimension, reading that part only."""
+        return self.get(key) if index is None else self._handle(key).get_slice(key)[index]
 
     def get_rows(self, key: str, block: int, rows: int) -> Tensor:
         """Rows `block * rows` to `(block + 1) * rows`, reading that part only."""

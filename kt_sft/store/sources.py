@@ -15,7 +15,8 @@ from torch import Tensor
 from kt_sft.errors import CheckpointError
 from kt_sft.experts.finding import FoundExperts, select_rows
 from kt_sft.families import Part, parameter
-from kt_sft.store.checkpoint import SafetensorsCheckpoint
+from kt_sft.kernels import CodedMatrix
+from kt_sft.store.published import PublishedCheckpoint
 
 # The numbers in a key; the last is the expert's.
 _NUMBER = re.compile(r"(?<=\.)(\d+)(?=\.)")
@@ -28,7 +29,7 @@ class ExpertSource(Protocol):
     def biased(self) -> frozenset[str]:
         """The projections that have biases."""
 
-    def read(self, expert: int, projection: str) -> Tensor:
+    def read(self, expert: int, projection: str) -> Tensor | CodedMatrix:
         """One expert's projection, [outputs, inputs]."""
 
     def bias(self, expert: int, projection: str) -> Tensor | None:
@@ -69,7 +70,7 @@ class CheckpointSource(_Biased):
 
     def __init__(
         self,
-        checkpoint: SafetensorsCheckpoint,
+        checkpoint: PublishedCheckpoint,
         found: FoundExperts,
         stacks: Mapping[str, Stack],
     ) -> None:
@@ -82,19 +83,21 @@ class CheckpointSource(_Biased):
         self._transposed = self._is_transposed()
         self._check()
 
-    def read(self, expert: int, projection: str) -> Tensor:
-        """One expert's projection, [outputs, inputs]."""
+    def read(self, expert: int, projection: str) -> Tensor | CodedMatrix:
+        """One expert's projection, [outputs, inputs], as it is stored."""
         part = self._found.kind.parts[projection]
         key, index, whole = self._place(part, expert)
-        if index is None:
-            matrix = self._checkpoint.get(key)
-        elif part.flat:
+        matrix: Tensor | CodedMatrix
+        if part.flat and index is not None:
             matrix = self._checkpoint.get_rows(key, index, self._flat_rows(key))
         else:
-            matrix = self._checkpoint.get_index(key, index)
+            matrix = self._checkpoint.get(key, index)
         if self._transposed[part.tensor]:
+            assert isinstance(matrix, Tensor)
             matrix = matrix.T
-        return matrix if whole else select_rows(part, matrix)
+        if whole:
+            return matrix
+        return select_rows(part, matrix)
 
     def bias(self, expert: int, projection: str) -> Tensor | None:
         """The bias [outputs] of one expert's projection, or None."""
@@ -102,9 +105,8 @@ class CheckpointSource(_Biased):
         if part is None:
             return None
         key, index, whole = self._place(part, expert)
-        vector = (
-            self._checkpoint.get(key) if index is None else self._checkpoint.get_index(key, index)
-        )
+        vector = self._checkpoint.get(key, index)
+        assert isinstance(vector, Tensor)
         return vector if whole else select_rows(part, vector)
 
     @property

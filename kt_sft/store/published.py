@@ -1,0 +1,354 @@
+"""The quantized formats of published checkpoints, recognized by the tensors that lie side by side.
+
+A quantized tensor appears under the name of the weight it stands for, "x.weight" or
+"x.gate_up_proj", and is read as a CodedMatrix: codes and scales as they were published.
+
+Sources: DeepSeek-V3's weights file description (fp8 in blocks), the compressed-tensors library
+(fp8, int8 and packed integers), gpt-oss (mxfp4), AutoGPTQ and AutoAWQ (int4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kt_sft.errors import CheckpointError
+from kt_sft.kernels import CodedMatrix, Coding
+from kt_sft.store.checkpoint import SafetensorsCheckpoint
+
+_SCALE_NAMES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+# The column that nibble i of an AWQ word holds, of its eight.
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+@dataclass(frozen=True)
+class PublishedFormat:
+    """One row: how the tensors of one weight are named and read.
+
+    companions: suffix -> whether it must be there; the weight's own suffix is the first. weight:
+    what takes the suffix's place in the name of the weight. shape and read get the checkpoint, the
+    stem and the expert within a tensor over all experts, or None.
+    """
+
+    name: str
+    companions: Mapping[str, bool]
+    weight: str
+    applies: Callable[[SafetensorsCheckpoint, str, Mapping[str, Any]], bool]
+    shape: Callable[[SafetensorsCheckpoint, str], tuple[int, ...]]
+    read: Callable[[SafetensorsCheckpoint, str, int | None, Mapping[str, Any]], CodedMatrix]
+
+
+def _unpack(words: Tensor, bits: int, dim: int) -> Tensor:
+    """int32 words to uint8 values along `dim`, the first in the lowest bits."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    last = words.movedim(dim, -1)
+    values = (last.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
+    return values.flatten(-2).to(torch.uint8).movedim(-1, dim)
+
+
+def _scale_name(tensor: Tensor, stem: str) -> str:
+    if tensor.dtype not in _SCALE_NAMES:
+        raise CheckpointError(f"{stem}: got scales in {tensor.dtype}, expected a float type")
+    return _SCALE_NAMES[tensor.dtype]
+
+
+def _grouped(
+    stem: str, codes: Tensor, scales: Tensor, kind: str, block: tuple[int, int]
+) -> CodedMatrix:
+    """Codes [outputs, inputs] whose scales' shape tells the groups: one, per output, or blocks."""
+    outputs, inputs = codes.shape
+    name = _scale_name(scales, stem)
+    if scales.numel() == 1:
+        scales = scales.reshape(1, 1).expand(outputs, 1)
+    rows, columns = scales.shape if scales.dim() == 2 else (scales.shape[0], 1)
+    scales = scales.reshape(rows, columns)
+    blocks = (-(-outputs // block[0]), -(-inputs // block[1]))
+    if (rows, columns) == (outputs, 1):
+        coding = Coding(kind, name, 1, 0)
+    elif (rows, columns) == blocks:
+        coding = Coding(kind, name, *block)
+    elif rows == outputs and inputs % columns == 0:
+        coding = Coding(kind, name, 1, inputs // columns)
+    else:
+        raise CheckpointError(
+            f"{stem}: got scales of shape {(rows, columns)} for weights {(outputs, inputs)}, "
+            f"expected (1,), {(outputs, 1)}, {blocks} in blocks of {block} or whole groups"
+        )
+    return CodedMatrix(coding, codes, scales)
+
+
+def _block(config: Mapping[str, Any]) -> tuple[int, int]:
+    found = config.get("weight_block_size") or (128, 128)
+    return int(found[0]), int(found[1])
+
+
+def _eight_bits(
+    suffix: str,
+) -> Callable[[SafetensorsCheckpoint, str, int | None, Mapping[str, Any]], CodedMatrix]:
+    """fp8 or int8 in `weight`, its scales under `suffix`."""
+
+    def read(
+        file: SafetensorsCheckpoint, stem: str, expert: int | None, config: Mapping[str, Any]
+    ) -> CodedMatrix:
+        weight, scales = file.part(f"{stem}.weight", expert), file.part(f"{stem}{suffix}", expert)
+        codes = weight.contiguous().view(torch.uint8)
+        if weight.dtype == torch.int8:
+            return _grouped(stem, codes ^ 0x80, scales, "uint8", _block(config))
+        return _grouped(stem, codes, scales, "e4m3", _block(config))
+
+    return read
+
+
+def _is_eight_bits(file: SafetensorsCheckpoint, stem: str, config: Mapping[str, Any]) -> bool:
+    return file.dtype(f"{stem}.weight") in ("F8_E4M3", "I8")
+
+
+def _read_packed(
+    file: SafetensorsCheckpoint, stem: str, expert: int | None, config: Mapping[str, Any]
+) -> CodedMatrix:
+    """compressed-tensors' packed integers; values and zero points have 2^(b-1) added."""
+    outputs, inputs = (int(n) for n in file.get(f"{stem}.weight_shape"))
+    words, scales = file.get(f"{stem}.weight_packed"), file.get(f"{stem}.weight_scale")
+    bits = 32 // -(-inputs // words.shape[1])
+    if bits not in (4, 8) or words.shape[0] != outputs:
+        raise CheckpointError(
+            f"{stem}: got {tuple(words.shape)} words for weights {(outputs, inputs)}, expected "
+            "4 or 8 bits a weight"
+        )
+    codes = _unpack(words, bits, 1)[:, :inputs]
+    groups = scales.reshape(outputs, -1)
+    if inputs % groups.shape[1]:
+        raise CheckpointError(f"{stem}: {groups.shape[1]} groups do not divide {inputs} inputs")
+    size = inputs // groups.shape[1]
+    zeros = None
+    if f"{stem}.weight_zero_point" in file:
+        zeros = _unpack(file.get(f"{stem}.weight_zero_point"), bits, 0)[:outputs]
+    coding = Coding(
+        f"uint{bits}",
+        _scale_name(scales, stem),
+        1,
+        size,
+        zeros is not None,
+    )
+    return CodedMatrix(coding, codes, groups, zeros)
+
+
+def _packed_shape(file: SafetensorsCheckpoint, stem: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in file.get(f"{stem}.weight_shape"))
+
+
+def _read_mxfp4(
+    file: SafetensorsCheckpoint, stem: str, expert: int | None, config: Mapping[str, Any]
+) -> CodedMatrix:
+    """[outputs, groups, 16] bytes, the even input of a pair in the low nibble."""
+    blocks, scales = file.part(f"{stem}_blocks", expert), file.part(f"{stem}_scales", expert)
+    codes = torch.stack((blocks & 15, blocks >> 4), -1).flatten(1)
+    return CodedMatrix(Coding("e2m1", "e8m0", 1, 32), codes, scales)
+
+
+def _mxfp4_shape(file: SafetensorsCheckpoint, stem: str) -> tuple[int, ...]:
+    experts, outputs, groups, half = file.shape(f"{stem}_blocks")
+    return experts, outputs, groups * half * 2
+
+
+def _four_bits_only(stem: str, config: Mapping[str, Any]) -> None:
+    bits = config.get("bits", config.get("w_bit", 4))
+    if bits != 4:
+        raise CheckpointError(f"{stem}: got {bits} bits a weight, expected 4")
+
+
+def _read_gptq(
+    file: SafetensorsCheckpoint, stem: str, expert: int | None, config: Mapping[str, Any]
+) -> CodedMatrix:
+    """qweight [inputs / 8, outputs], packed along inputs; version 1 stores zero points less 1."""
+    _four_bits_only(stem, config)
+    codes = _unpack(file.get(f"{stem}.qweight"), 4, 0).T
+    zeros = _unpack(file.get(f"{stem}.qzeros"), 4, 1).T
+    if config.get("checkpoint_format", "gptq") != "gptq_v2":
+        zeros = zeros + 1
+    scales = file.get(f"{stem}.scales").T
+    size = codes.shape[1] // scales.shape[1]
+    matrix = CodedMatrix(_int4_coding(stem, scales, size), codes, scales, zeros)
+    if f"{stem}.g_idx" not in file:
+        return matrix
+    group_of = file.get(f"{stem}.g_idx").long()
+    if torch.equal(group_of, torch.arange(codes.shape[1]) // size):
+        return matrix
+    # In order of activation size the inputs of a group lie apart: each input gets its own copy.
+    return CodedMatrix(
+        Coding("uint4", matrix.coding.scales, 1, 1, zeros=True),
+        codes,
+        scales[:, group_of],
+        zeros[:, group_of],
+    )
+
+
+def _int4_coding(stem: str, scales: Tensor, size: int) -> Coding:
+    return Coding("uint4", _scale_name(scales, stem), 1, size, zeros=True)
+
+
+def _gptq_shape(file: SafetensorsCheckpoint, stem: str) -> tuple[int, ...]:
+    words, outputs = file.shape(f"{stem}.qweight")
+    return outputs, words * 8
+
+
+def _read_awq(
+    file: SafetensorsCheckpoint, stem: str, expert: int | None, config: Mapping[str, Any]
+) -> CodedMatrix:
+    """qweight [inputs, outputs / 8], packed along the outputs in AWQ's order."""
+    _four_bits_only(stem, config)
+    place = torch.tensor(_AWQ_ORDER).argsort()
+
+    def ordered(words: Tensor) -> Tensor:
+        nibbles = _unpack(words, 4, 1)
+        return nibbles.view(words.shape[0], -1, 8)[..., place].flatten(1).T
+
+    codes, zeros = ordered(file.get(f"{stem}.qweight")), ordered(file.get(f"{stem}.qzeros"))
+    scales = file.get(f"{stem}.scales").T
+    size = codes.shape[1] // scales.shape[1]
+    return CodedMatrix(_int4_coding(stem, scales, size), codes, scales, zeros)
+
+
+def _awq_shape(file: SafetensorsCheckpoint, stem: str) -> tuple[int, ...]:
+    inputs, words = file.shape(f"{stem}.qweight")
+    return words * 8, inputs
+
+
+def _weight_shape(file: SafetensorsCheckpoint, stem: str) -> tuple[int, ...]:
+    return file.shape(f"{stem}.weight")
+
+
+def _always(file: SafetensorsCheckpoint, stem: str, config: Mapping[str, Any]) -> bool:
+    return True
+
+
+def _is_awq(file: SafetensorsCheckpoint, stem: str, config: Mapping[str, Any]) -> bool:
+    return config.get("quant_method") == "awq"
+
+
+_INT4_COMPANIONS = {".qweight": True, ".qzeros": True, ".scales": True, ".g_idx": False}
+
+FORMATS: tuple[PublishedFormat, ...] = (
+    PublishedFormat(
+        "fp8 in blocks",
+        {".weight": True, ".weight_scale_inv": True, ".input_scale": False},
+        ".weight",
+        _is_eight_bits,
+        _weight_shape,
+        _eight_bits(".weight_scale_inv"),
+    ),
+    PublishedFormat(
+        "fp8 or int8",
+        {".weight": True, ".weight_scale": True, ".input_scale": False},
+        ".weight",
+        _is_eight_bits,
+        _weight_shape,
+        _eight_bits(".weight_scale"),
+    ),
+    PublishedFormat(
+        "packed integers",
+        {
+            ".weight_packed": True,
+            ".weight_scale": True,
+            ".weight_shape": True,
+            ".weight_zero_point": False,
+        },
+        ".weight",
+        _always,
+        _packed_shape,
+        _read_packed,
+    ),
+    PublishedFormat(
+        "mxfp4", {"_blocks": True, "_scales": True}, "", _always, _mxfp4_shape, _read_mxfp4
+    ),
+    PublishedFormat("awq", _INT4_COMPANIONS, ".weight", _is_awq, _awq_shape, _read_awq),
+    PublishedFormat("gptq", _INT4_COMPANIONS, ".weight", _always, _gptq_shape, _read_gptq),
+)
+
+
+# Keys that belong to a quantized weight and are no parameters of a model.
+COMPANION_KEYS = (
+    r"(\.(weight_scale_inv|weight_scale|input_scale|weight_packed|weight_shape|weight_zero_point"
+    r"|qweight|qzeros|scales|g_idx)|_blocks|_scales)$"
+)
+
+
+class PublishedCheckpoint:
+    """A checkpoint by the names of its weights, whatever form each is stored in."""
+
+    def __init__(
+        self, file: SafetensorsCheckpoint, config: Mapping[str, Any] | None = None
+    ) -> None:
+        """`config`: the quantization_config of config.json. Raises CheckpointError."""
+        self._file, self._config = file, dict(config or {})
+        self._quantized: dict[str, tuple[PublishedFormat, str]] = {}
+        hidden: set[str] = set()
+        for key in file:
+            for known in FORMATS:
+                own = next(iter(known.companions))
+                stem = key.removesuffix(own)
+                if not key.endswith(own) or key in hidden:
+                    continue
+                needed = [f"{stem}{s}" for s, must in known.companions.items() if must]
+                if all(k in file for k in needed) and known.applies(file, stem, self._config):
+                    self._quantized[f"{stem}{known.weight}"] = (known, stem)
+                    hidden.update(f"{stem}{s}" for s in known.companions)
+                    break
+        self._plain = [key for key in file if key not in hidden]
+        for key in self._plain:
+            if file.dtype(key).startswith(("F8_", "F4")) and key.endswith("weight"):
+                raise CheckpointError(
+                    f"{key}: is {file.dtype(key)} without scales that kt_sft knows; formats are "
+                    f"{', '.join(f.name for f in FORMATS)}"
+                )
+        self.hidden_keys = frozenset(hidden)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._plain
+        yield from self._quantized
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._quantized or (key in self._file and key not in self.hidden_keys)
+
+    @property
+    def quantized(self) -> list[str]:
+        """The names of all weights that are stored in codes."""
+        return list(self._quantized)
+
+    def format_of(self, key: str) -> str:
+        """The name of the format that a weight is stored in, or its dtype."""
+        return self._quantized[key][0].name if key in self._quantized else self._file.dtype(key)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The shape of the weight, [..., outputs, inputs]."""
+        if key in self._quantized:
+            known, stem = self._quantized[key]
+            return known.shape(self._file, stem)
+        return self._file.shape(key)
+
+    def get(self, key: str, index: int | None = None) -> Tensor | CodedMatrix:
+        """A tensor, or one expert of it, as it is stored."""
+        if key in self._quantized:
+            known, stem = self._quantized[key]
+            return known.read(self._file, stem, index, self._config)
+        return self._file.part(key, index)
+
+    def get_rows(self, key: str, block: int, rows: int) -> Tensor:
+        """Rows `block * rows` to `(block + 1) * rows` of a plain tensor."""
+        return self._file.get_rows(key, block, rows)
+
+    def dequantized(self, key: str) -> Tensor:
+        """A whole weight in floats."""
+        found = self.get(key) if len(self.shape(key)) < 3 else None
+        if found is None:
+            parts = [self.get(key, i) for i in range(self.shape(key)[0])]
+            return torch.stack([p.dequantize() if isinstance(p, CodedMatrix) else p for p in parts])
+        return found.dequantize() if isinstance(found, CodedMatrix) else found

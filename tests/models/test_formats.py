@@ -1,0 +1,153 @@
+"""Published quantized checkpoints: read to the last bit, kept as they are, attention too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from quantized_checkpoints import QUANTIZED_FORMATS, load_checkpoint
+from safetensors.torch import save_file
+from tiny_configs import TINY_FAMILIES
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from kt_sft import HybridExpertsConfig
+from kt_sft.errors import CheckpointError
+from kt_sft.experts import hybrid_experts_of
+from kt_sft.store.checkpoint import SafetensorsCheckpoint
+from kt_sft.store.published import PublishedCheckpoint
+
+# Sizes that every format's groups divide; 192 ends in half a block of 128.
+_SIZES = {
+    "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+}  # fmt: skip
+_CHANGES = {
+    "qwen3_moe": {**_SIZES, "moe_intermediate_size": 192, "intermediate_size": 256},
+    "mixtral": {**_SIZES, "intermediate_size": 192},
+    "gpt_oss": {**_SIZES, "intermediate_size": 192},
+    "deepseek_v3": {
+        "hidden_size": 128,
+        "moe_intermediate_size": 192,
+        "intermediate_size": 256,
+        "q_lora_rank": 128,
+        "kv_lora_rank": 128,
+        "qk_rope_head_dim": 32,
+        "qk_nope_head_dim": 32,
+        "v_head_dim": 32,
+    },
+}  # fmt: skip
+_WIDTH = {
+    "qwen3_moe": "moe_intermediate_size", "deepseek_v3": "moe_intermediate_size",
+    "mixtral": "intermediate_size", "gpt_oss": "intermediate_size",
+}  # fmt: skip
+# Formats whose codes `weights: checkpoint` keeps, with the bytes of a weight that may cost.
+_KEPT = {
+    "fp8_block": 1.05, "fp8_block_bf16": 1.05, "fp8_channel": 1.05, "fp8_tensor": 1.05,
+    "int4_packed": 0.57, "int4_packed_128": 0.53, "int4_packed_asymmetric": 0.54, "int8": 1.05,
+    "int8_packed": 1.03, "mxfp4": 0.54, "gptq": 0.54, "gptq_v2": 0.54, "awq": 0.54,
+}  # fmt: skip
+
+
+def cases() -> list[tuple[str, str]]:
+    return [
+        (name, family) for name, known in QUANTIZED_FORMATS.items() for family in known.families
+    ]
+
+
+def make(name: str, family: str) -> nn.Module:
+    torch.manual_seed(0)
+    tiny = TINY_FAMILIES[family]
+    changes = _CHANGES[family]
+    if not name.startswith(("fp8", "mxfp4", "int8")) or name == "int8_packed":
+        changes = {**changes, _WIDTH[family]: 256}
+    config = AutoConfig.for_model(tiny.model_type, **{**tiny.config, **changes})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for path, p in model.named_parameters():
+            if p.dim() >= 2 and "embed" not in path:
+                p.normal_(0, p.shape[-1] ** -0.5)
+    return model
+
+
+def write(tmp_path: Path, name: str, family: str) -> Path:
+    make(name, family).save_pretrained(tmp_path / "plain")
+    QUANTIZED_FORMATS[name].write(tmp_path / "plain", tmp_path / name)
+    return tmp_path / name
+
+
+def opened(folder: Path) -> PublishedCheckpoint:
+    config = AutoConfig.from_pretrained(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    return PublishedCheckpoint(SafetensorsCheckpoint(files), config.quantization_config)
+
+
+def load(folder: Path, **settings) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=HybridExpertsConfig(**settings), dtype=torch.bfloat16
+    ).eval()
+
+
+@pytest.mark.parametrize(("name", "family"), cases())
+def test_read_to_the_last_bit(tmp_path: Path, name: str, family: str) -> None:
+    folder = write(tmp_path, name, family)
+    checkpoint, tensors = opened(folder), load_checkpoint(folder)
+    assert checkpoint.quantized
+    for key in checkpoint.quantized:
+        want = QUANTIZED_FORMATS[name].dequantize(tensors, key.removesuffix(".weight"))
+        assert tuple(want.shape) == checkpoint.shape(key)
+        assert torch.equal(checkpoint.dequantized(key), want), key
+
+
+@pytest.mark.parametrize(("name", "family"), cases())
+def test_weights_checkpoint_keeps_what_was_published(
+    tmp_path: Path, name: str, family: str
+) -> None:
+    folder = write(tmp_path, name, family)
+    if name not in _KEPT:
+        with pytest.raises(CheckpointError, match="in order of activations"):
+            load(folder, weights="checkpoint")
+        model = load(folder, weights="bf16")
+    else:
+        model = load(folder, weights="checkpoint")
+    checkpoint = opened(folder)
+    config = model.config
+    state = {k: checkpoint.dequantized(k) for k in checkpoint}
+    plain = tmp_path / "dense"
+    plain.mkdir()
+    del config.quantization_config
+    config.save_pretrained(plain)
+    if family == "gpt_oss":
+        for key in [k for k in state if k.endswith(("gate_up_proj", "down_proj"))]:
+            state[key] = state[key].transpose(1, 2)
+    save_file(
+        {k: v.to(torch.bfloat16).contiguous() for k, v in state.items()},
+        plain / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    dense = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.bfloat16).eval()
+    exact = AutoModelForCausalLM.from_pretrained(
+        plain, quantization_config=HybridExpertsConfig(weights="bf16"), dtype=torch.bfloat16
+    ).eval()
+    # Attention and all the rest, bit for bit.
+    mine = dict(model.named_parameters())
+    rest = [n for n, _ in dense.named_parameters() if ".experts." not in n]
+    assert len(rest) > 10
+    for path in rest:
+        assert torch.equal(mine[path], dense.get_parameter(path)), path
+    # Experts: what lies in the store is the bf16 value of what the reference makes of the codes.
+    ours, theirs = hybrid_experts_of(model), hybrid_experts_of(exact)
+    for path, module in ours.items():
+        if name in _KEPT:
+            layout = module.weights.layout
+            assert layout.nbytes / layout.weight_count < _KEPT[name] * 1.7
+        for p in module.shape.projections:
+            for e in (0, module.shape.experts - 1):
+                got, want = (m.weights.unpack(e, p) for m in (module, theirs[path]))
+                if module.weights.layout.weights == "int8":
+                    got = got.bfloat16().float()
+                assert torch.equal(got, want), (path, p)
+    ids = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        error = (model(ids).logits - exact(ids).logits).float().norm(dim=-1)
+        assert float(error.median()) < 0.03 * float(exact(ids).logits.float().norm(dim=-1).median())

@@ -17,8 +17,9 @@ namespace kt {
   FLAG(avx_vnni)                                                                                  \
   FLAG(avx512f)                                                                                   \
   FLAG(avx512bw)                                                                                  \
-  FLAG(avx512vl) FLAG(avx512dq) FLAG(avx512_vnni) FLAG(avx512_bf16) FLAG(amx_tile) FLAG(amx_int8) \
-      FLAG(amx_bf16) FLAG(amx_permission)
+  FLAG(avx512vl)                                                                                  \
+  FLAG(avx512dq) FLAG(avx512_vnni) FLAG(avx512_bf16) FLAG(amx_tile) FLAG(amx_int8) FLAG(amx_bf16) \
+      FLAG(amx_permission)
 
 struct CpuFeatures {
 #define KT_FLAG(name) bool name = false;

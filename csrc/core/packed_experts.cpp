@@ -463,9 +463,10 @@ void PackedExperts::unpack(int64_t expert, Projection projection, float* weight)
         std::memcpy(&half, tile + 2 * bf16_index(j, k % kBlock), 2);
         out = from_bits(static_cast<uint32_t>(half) << 16);
       } else if (layout_.is_int4()) {
-        const int c = (tile[int4_index(j, k % 32)] >> (high ? 4 : 0) & 15) - 8;
         const int m = multipliers(expert, projection, panel, k / kBlock, j / 16)[high][j % 16];
-        out = static_cast<float>(m * c) * scales[n];
+        const int c =
+            (tile[int4_index(j, k % 32)] >> (high ? 4 : 0) & 15) - (m & kInt4Raised ? 7 : 8);
+        out = static_cast<float>((m & 31) * c) * scales[n];
       } else {
         const int q = static_cast<int>(tile[int8_index(j, k % kBlock)]) - 128;
         out = static_cast<float>(q) * scales[n];

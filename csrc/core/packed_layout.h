@@ -11,9 +11,10 @@
 
 namespace kt {
 
-// int4 is in two levels: a weight is scale[n] * m(n, group) * c, m in 1..16 and c in -8..7, so that
-// m * c is an int8 weight and both directions need only the scale of the output channel. Coded
-// formats keep what a checkpoint published: codes, and scales over groups of outputs and inputs.
+// int4 is in two levels: a weight is scale[n] * m(n, group) * c, m in 1..16 and c in -8..7 or
+// -7..8, so that m * c is an int8 weight and both directions need only the scale of the output
+// channel. Coded formats keep what a checkpoint published: codes, and scales over groups of outputs
+// and inputs.
 enum class WeightFormat : int { kInt8 = 0, kBf16, kInt4Group32, kInt4Group128, kCoded };
 enum class Projection : int { kGate = 0, kUp = 1, kDown = 2 };
 constexpr int kProjectionCount = 3;

@@ -7,8 +7,9 @@
 //
 // Stored weights. A super tile is 32 outputs n by 64 inputs k:
 //   int8: [2 halves][16 k4][16 n][4 kk] bytes q + 128                          (2048 bytes)
-//   int4: [2 halves][8 k4][16 n][4 kk] bytes, low nibble c + 8 of k4, high nibble that of k4 + 8,
-//         with one multiplier m in 1..16 per output and group of k: q = m * c   (1024 bytes)
+//   int4: [2 halves][8 k4][16 n][4 kk] bytes, low nibble of k4, high nibble that of k4 + 8, with
+//         one multiplier m in 1..16 per output and group of k: q = m * c, c = nibble - 8, or
+//         nibble - 7 where the multiplier is marked kInt4Raised                 (1024 bytes)
 //   bf16: [32 k2][32 n][2 kk]                                                   (4096 bytes)
 //   coded, 8 bits: [32 k2][32 n][2 kk], a code each                             (2048 bytes)
 //   coded, 4 bits: [16 k2][32 n][2 kk], low nibble k2, high nibble k2 + 16      (1024 bytes)
@@ -31,6 +32,7 @@ constexpr int64_t kTileBytesInt4 = 1024;    // one stored super tile, int4
 constexpr int64_t kTileBytesBf16 = 4096;    // one stored super tile, bf16
 constexpr int64_t kTileBytesCode8 = 2048;   // one stored super tile of 8-bit codes
 constexpr int64_t kTileBytesCode4 = 1024;   // one stored super tile of 4-bit codes
+constexpr uint8_t kInt4Raised = 0x80;       // with a multiplier: levels are -7..8, not -8..7
 constexpr int kMaxDotRows = 32;             // the tallest tile of any ISA: two AMX tiles
 constexpr float kExactLevels = 32639.0f;    // 127 * 256 + 127: the largest |256 * hi + lo|
 constexpr int64_t kMaxContraction = 65536;  // longest row of a product: int32 sums stay exact
@@ -146,7 +148,7 @@ struct GateBackward {
 // pack_float_row       x * fold in the float panel's type. fold null means 1 in both.
 // absmax_row   the largest |x|; NaN or Inf when there is one in the row.
 // quantize_weight_row  scale = absmax / 127, out = rint(w / scale) + 128.
-// quantize_int4_row    groups of `group` weights: w = scale * m * c as above; c as bytes 0..15.
+// quantize_int4_row    groups of `group` weights: w = scale * m * c as above; nibbles as bytes.
 // gate_forward, gate_backward   see Gate; d_gate = weight * dh * (up + offset) * act'(gate) and
 //              d_up = weight * dh * act(gate), zero where the clamp holds.
 // add_row      y[m][j] += bias[j], j < 32.

@@ -425,25 +425,26 @@ inline VecF rounded_product(VecF a, VecF b) {
   return product;
 }
 
-// w / step rounded to -8..7. Adding 1.5 * 2^23 leaves no fraction bits.
-inline VecF int4_levels(VecF w, VecF inverse) {
+// w / step rounded to the 16 levels from `lowest`, -8 or -7. Adding 1.5 * 2^23 leaves no fraction
+// bits.
+inline VecF int4_levels(VecF w, VecF inverse, float lowest) {
   const VecF magic = splat(0x1.8p23f);
   const VecF c = rounded_product(w, inverse) + magic - magic;
-  const VecF low = splat(-8.0f), high = splat(7.0f);
+  const VecF low = splat(lowest), high = splat(lowest + 15.0f);
   const VecF above = c < low ? low : c;
   return above > high ? high : above;
 }
 
 // The squared error of n weights (a multiple of 32) with that step. In the same order and rounding
 // on every ISA, so that all of them choose the same multipliers.
-inline float int4_error(int64_t n, const float* w, float step) {
+inline float int4_error(int64_t n, const float* w, float step, float lowest) {
   constexpr int kSums = 16;
   const VecF inverse = splat(step > 0.0f ? 1.0f / step : 0.0f);
   VecF error[kSums / kLanes] = {};
   for (int64_t i = 0; i < n; i += kSums)
     for (int v = 0; v < kSums / kLanes; ++v) {
       const VecF part = load(w + i + v * kLanes);
-      const VecF off = part - rounded_product(int4_levels(part, inverse), splat(step));
+      const VecF off = part - rounded_product(int4_levels(part, inverse, lowest), splat(step));
       error[v] += rounded_product(off, off);
     }
   return pairwise_sum<kSums>(reinterpret_cast<const float*>(error));
@@ -451,44 +452,49 @@ inline float int4_error(int64_t n, const float* w, float step) {
 
 void quantize_int4_row(int64_t n, int64_t group, const float* w, uint8_t* out, uint8_t* multiplier,
                        float* scale) {
-  // 16 steps of the channel's scale make the largest group's step: its absmax spans 7.5 levels.
-  const float base = absmax_row(n, w) / (7.5f * 16.0f);
+  // 16 steps of the channel's scale make the largest group's step: its absmax is 8 levels.
+  const float base = absmax_row(n, w) / (8.0f * 16.0f);
   *scale = base > 0x1p-100f ? base : 0.0f;
   for (int64_t start = 0, g = 0; start < n; start += group, ++g) {
     const int64_t count = n - start < group ? n - start : group;
     const float* part = w + start;
     const float ideal = *scale > 0.0f ? absmax_row(count, part) / 7.5f / *scale : 1.0f;
-    // The best of the multiplier that covers the largest weight and three that clip it.
+    // The best of the multiplier that covers the largest weight and some that clip it, with the
+    // odd level on either side.
     int best = 1;
-    float best_error = __builtin_inff();
+    float lowest = -8.0f, best_error = __builtin_inff();
     const int top = ideal < 15.0f ? static_cast<int>(ideal) + 1 : 16;
-    for (int m = top > 3 ? top - 3 : 1; m <= top; ++m) {
-      const float error = int4_error(count, part, *scale * static_cast<float>(m));
-      if (error < best_error) {
-        best = m;
-        best_error = error;
+    for (int m = top > 4 ? top - 4 : 1; m <= top; ++m)
+      for (float from = -8.0f; from <= -7.0f; from += 1.0f) {
+        if (from == -7.0f && m == 16) continue;  // 8 * 16 is beyond int8
+        const float error = int4_error(count, part, *scale * static_cast<float>(m), from);
+        if (error < best_error) {
+          best = m;
+          lowest = from;
+          best_error = error;
+        }
       }
-    }
-    multiplier[g] = static_cast<uint8_t>(best);
+    multiplier[g] = static_cast<uint8_t>(best | (lowest == -7.0f ? kInt4Raised : 0));
     const float step = *scale * static_cast<float>(best);
     const VecF inverse = splat(step > 0.0f ? 1.0f / step : 0.0f);
     for (int64_t i = 0; i < count; i += kLanes) {
-      const VecF c = int4_levels(load(part + i), inverse) + splat(8.0f);
+      const VecF c = int4_levels(load(part + i), inverse, lowest) - splat(lowest);
       for (int v = 0; v < kLanes; ++v) out[start + i + v] = static_cast<uint8_t>(c[v]);
     }
   }
 }
 
-// m * c + 128 = m * (c + 8) + (128 - 8 * m). Two bytes multiply at once in 16 bits, since
-// 16 * 15 = 240 does not carry into the upper byte.
+// m * c + 128 = m * nibble + (128 - 8 * m), or 7 * m where the levels are raised. Two bytes
+// multiply at once in 16 bits, since 16 * 15 = 240 does not carry into the upper byte.
 void unpack_int4(const uint8_t* nibbles, const uint8_t* const multiplier[2], uint8_t* tile) {
   typedef uint8_t Multipliers __attribute__((vector_size(kLanes), aligned(1), may_alias));
   for (int v = 0; v < 64 / KT_VEC_BYTES; ++v) {
     VecU scale[2], offset[2];
     for (int g = 0; g < 2; ++g) {
-      const VecU m = __builtin_convertvector(
+      const VecU stored = __builtin_convertvector(
           *reinterpret_cast<const Multipliers*>(multiplier[g] + v * kLanes), VecU);
-      const VecU byte = 128 - 8 * m;
+      const VecU m = stored & 31;
+      const VecU byte = 128 - (8 - (stored >> 7)) * m;
       const VecU two = byte | byte << 8;
       scale[g] = m | m << 16;
       offset[g] = two | two << 16;

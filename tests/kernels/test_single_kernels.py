@@ -220,12 +220,14 @@ def test_unpack_int4(isa: str) -> None:
     c = RNG.integers(0, 16, (2, 8, 16, 4), dtype=np.uint8)  # group, k4, n, kk
     m = RNG.integers(1, 17, (2, 16), dtype=np.uint8)
     m[0, 0], m[1, 1], c[0, 0, 0, 0], c[0, 0, 0, 1] = 16, 1, 0, 15
+    m[1, 3:9] = (m[1, 3:9] % 15 + 1) | 0x80  # levels -7..8
     nibbles = Guarded.of(c[0] | c[1] << 4, offset=4)
     multipliers = [Guarded.of(m[g], offset=1) for g in range(2)]
     tile = Guarded(1024, np.uint8)
     pointers = addresses(multipliers)
     single.unpack_int4(isa, nibbles.address, pointers.ctypes.data, tile.address)
-    want = m[:, None, :, None].astype(int) * (c.astype(int) - 8) + 128
+    lowest = np.where(m & 0x80, 7, 8)[:, None, :, None]
+    want = (m & 31)[:, None, :, None].astype(int) * (c.astype(int) - lowest) + 128
     assert np.array_equal(tile.array.reshape(2, 8, 16, 4), want)
     tile.assert_intact()
 
@@ -266,10 +268,12 @@ def test_quantize_int4_row(isa: str, group: int) -> None:
         single.quantize_int4_row(
             isa, 320, group, row.address, out.address, multiplier.address, scale.address
         )
-        m = multiplier.array.astype(int)
-        assert (m >= 1).all() and (m <= 16).all() and (out.array <= 15).all()
+        raised, m = multiplier.array >> 7, multiplier.array.astype(int) & 31
+        assert (m >= 1).all() and (m + raised <= 16).all() and (out.array <= 15).all()
         step = scale.array[0] * np.repeat(m, group)[:320]
-        got = step * (out.array.astype(int) - 8)
+        got = step * (out.array.astype(int) - 8 + np.repeat(raised, group)[:320])
+        if factor and group == 32:
+            assert raised.any()
         # The seven times larger weights spoil the rest of their group of 128.
         bound = 0.15 if group == 32 else 0.25
         assert np.linalg.norm(got - w) <= bound * np.linalg.norm(w)

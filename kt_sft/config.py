@@ -16,6 +16,7 @@ _CHOICES = {
     "weights": ("int8", "bf16", "int4", "int4_g128", "int4_g32", "checkpoint"),
     "compute": ("exact", "int8"),
     "numa": ("auto", "off"),
+    "resident": ("auto", True, False),
 }
 
 
@@ -35,6 +36,11 @@ class HybridExpertsSettings:
         variable KT_SFT_ISA overrides it.
     numa: auto (where there are several memory nodes, each holds and computes its part of the
         intermediate channels) or off.
+    store: where the packed experts are kept as a file that later starts and other processes map:
+        a folder, auto (KT_SFT_STORE, or kt_sft/stores in the user's cache folder), or memory (no
+        file; each process packs its own).
+    resident: true copies the experts into memory of this process, in huge pages, and false
+        computes on the mapped file. auto copies where memory nodes share the work and it fits.
     """
 
     weights: str = "int8"
@@ -43,6 +49,8 @@ class HybridExpertsSettings:
     threads: int | str = "auto"
     isa: str = "auto"
     numa: str = "auto"
+    store: str = "auto"
+    resident: str | bool = "auto"
 
     def __post_init__(self) -> None:
         problems = list(_problems(asdict(self)))
@@ -74,11 +82,13 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
     found = []
     for name, choices in _CHOICES.items():
         value = values[name]
-        if value in choices:
+        # 1 equals True but is not what the setting offers.
+        if any(value == c and type(value) is type(c) for c in choices):
             continue
-        near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(str(value), map(str, choices), n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else ""
-        found.append(f"{name}: got {value!r}, expected {' or '.join(choices)}{hint}")
+        offered = " or ".join(str(c).lower() if isinstance(c, bool) else c for c in choices)
+        found.append(f"{name}: got {value!r}, expected {offered}{hint}")
     if values["weights"] == "bf16" and values["compute"] == "int8":
         found.append(
             "compute: int8 needs int8 or int4 weights, got weights: bf16; "
@@ -90,6 +100,8 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
     is_count = isinstance(threads, int) and not isinstance(threads, bool) and threads >= 1
     if threads != "auto" and not is_count:
         found.append(f"threads: got {threads!r}, expected auto or a positive integer")
+    if not isinstance(values["store"], str) or not values["store"]:
+        found.append(f"store: got {values['store']!r}, expected auto, memory or a folder")
     if not isinstance(values["isa"], str):
         found.append(f"isa: got {values['isa']!r}, expected auto or a name of `kt-sft doctor`")
         return found

@@ -17,6 +17,10 @@ class CheckpointError(KtSftError, ValueError):
     """A base checkpoint lacks tensors, has wrong shapes or dtypes, or is malformed."""
 
 
+class StoreError(KtSftError, ValueError):
+    """A file of packed experts is damaged, or cannot be written; names it and what to do."""
+
+
 class AdapterMismatchError(KtSftError, ValueError):
     """An adapter does not fit the base model it is loaded on; lists the differences."""
 

@@ -17,6 +17,22 @@ def host_memory_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def available_memory_bytes(
+    *, meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")
+) -> int:
+    """Memory that can still be taken without swapping, within the container's limit; bytes."""
+    free = 0
+    for line in meminfo.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    try:
+        limit = (cgroup / "memory.max").read_text().strip()
+        used = int((cgroup / "memory.current").read_text())
+    except (OSError, ValueError):
+        return free
+    return free if limit == "max" else max(0, min(free, int(limit) - used))
+
+
 def anonymous_memory_bytes() -> int:
     """Resident memory that is not a view of a file, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():

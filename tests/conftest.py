@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -12,6 +13,10 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.pop("KT_SFT_DISABLE", None)
 
 import torch
+
+# Stores of test models go with the test run; the child processes of a test share them.
+_STORES = tempfile.TemporaryDirectory(prefix="kt-sft-stores-")
+os.environ["KT_SFT_STORE"] = _STORES.name
 
 # The references are many small operations; threads would only wait for each other.
 torch.set_num_threads(1)

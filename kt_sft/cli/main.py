@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kt_sft.cli.bench import add_bench, run_bench
+from kt_sft.cli.pack import add_pack, run_errors, run_pack
 from kt_sft.errors import KtSftError
 
 _RECIPE_COMMANDS = {
@@ -37,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "overrides", nargs="*", metavar="key=value", help="override settings of the recipe"
         )
+    add_pack(commands)
     add_bench(commands)
     text = "show what this machine offers: instruction sets, threads, memory, versions"
     commands.add_parser("doctor", help=text, description=text.capitalize() + ".")
@@ -91,6 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             _run_llamafactory(arguments.command, arguments.recipe, arguments.overrides)
         elif arguments.command == "bench":
             run_bench(arguments)
+        elif arguments.command == "pack":
+            run_pack(arguments)
+        elif arguments.command == "errors":
+            run_errors(arguments)
         else:
             _doctor()
     except (KtSftError, FileNotFoundError) as error:

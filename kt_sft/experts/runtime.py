@@ -18,7 +18,9 @@ class ExpertsRuntime:
         self.settings = settings
         threads = available_threads() if settings.threads == "auto" else int(settings.threads)
         isa = requested_isa(settings.isa)
-        nodes = numa_nodes() if settings.numa == "auto" else []
+        # A mapped file lies where the system put it: nodes share the work on copies only.
+        may_copy = settings.resident is not False
+        nodes = numa_nodes() if settings.numa == "auto" and may_copy else []
         # Several ranks on a machine have few threads each, and the system places them.
         split = 1 < len(nodes) <= threads and int(os.environ.get("LOCAL_WORLD_SIZE") or 1) == 1
         self.engine: Any = NodeEngines(nodes, threads, isa) if split else Engine(threads, isa)

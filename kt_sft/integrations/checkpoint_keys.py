@@ -24,7 +24,10 @@ from transformers.core_model_loading import (
 
 from kt_sft.errors import CheckpointError, UnsupportedModelError
 from kt_sft.experts.finding import FoundExperts, find_experts
-from kt_sft.store.sources import Stack
+from kt_sft.store.checkpoint import SafetensorsCheckpoint, checkpoint_files
+from kt_sft.store.placing import CheckpointExperts
+from kt_sft.store.published import PublishedCheckpoint
+from kt_sft.store.sources import CheckpointSource, Stack
 
 # The conversions that gather experts. Transpose is settled by shapes, which must be known anyway.
 _GATHERING = {"MergeModulelist", "Concatenate", "Transpose", "_IdentityOp"}
@@ -38,6 +41,7 @@ class BaseModel:
 
     keys: ModelKeys
     layers: list[FoundExperts]
+    published: dict[str, Any]  # its quantization_config
 
     @classmethod
     def of(cls, folder: str | Path) -> BaseModel:
@@ -50,11 +54,30 @@ class BaseModel:
                 f"{folder}: config.json names the architecture {names[0]!r}, which the installed "
                 f"transformers {transformers.__version__} does not have; upgrade it"
             )
-        if hasattr(config, "quantization_config"):
+        published = getattr(config, "quantization_config", None) or {}
+        if published:
             del config.quantization_config
         with torch.device("meta"):
             model = model_class._from_config(config)
-        return cls(ModelKeys(model), find_experts(model))
+        return cls(ModelKeys(model), find_experts(model), dict(published))
+
+
+def checkpoint_experts(folder: str | Path) -> CheckpointExperts:
+    """The experts of a checkpoint's folder. Raises CheckpointError, UnsupportedModelError."""
+    if not (Path(folder) / "config.json").is_file():
+        raise CheckpointError(f"{folder}: no config.json there; give the folder of a checkpoint")
+    base, files = BaseModel.of(folder), checkpoint_files(folder)
+
+    def sources() -> dict[str, CheckpointSource]:
+        checkpoint = PublishedCheckpoint(SafetensorsCheckpoint(files), base.published)
+        stacks = base.keys.stacks(checkpoint)
+        return {
+            layer.hybrid_path: CheckpointSource(checkpoint, layer, stacks) for layer in base.layers
+        }
+
+    return CheckpointExperts(
+        Path(folder).resolve().name, list(map(str, files)), base.layers, sources
+    )
 
 
 class ModelKeys:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ from kt_sft.families import attribute
 from kt_sft.integrations.checkpoint_keys import ModelKeys
 from kt_sft.kernels import PROJECTIONS
 from kt_sft.store.checkpoint import SafetensorsCheckpoint
-from kt_sft.store.packing import pack_all, pack_layer
+from kt_sft.store.packing import new_layer
+from kt_sft.store.placing import CheckpointExperts, place_experts
 from kt_sft.store.published import COMPANION_KEYS, PublishedCheckpoint
 from kt_sft.store.sources import CheckpointSource, ModuleSource, Stack
 
@@ -191,16 +193,14 @@ class HybridExpertsQuantizer(HfQuantizer):
             parameter = model.get_parameter_or_buffer(name)
             with torch.no_grad():
                 parameter.copy_(checkpoint.dequantized(key))
-        modules = hybrid_experts_of(model)
-        pack_all(
-            {
-                layer.hybrid_path: (
-                    modules[layer.hybrid_path],
-                    CheckpointSource(checkpoint, layer, self._stacks),
-                )
-                for layer in self._layers
-            }
+        layers, stacks = self._layers, self._stacks
+        experts = CheckpointExperts(
+            Path(self._files[0]).parent.name,
+            self._files,
+            layers,
+            lambda: {la.hybrid_path: CheckpointSource(checkpoint, la, stacks) for la in layers},
         )
+        place_experts(hybrid_experts_of(model), experts)
         self._layers, self._stacks, self._checkpoint = [], {}, None
         return model
 
@@ -259,7 +259,7 @@ def hybridize(model: Any, config: HybridExpertsConfig | HybridExpertsSettings | 
     sources = {layer.hybrid_path: ModuleSource(layer) for layer in layers}
     swapped = _swap_experts(base, layers, ExpertsRuntime(settings))
     for path, (hybrid, _) in swapped.items():
-        hybrid.weights = pack_layer(hybrid, sources[path])
+        hybrid.weights = new_layer(hybrid, sources[path])
         # The stock weights go layer by layer, so that the peak is one copy and one layer.
         sources[path].release()
     if base is not model:

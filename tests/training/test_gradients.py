@@ -285,7 +285,7 @@ def test_engine_refuses_what_it_cannot_read() -> None:
             )
     with pytest.raises(ValueError, match="compute: got 'fast', expected one of bf16, exact, int8"):
         engine.forward(weights, hidden, index, weight, compute="fast", gate=Gate())
-    with pytest.raises(ValueError, match="bf16 goes with bf16 weights"):
+    with pytest.raises(ValueError, match="bf16 goes with bf16 and coded weights"):
         engine.forward(weights, hidden, index, weight, compute="bf16", gate=Gate())
     with pytest.raises(ValueError, match="these experts have a gate projection"):
         engine.forward(weights, hidden, index, weight, compute="exact", gate=Gate(gated=False))

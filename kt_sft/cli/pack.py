@@ -1,0 +1,128 @@
+"""`kt-sft pack` and `kt-sft errors`: stores ahead of time, and the error of each format."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from kt_sft.cpu_budget import available_threads
+from kt_sft.errors import CheckpointError, SettingsError
+from kt_sft.kernels import CodedMatrix, Engine, ExpertWeights, requested_isa
+from kt_sft.kernels.formats import OWN_FORMATS
+from kt_sft.store.library import default_folder
+from kt_sft.store.packed_file import PackedFile
+from kt_sft.store.packing import layout_of, pack_one
+from kt_sft.store.sources import ExpertSource
+
+FORMATS = ("int8", "int4", "int4_g32", "int4_g128", "bf16", "checkpoint")
+_MEASURED = (*OWN_FORMATS, "checkpoint")
+
+
+def add_pack(commands: Any) -> None:
+    """Adds both commands to the parser of `kt-sft`."""
+    text = "pack a checkpoint's experts ahead of time, or check and describe packed ones"
+    pack = commands.add_parser("pack", help=text, description=text.capitalize() + ".")
+    pack.add_argument("model", nargs="?", help="folder of a checkpoint")
+    pack.add_argument("--weights", choices=FORMATS, default="int8", help="format (default int8)")
+    pack.add_argument("--out", type=Path, help="folder of the stores (default: the user's cache)")
+    pack.add_argument("--threads", type=int, help="CPU threads (default: all that are allowed)")
+    pack.add_argument("--verify", type=Path, metavar="STORE", help="read a store and check it")
+    pack.add_argument("--info", type=Path, metavar="STORE", help="describe a store")
+    text = "print the relative error that each format makes on a checkpoint's experts, by layer"
+    errors = commands.add_parser("errors", help=text, description=text.capitalize() + ".")
+    errors.add_argument("model", help="folder of a checkpoint")
+    errors.add_argument("--experts", type=int, default=2, help="experts of each layer (default 2)")
+
+
+def run_pack(arguments: argparse.Namespace) -> None:
+    """Runs `kt-sft pack`. Raises KtSftError."""
+    chosen = [a for a in (arguments.model, arguments.verify, arguments.info) if a is not None]
+    if len(chosen) != 1:
+        raise SettingsError("pack: give the folder of a model, or --verify STORE, or --info STORE")
+    threads = arguments.threads or available_threads()
+    if arguments.info is not None:
+        packed = PackedFile(arguments.info, verify=False)
+        sys.stdout.writelines(f"{line}\n" for line in _describe(packed))
+    elif arguments.verify is not None:
+        packed = PackedFile(arguments.verify, verify=False)
+        with tqdm(total=packed.nbytes, desc="Verifying", unit="B", unit_scale=True) as bar:
+            packed.verify(threads, bar.update)
+        sys.stdout.write(f"{packed.path}: {packed.nbytes / 1e9:.3f} GB are as they were written\n")
+    else:
+        from kt_sft.integrations.checkpoint_keys import checkpoint_experts
+        from kt_sft.store.placing import store_of
+
+        packed, there = store_of(
+            checkpoint_experts(arguments.model),
+            arguments.weights,
+            arguments.out or default_folder(),
+            Engine(threads, requested_isa("auto")),
+        )
+        what = "was there already" if there else "is packed"
+        sys.stdout.write(f"{packed.path}: {packed.nbytes / 1e9:.3f} GB, {what}\n")
+        if arguments.out is not None:
+            sys.stdout.write(f"Use it with `store: {arguments.out}` in the kt_sft section.\n")
+
+
+def _describe(packed: PackedFile) -> Iterator[str]:
+    weights = sum(layer.layout.weight_count for layer in packed.layers)
+    yield f"{packed.path}: {packed.nbytes / 1e9:.3f} GB, {len(packed.layers)} layers"
+    yield f"{packed.nbytes / weights:.4f} bytes a weight, {weights / 1e9:.3f} G weights"
+    for file in packed.identity.get("files", []):
+        yield f"from {file.get('name')}: {file.get('size')} bytes, digest {file.get('digest')}"
+    for layer in packed.layers:
+        layout = layer.layout
+        yield (
+            f"{layer.path}: {layout.experts} experts of {layout.hidden} x {layout.intermediate}, "
+            f"{layout.coding or layout.weights}"
+            + (f", biases of {', '.join(sorted(layout.biased))}" if layout.biased else "")
+        )
+
+
+def run_errors(arguments: argparse.Namespace) -> None:
+    """Runs `kt-sft errors`. Raises KtSftError."""
+    from kt_sft.integrations.checkpoint_keys import checkpoint_experts
+
+    if arguments.experts < 1:
+        raise SettingsError(f"--experts: got {arguments.experts}, expected at least 1")
+    found = checkpoint_experts(arguments.model)
+    sources = found.sources()
+    engine = Engine(available_threads(), requested_isa("auto"))
+    write = sys.stdout.write
+    write("relative Frobenius error of the weights, in percent\n")
+    write("| layer | " + " | ".join(_MEASURED) + " |\n|---|" + "---|" * len(_MEASURED) + "\n")
+    for layer in found.layers:
+        source = sources[layer.hybrid_path]
+        experts = range(min(arguments.experts, layer.shape.experts))
+        cells = [_error(engine, layer.shape, source, experts, name) for name in _MEASURED]
+        write(f"| {layer.hybrid_path} | " + " | ".join(cells) + " |\n")
+
+
+def _error(
+    engine: Engine, shape: Any, source: ExpertSource, experts: Iterable[int], weights: str
+) -> str:
+    try:
+        layout = layout_of(shape, source, weights)
+    except CheckpointError:
+        return "-"
+    packed = ExpertWeights(layout)
+    wrong = total = 0.0
+    for expert in experts:
+        for projection in layout.projections:
+            matrix = source.read(expert, projection)
+            pack_one(engine, packed, expert, projection, matrix)
+            exact = _floats(matrix)
+            wrong += float((packed.unpack(expert, projection) - exact).square().sum())
+            total += float(exact.square().sum())
+    return f"{100 * (wrong / total) ** 0.5:.3f}" if total else "0"
+
+
+def _floats(matrix: Tensor | CodedMatrix) -> Tensor:
+    return matrix.dequantize() if isinstance(matrix, CodedMatrix) else matrix.to(torch.float32)

@@ -1,0 +1,138 @@
+"""Giving a model's hybrid experts their weights, from a store that is built if it is missing."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kt_sft.errors import StoreError
+from kt_sft.experts import HybridExperts
+from kt_sft.experts.finding import FoundExperts
+from kt_sft.host import available_memory_bytes
+from kt_sft.kernels import Engine, NodeEngines
+from kt_sft.store.identity import checkpoint_identity
+from kt_sft.store.library import StoreLibrary, default_folder
+from kt_sft.store.packed_file import PackedFile, StoredLayer
+from kt_sft.store.packing import layout_of, pack_in_memory, report, write_layers
+from kt_sft.store.sources import ExpertSource
+
+logger = logging.getLogger(__name__)
+
+# Part of the free memory that copies of the experts may take.
+_FITS = 0.8
+
+
+@dataclass(frozen=True)
+class CheckpointExperts:
+    """The routed experts of a checkpoint: its files, the layers, and a way to read them.
+
+    sources: made when the experts are read, which is only where no store of them exists.
+    """
+
+    model: str
+    files: list[str]
+    layers: list[FoundExperts]
+    sources: Callable[[], Mapping[str, ExpertSource]]
+
+    def identity(self, notes: Path, threads: int) -> dict[str, Any]:
+        """All that decides what a store of these experts holds. Raises CheckpointError."""
+        return {
+            "files": checkpoint_identity(self.files, notes, threads),
+            "layers": [
+                [
+                    layer.hybrid_path,
+                    layer.shape.experts,
+                    layer.shape.hidden,
+                    layer.shape.intermediate,
+                    *(
+                        [projection, part.tensor, part.rows, part.transposed, part.flat]
+                        for parts in (layer.kind.parts, layer.kind.biases)
+                        for projection, part in parts.items()
+                    ),
+                ]
+                for layer in self.layers
+            ],
+        }
+
+
+def store_of(
+    experts: CheckpointExperts, weights: str, folder: str | Path, engine: Engine
+) -> tuple[PackedFile, bool]:
+    """The store of a checkpoint in a format, and whether it was there already.
+
+    Raises StoreError and CheckpointError.
+    """
+    library = StoreLibrary(folder)
+    identity = experts.identity(library.folder / "digests", engine.threads)
+    path = library.path(experts.model, weights, identity)
+    there = path.exists()
+    read: dict[str, ExpertSource] = {}
+
+    planned: list[StoredLayer] = []
+
+    def plan() -> list[StoredLayer]:
+        read.update(experts.sources())
+        for layer in experts.layers:
+            layout = layout_of(layer.shape, read[layer.hybrid_path], weights)
+            planned.append(StoredLayer(layer.hybrid_path, layout))
+        return planned
+
+    found = library.get(
+        path,
+        identity,
+        plan,
+        lambda writer: write_layers(engine, writer, planned, read),
+        engine.threads,
+    )
+    return found, there
+
+
+def place_experts(modules: Mapping[str, HybridExperts], experts: CheckpointExperts) -> None:
+    """Gives every module its weights, as its settings ask for. Raises StoreError, CheckpointError.
+
+    With `store: auto`, a folder that cannot be used is warned of, and the experts are packed in
+    this process's memory.
+    """
+    start = time.perf_counter()
+    runtime = next(iter(modules.values())).runtime
+    settings, engine = runtime.settings, runtime.engine
+    if settings.store != "memory":
+        folder = default_folder() if settings.store == "auto" else Path(settings.store)
+        packer = engine.nodes[0] if isinstance(engine, NodeEngines) else engine
+        try:
+            packed, there = store_of(experts, settings.weights, folder, packer)
+        except StoreError as error:
+            if settings.store != "auto" or not isinstance(error.__cause__, OSError):
+                raise
+            logger.warning("%s. Packing in memory for now", error)
+        else:
+            resident = _copy(settings.resident, packed, engine)
+            for path, module in modules.items():
+                mapped = packed.weights(path)
+                module.weights = mapped
+                if resident:
+                    module.weights = engine.new_weights(mapped.layout)
+                    module.weights.take_channels(engine, mapped, 0)
+            how = "mapped" if there else "packed and mapped"
+            report(modules, f"{how} {packed.path}:", start)
+            return
+    sources = experts.sources()
+    pack_in_memory({path: (module, sources[path]) for path, module in modules.items()})
+
+
+def _copy(resident: str | bool, packed: PackedFile, engine: Any) -> bool:
+    """Whether to copy the experts out of the mapped file; memory nodes need copies."""
+    split = isinstance(engine, NodeEngines)
+    if resident == "auto":
+        resident = split and packed.nbytes < _FITS * available_memory_bytes()
+    if split and not resident:
+        raise StoreError(
+            f"{packed.path}: {packed.nbytes / 1e9:.1f} GB of experts do not fit "
+            f"{available_memory_bytes() / 1e9:.1f} GB of free memory, which `numa: auto` needs; "
+            "set numa: off"
+        )
+    return bool(resident)

@@ -20,7 +20,7 @@ import xxhash
 
 from kt_sft.errors import CheckpointError
 
-_CHUNK = 64 << 20
+_CHUNK = 1 << 20
 # A file that changed just now may change again within one tick of the file system's clock.
 _SETTLED_SECONDS = 0.1
 
@@ -30,10 +30,12 @@ def _stamp(stat: os.stat_result) -> list[int]:
 
 
 def _digest(path: Path) -> str:
-    found = xxhash.xxh3_128()
+    # Into one small buffer that stays in the processor's cache: as fast as memory is read.
+    found, buffer = xxhash.xxh3_128(), bytearray(_CHUNK)
+    view = memoryview(buffer)
     with path.open("rb", buffering=0) as file:
-        while data := file.read(_CHUNK):
-            found.update(data)
+        while count := file.readinto(buffer):
+            found.update(view[:count])
     return found.hexdigest()
 
 

@@ -12,6 +12,7 @@ import torch
 import transformers
 from comparators import assert_matches, tolerance
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from stock_models import expert_tensors, lora_parameters, run_stock, take_effective_weights
 from tiny_configs import TINY_FAMILIES, build, text_inputs
 from torch import nn
@@ -139,3 +140,21 @@ def test_generate_equals_stock(name: str, tmp_path: Path) -> None:
     ids = torch.randint(3, 300, (2, 7), generator=torch.Generator().manual_seed(2))
     arguments = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     assert torch.equal(ours.generate(ids, **arguments), stock.generate(ids, **arguments))
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "gpt_oss", "qwen3_5_moe_text"])
+def test_fused_experts_may_lie_either_way_round(name: str, tmp_path: Path) -> None:
+    """Published files of qwen3_vl_moe hold [E, inputs, outputs], newly saved ones the reverse."""
+    build(name).save_pretrained(tmp_path)
+    straight = hybrid_experts_of(load(name, tmp_path))
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    turned = [k for k in tensors if k.endswith(("experts.gate_up_proj", "experts.down_proj"))]
+    assert len(turned) == 2 * len(straight)
+    for key in turned:
+        tensors[key] = tensors[key].transpose(1, 2).contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+    other = hybrid_experts_of(load(name, tmp_path))
+    for path, module in straight.items():
+        for p in module.shape.projections:
+            assert torch.equal(module.weights.unpack(2, p), other[path].weights.unpack(2, p))

@@ -1,0 +1,291 @@
+"""Stores in their folder: built once, shared, complete or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_configs import build
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from kt_sft import HybridExpertsConfig
+from kt_sft.cli.main import main
+from kt_sft.errors import CheckpointError, StoreError
+from kt_sft.experts import hybrid_experts_of
+from kt_sft.host import available_memory_bytes
+from kt_sft.store.identity import checkpoint_identity
+from kt_sft.store.library import StoreLibrary
+
+_TESTS = Path(__file__).parents[1]
+# Loads a checkpoint with a store and tells which file it was and how much of it was packed.
+_LOADER = """
+import json, os, sys, logging
+sys.path.insert(0, sys.argv[4])
+logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+import torch
+from transformers import AutoModelForCausalLM
+from kt_sft import HybridExpertsConfig
+from kt_sft.experts import hybrid_experts_of
+import kt_sft.store.packing as packing
+packed = []
+stock = packing.pack_experts
+def counting(*arguments):
+    packed.append(1)
+    if sys.argv[3] == "die" and len(packed) == 2:
+        os.kill(os.getpid(), 9)
+    return stock(*arguments)
+packing.pack_experts = counting
+model = AutoModelForCausalLM.from_pretrained(
+    sys.argv[1], quantization_config=HybridExpertsConfig(store=sys.argv[2]), dtype=torch.float32
+)
+ids = torch.arange(18).reshape(2, 9) % 290 + 3
+with torch.no_grad():
+    out = model(ids).logits
+if sys.argv[3] == "hold":
+    import pathlib
+    maps = pathlib.Path("/proc/self/smaps").read_text().split("\\n")
+    print("ready", flush=True)
+    sys.stdin.readline()
+    total = pss = 0
+    inside = False
+    for line in pathlib.Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(" ")[0] and ":" not in line.split(" ")[0]:
+            inside = line.endswith(".safetensors") and sys.argv[2] in line
+        elif inside and line.startswith("Pss:"):
+            pss += int(line.split()[1]) * 1024
+        elif inside and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    print(json.dumps({"pss": pss, "rss": total}), flush=True)
+    sys.stdin.readline()
+print(json.dumps({"packed": len(packed), "sum": float(out.double().sum())}))
+"""
+
+
+def start(model: Path, stores: Path, mode: str = "load", **options) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", _LOADER, str(model), str(stores), mode, str(_TESTS)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def result(process: subprocess.Popen) -> dict:
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err[-3000:]
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny model")
+    build("qwen3_moe").save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path, **settings) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=HybridExpertsConfig(**settings), dtype=torch.float32
+    ).eval()
+
+
+def stores_in(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def test_eight_builders_build_once(model: Path, tmp_path: Path) -> None:
+    results = [result(p) for p in [start(model, tmp_path) for _ in range(8)]]
+    assert sorted(r["packed"] for r in results) == [0] * 7 + [2]
+    assert len({r["sum"] for r in results}) == 1
+    assert len(stores_in(tmp_path)) == 1 and not list(tmp_path.glob("*.tmp-*"))
+
+
+def test_a_killed_builder_leaves_nothing_that_harms(model: Path, tmp_path: Path) -> None:
+    dying = start(model, tmp_path, "die")
+    dying.communicate(timeout=240)
+    assert dying.returncode == -signal.SIGKILL
+    assert stores_in(tmp_path) == [] and len(list(tmp_path.glob("*.tmp-*"))) == 1
+    assert result(start(model, tmp_path))["packed"] == 2
+    assert len(stores_in(tmp_path)) == 1 and not list(tmp_path.glob("*.tmp-*"))
+
+
+def test_two_processes_share_one_copy(model: Path, tmp_path: Path) -> None:
+    result(start(model, tmp_path))
+    holders = [start(model, tmp_path, "hold") for _ in range(2)]
+    for holder in holders:
+        assert holder.stdout.readline() == "ready\n"
+    seen = []
+    for holder in holders:
+        holder.stdin.write("\n")
+        holder.stdin.flush()
+        seen.append(json.loads(holder.stdout.readline()))
+    for holder in holders:
+        holder.communicate("\n", timeout=240)
+    for one in seen:
+        assert one["rss"] > 100_000
+        # This test's own process may map the file too; each of n has an nth.
+        assert one["pss"] < 0.6 * one["rss"]
+
+
+def test_a_full_disk_is_explained_and_leaves_nothing(model: Path, tmp_path: Path) -> None:
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    process = start(model, tmp_path, preexec_fn=limit)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 1
+    assert "the disk is full or a limit on file sizes" in err and "store: memory" in err
+    assert stores_in(tmp_path) == [] and not list(tmp_path.glob("*.tmp-*"))
+
+
+def test_disk_space_is_checked_before(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
+    with pytest.raises(StoreError, match=r"need 0\.\d+ GB, 0\.00 GB are free"):
+        load(model, store=str(tmp_path))
+    assert not list(tmp_path.glob("*.safetensors*tmp*"))
+
+
+def test_a_folder_that_cannot_be_written(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Named where the user asked for it; where we chose it, memory does."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="set `store:` to a folder that can be written"):
+        load(model, store=str(tmp_path / "file" / "stores"))
+    monkeypatch.setenv("KT_SFT_STORE", str(tmp_path / "file" / "stores"))
+    with caplog.at_level("WARNING"):
+        assert hybrid_experts_of(load(model))
+    assert "Packing in memory for now" in caplog.text
+
+
+def test_memory_and_mapped_and_copied_are_the_same(model: Path, tmp_path: Path) -> None:
+    models = [
+        load(model, store="memory"),
+        load(model, store=str(tmp_path)),
+        load(model, store=str(tmp_path), resident=True),
+    ]
+    assert len(stores_in(tmp_path)) == 1
+    ids = torch.arange(9).reshape(1, 9) + 3
+    with torch.no_grad():
+        outputs = [m(ids).logits for m in models]
+    for path, module in hybrid_experts_of(models[0]).items():
+        for other in models[1:]:
+            there = hybrid_experts_of(other)[path].weights
+            assert torch.equal(module.weights.unpack(5, "down_proj"), there.unpack(5, "down_proj"))
+    assert all(torch.allclose(outputs[0], o, atol=1e-5) for o in outputs[1:])
+
+
+def test_another_checkpoint_or_format_is_another_store(model: Path, tmp_path: Path) -> None:
+    """The same names, sizes, headers and times: one value differs."""
+    copy, stores = tmp_path / "copy", tmp_path / "stores"
+    shutil.copytree(model, copy)
+    load(model, store=str(stores))
+    load(copy, store=str(stores))
+    assert len(stores_in(stores)) == 2  # other names of the folder: other names of the file
+    file = copy / "model.safetensors"
+    before = file.stat()
+    tensors = load_file(file)
+    key = "model.layers.1.mlp.experts.3.up_proj.weight"
+    tensors[key][5, 7] += 1.0
+    save_file(tensors, file, metadata={"format": "pt"})
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size
+    changed = load(copy, store=str(stores))
+    assert len(stores_in(stores)) == 3
+    got = hybrid_experts_of(changed)["model.layers.1.mlp.experts"].weights.unpack(3, "up_proj")
+    assert abs(float(got[5, 7]) - float(tensors[key][5, 7])) < 0.05
+    load(copy, store=str(stores), weights="bf16")
+    assert len(stores_in(stores)) == 4
+
+
+def test_digests_are_remembered_and_forgotten(tmp_path: Path) -> None:
+    file, notes = tmp_path / "a.safetensors", tmp_path / "notes"
+    file.write_bytes(b"x" * 1000)
+    time.sleep(0.15)
+    first = checkpoint_identity([file], notes)
+    (note,) = notes.iterdir()
+    known = json.loads(note.read_text())
+    note.write_text(json.dumps({**known, "digest": "remembered"}))
+    assert checkpoint_identity([file], notes)[0]["digest"] == "remembered"
+    file.write_bytes(b"y" * 1000)
+    other = checkpoint_identity([file], notes)
+    assert other[0]["digest"] not in ("remembered", first[0]["digest"])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        checkpoint_identity([tmp_path / "none.safetensors"], notes)
+
+
+def test_a_damaged_store_is_not_replaced_silently(model: Path, tmp_path: Path) -> None:
+    load(model, store=str(tmp_path))
+    (store,) = stores_in(tmp_path)
+    data = bytearray(store.read_bytes())
+    data[-100] ^= 4
+    store.write_bytes(data)
+    with pytest.raises(StoreError, match=r"is damaged: its digest is another; remove the file"):
+        load(model, store=str(tmp_path))
+    store.unlink()
+    load(model, store=str(tmp_path))
+
+
+def test_pack_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pack", str(model), "--weights", "int4", "--out", str(tmp_path)]) == 0
+    (store,) = stores_in(tmp_path)
+    first = store.stat()
+    assert f"store: {tmp_path}" in capsys.readouterr().out
+    assert main(["pack", str(model), "--weights", "int4", "--out", str(tmp_path)]) == 0
+    assert "was there already" in capsys.readouterr().out
+    # A training run finds that very file.
+    load(model, store=str(tmp_path), weights="int4")
+    assert stores_in(tmp_path) == [store] and store.stat().st_mtime_ns == first.st_mtime_ns
+    assert main(["pack", "--info", str(store)]) == 0
+    out = capsys.readouterr().out
+    assert "2 layers" in out and "int4_g32" in out and "bytes a weight" in out
+    assert main(["pack", "--verify", str(store)]) == 0
+    data = bytearray(store.read_bytes())
+    data[-5] ^= 1
+    store.write_bytes(data)
+    assert main(["pack", "--verify", str(store)]) == 2
+    assert "is damaged" in capsys.readouterr().err
+    assert main(["pack"]) == 2 and main(["pack", str(tmp_path)]) == 2
+    assert "no config.json there" in capsys.readouterr().err
+
+
+def test_errors_command(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["errors", str(model)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "experts |" in line]
+    assert len(lines) == 2
+    for line in lines:
+        int8, bf16, int4_g32, int4_g128, kept = map(float, line.split("|")[2:-1])
+        assert kept == bf16 < int8 < 1 < int4_g32 < int4_g128 < 13
+
+
+def test_free_memory_is_that_of_the_container(tmp_path: Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 99 kB\nMemAvailable:    2000000 kB\n")
+    assert available_memory_bytes(meminfo=meminfo, cgroup=tmp_path) == 2_048_000_000
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("400000\n")
+    assert available_memory_bytes(meminfo=meminfo, cgroup=tmp_path) == 600_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_memory_bytes(meminfo=meminfo, cgroup=tmp_path) == 2_048_000_000
+
+
+def test_names_of_stores_are_plain(tmp_path: Path) -> None:
+    path = StoreLibrary(tmp_path).path("../we ird/..", "int8", {})
+    assert path.parent == tmp_path and "/" not in path.name and not path.name.startswith(".")

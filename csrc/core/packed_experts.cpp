@@ -168,20 +168,36 @@ std::array<const uint8_t*, 2> PackedExperts::multipliers(int64_t expert, Project
   return {first, layout_.format == WeightFormat::kInt4Group32 ? first + 16 : first};
 }
 
-float PackedExperts::code_scale(int64_t index) const {
+void PackedExperts::read_scales(int64_t first, int64_t count, float* out) const {
   const uint8_t* scales = section(Section::kScales);
   switch (layout_.coding.scale_type) {
     case ScaleType::kFloat32:
-      return reinterpret_cast<const float*>(scales)[index];
-    case ScaleType::kBfloat16:
-      return from_bits(static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(scales)[index])
-                       << 16);
-    case ScaleType::kFloat16:
-      return half_to_float(reinterpret_cast<const uint16_t*>(scales)[index]);
-    case ScaleType::kE8m0:
-      return std::ldexp(1.0f, scales[index] - 127);
+      std::copy_n(reinterpret_cast<const float*>(scales) + first, count, out);
+      return;
+    case ScaleType::kBfloat16: {
+      const uint16_t* halves = reinterpret_cast<const uint16_t*>(scales) + first;
+      for (int64_t i = 0; i < count; ++i)
+        out[i] = from_bits(static_cast<uint32_t>(halves[i]) << 16);
+      return;
+    }
+    case ScaleType::kFloat16: {
+      const uint16_t* halves = reinterpret_cast<const uint16_t*>(scales) + first;
+      for (int64_t i = 0; i < count; ++i) out[i] = half_to_float(halves[i]);
+      return;
+    }
+    case ScaleType::kE8m0:  // 2^(byte - 127); the least one is subnormal
+      for (int64_t i = 0; i < count; ++i) {
+        const uint32_t exponent = scales[first + i];
+        out[i] = from_bits(exponent ? exponent << 23 : 0x00400000);
+      }
+      return;
   }
-  return 0.0f;
+}
+
+float PackedExperts::code_scale(int64_t index) const {
+  float scale;
+  read_scales(index, 1, &scale);
+  return scale;
 }
 
 float PackedExperts::code_zero(int64_t index) const {
@@ -203,19 +219,29 @@ void PackedExperts::code_scales(int64_t expert, Projection projection, int64_t i
       continue;
     }
     const bool past = k >= layout_.inputs(projection);
-    int64_t seen = -1;
-    float scale = 0.0f, zero = 0.0f;
-    for (int64_t n = 0; n < kPanelCols; ++n) {
-      const int64_t index = first + group * groups + (i * kPanelCols + n) / coding.group_outputs;
-      if (n >= real || past) {
-        scale = zero = 0.0f;  // padding: every code is worth zero
-      } else if (index != seen) {
-        scale = code_scale(index);
-        zero = code_zero(index);
-        seen = index;
+    const int64_t n0 = i * kPanelCols, row = first + group * groups;
+    const int64_t count = past ? 0 : real;
+    std::array<float, kPanelCols> scale{}, zero{};  // padding: every code is worth zero
+    if (coding.group_outputs == 1) {
+      read_scales(row + n0, count, scale.data());
+      for (int64_t n = 0; n < count; ++n) zero[static_cast<size_t>(n)] = code_zero(row + n0 + n);
+    } else {
+      int64_t seen = -1;
+      float s = 0.0f, z = 0.0f;
+      for (int64_t n = 0; n < count; ++n) {
+        const int64_t index = row + (n0 + n) / coding.group_outputs;
+        if (index != seen) {
+          read_scales(index, 1, &s);
+          z = code_zero(index);
+          seen = index;
+        }
+        scale[static_cast<size_t>(n)] = s;
+        zero[static_cast<size_t>(n)] = z;
       }
-      out.scale[half][2 * n] = out.scale[half][2 * n + 1] = scale;
-      out.zero[half][2 * n] = out.zero[half][2 * n + 1] = zero;
+    }
+    for (size_t n = 0; n < kPanelCols; ++n) {
+      out.scale[half][2 * n] = out.scale[half][2 * n + 1] = scale[n];
+      out.zero[half][2 * n] = out.zero[half][2 * n + 1] = zero[n];
     }
   }
 }

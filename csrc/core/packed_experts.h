@@ -56,6 +56,7 @@ class PackedExperts {
                    CodeScales& out) const;
 
  private:
+  void read_scales(int64_t first, int64_t count, float* out) const;
   float code_scale(int64_t index) const;
   float code_zero(int64_t index) const;
   uint8_t* writable(Section section) const;

@@ -512,50 +512,46 @@ void unpack_int4(const uint8_t* nibbles, const uint8_t* const multiplier[2], uin
   }
 }
 
+// Scalar code that compilers turn into vectors whole, widening from bytes and narrowing included.
 template <CodeKind kKind>
-inline VecF code_value(VecU c) {
+inline float code_value(uint32_t c) {
   if constexpr (kKind == CodeKind::kUint8 || kKind == CodeKind::kUint4) {
-    return __builtin_convertvector(reinterpret_cast<VecI>(c), VecF);
+    return static_cast<float>(static_cast<int32_t>(c));
   } else if constexpr (kKind == CodeKind::kE4m3) {
-    const VecU magnitude = c & 0x7f, sign = (c & 0x80) << 24;
+    const uint32_t magnitude = c & 0x7f, sign = (c & 0x80) << 24;
     // Below 8 there is no exponent: steps of 2^-9. Not by a subnormal fp32, which may be flushed.
-    const VecF small = __builtin_convertvector(reinterpret_cast<VecI>(magnitude), VecF) * 0x1p-9f;
-    const VecU normal = (magnitude << 20) + (120u << 23);
-    const VecU bits = magnitude < 8 ? reinterpret_cast<VecU>(small) : normal;
-    return reinterpret_cast<VecF>(bits | sign);
+    const float small = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-9f;
+    const uint32_t normal = (magnitude << 20) + (120u << 23);
+    return bits_float((magnitude < 8 ? float_bits(small) : normal) | sign);
   } else {
-    const VecU magnitude = c & 7, sign = (c & 8) << 28;
-    // Twice the value: 0 1 2 3 4 6 8 12.
-    const VecU has_exponent = reinterpret_cast<VecU>(magnitude > 1);  // all ones, or zero
-    const VecU fraction = (has_exponent & 2) | (magnitude & 1);
-    const VecU twice = fraction << ((magnitude >> 1) + has_exponent);
-    const VecF value = __builtin_convertvector(reinterpret_cast<VecI>(twice), VecF) * 0.5f;
-    return reinterpret_cast<VecF>(reinterpret_cast<VecU>(value) | sign);
+    const uint32_t magnitude = c & 7, sign = (c & 8) << 28;
+    // 1 and above are (2 + fraction) times a power of two; below are 0 and 0.5.
+    const uint32_t normal = (magnitude << 22) + (126u << 23);
+    const uint32_t small = magnitude ? 126u << 23 : 0u;
+    return bits_float((magnitude < 2 ? small : normal) | sign);
   }
 }
 
 template <CodeKind kKind>
-void decode_codes(const uint8_t* codes, const CodeScales& groups, uint16_t* tile) {
-  typedef uint8_t Codes __attribute__((vector_size(kLanes), aligned(1), may_alias));
-  typedef uint16_t Halves __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
+void decode_codes(const uint8_t* __restrict codes, const CodeScales& groups,
+                  uint16_t* __restrict tile) {
   constexpr bool kNibbles = is_four_bit(kKind);
-  for (int half = 0; half < 2; ++half)
-    for (int v = 0; v < 64 / kLanes; ++v) {
-      const VecF scale = load(groups.scale[half] + v * kLanes);
-      const VecF zero = load(groups.zero[half] + v * kLanes);
-      for (int k2 = 0; k2 < 16; ++k2) {
-        const int at = k2 * 64 + v * kLanes;
-        const uint8_t* from = codes + at + (kNibbles ? 0 : half * 1024);
-        VecU c = __builtin_convertvector(*reinterpret_cast<const Codes*>(from), VecU);
-        if (kNibbles) c = half ? c >> 4 : c & 15;
-        VecF value = code_value<kKind>(c);
-        if (kKind == CodeKind::kUint8 || kKind == CodeKind::kUint4) value = value - zero;
-        const VecU bits = reinterpret_cast<VecU>(rounded_product(value, scale));
-        const VecU rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-        *reinterpret_cast<Halves*>(tile + half * 1024 + at) =
-            __builtin_convertvector(rounded, Halves);
+  constexpr bool kIntegers = kKind == CodeKind::kUint8 || kKind == CodeKind::kUint4;
+  for (int half = 0; half < 2; ++half) {
+    const float* __restrict scale = groups.scale[half];
+    const float* __restrict zero = groups.zero[half];
+    const int shift = kNibbles ? 4 * half : 0;
+    for (int k2 = 0; k2 < 16; ++k2) {
+      const uint8_t* __restrict from = codes + k2 * 64 + (kNibbles ? 0 : half * 1024);
+      uint16_t* __restrict to = tile + half * 1024 + k2 * 64;
+      for (int j = 0; j < 64; ++j) {
+        const uint32_t byte = from[j];
+        const float value = code_value<kKind>(kNibbles ? byte >> shift & 15 : byte);
+        const uint32_t bits = float_bits((kIntegers ? value - zero[j] : value) * scale[j]);
+        to[j] = static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
       }
     }
+  }
 }
 
 void decode_tile(CodeKind kind, const uint8_t* codes, const CodeScales& groups, uint16_t* tile) {

@@ -177,11 +177,14 @@ def export_merged(base: str | Path, adapter: str | Path | None, out: str | Path)
         raise CheckpointError(
             f"{out}: the merged model needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
         )
-    delta = (
-        LoraDelta(adapter, PublishedCheckpoint(SafetensorsCheckpoint(files)), BaseModel.of(base))
-        if adapter
-        else None
-    )
+    checkpoint = PublishedCheckpoint(SafetensorsCheckpoint(files))
+    if checkpoint.quantized:
+        raise SettingsError(
+            f"{base}: its weights are quantized ({checkpoint.format_of(checkpoint.quantized[0])}), "
+            "and merging would quantize them again; serve the adapter beside the base, or export "
+            "with a bf16 version of it"
+        )
+    delta = LoraDelta(adapter, checkpoint, BaseModel.of(base)) if adapter else None
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
     partial.mkdir()
     try:

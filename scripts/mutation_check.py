@@ -1,8 +1,8 @@
-"""Plants faults in the kernels, one at a time, and checks that the quick tests catch each.
+"""Plants faults in kernels, families and store, one at a time: the tests must catch each.
 
     python scripts/mutation_check.py [--only TEXT] [--list]
 
-Works in a copy of this tree: builds it with one fault, runs the kernel tests until the first
+Works in a copy of this tree: builds it with one fault, runs its tests until the first
 failure, and reports the faults that survived. About half a minute for each fault.
 """
 
@@ -19,25 +19,35 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("csrc", "kt_sft", "tests", "setup.py", "pyproject.toml", "README.md")
+COPIED = ("csrc", "kt_sft", "scripts", "tests", "setup.py", "pyproject.toml", "README.md")
 QUICK_TESTS = ("tests/kernels/test_block.py", "tests/kernels/test_single_kernels.py")
 
 
 @dataclass(frozen=True)
 class Fault:
-    """`old`, which occurs once in csrc/`file`, becomes `new`."""
+    """`old`, which occurs once in `file`, becomes `new`, and one of `tests` must fail."""
 
     name: str
     file: str
     old: str
     new: str
+    tests: tuple[str, ...] = QUICK_TESTS
 
 
-_ROWS = "kernels/row_kernels.inl"
-_DOTS = "kernels/vector_dots.inl"
-_FORWARD = "core/experts_forward.cpp"
-_BACKWARD = "core/experts_backward.cpp"
-_LORA = "core/lora_operands.h"
+_ROWS = "csrc/kernels/row_kernels.inl"
+_DOTS = "csrc/kernels/vector_dots.inl"
+_FORWARD = "csrc/core/experts_forward.cpp"
+_BACKWARD = "csrc/core/experts_backward.cpp"
+_LORA = "csrc/core/lora_operands.h"
+_PACKED = "csrc/core/packed_experts.cpp"
+_TABLE = "kt_sft/families.py"
+_CALLS = "kt_sft/experts/conventions.py"
+_FORMATS_FILE = "kt_sft/store/published.py"
+_FILE = "kt_sft/store/packed_file.py"
+
+_FAMILIES = ("tests/models/test_families.py",)
+_FORMATS = ("tests/models/test_formats.py",)
+_STORE = ("tests/store",)
 
 # Long lines: a fault reads best beside what it replaces.
 # ruff: noqa: E501
@@ -63,8 +73,8 @@ FAULTS = (
           "const int32_t lo = (q - 256 * hi) & ~1;"),
     Fault("int4 multiplier of the other group", _ROWS, "multiplier[g] + v * kLanes",
           "multiplier[1 - g] + v * kLanes"),
-    Fault("int4 offset stale", _ROWS, "const VecU byte = 128 - 8 * m;",
-          "const VecU byte = 128 - 8 * m + (m & 1);"),
+    Fault("int4 offset stale", _ROWS, "const VecU byte = 128 - (8 - (stored >> 7)) * m;",
+          "const VecU byte = 128 - (8 - (stored >> 7)) * m + (m & 1);"),
     Fault("last rank dropped", _ROWS, "for (; q < rank; ++q) outer_block<1>",
           "for (; q < rank - 1; ++q) outer_block<1>"),
     Fault("routing weights ignored in the sum", _ROWS, "acc += splat(weight[k]) * load(rows[k] + j)",
@@ -76,14 +86,14 @@ FAULTS = (
     Fault("second half of the outputs from the first", _DOTS, "panel + half * Step::kHalf", "panel"),
     Fault("16-bit sums emptied too late", _DOTS, "constexpr int64_t kSplitBlocks = 8;",
           "constexpr int64_t kSplitBlocks = 16;"),
-    Fault("AMX: lower rows read the upper ones", "kernels/amx.cpp",
+    Fault("AMX: lower rows read the upper ones", "csrc/kernels/amx.cpp",
           "const char* a_lower = a + kTileRows * stride;", "const char* a_lower = a;"),
-    Fault("AMX: right outputs from the left", "kernels/amx.cpp",
+    Fault("AMX: right outputs from the left", "csrc/kernels/amx.cpp",
           "static constexpr int64_t kRight = 1024;", "static constexpr int64_t kRight = 0;"),
-    Fault("transposed tile in the wrong order", "kernels/avx512_transposes.inl",
+    Fault("transposed tile in the wrong order", "csrc/kernels/avx512_transposes.inl",
           "_mm512_shuffle_epi8(_mm512_shuffle_i32x4(low01, low23, 0xdd), order)",
           "_mm512_shuffle_epi8(_mm512_shuffle_i32x4(low01, low23, 0x88), order)"),
-    Fault("widened weights not centred", "kernels/placements.inl",
+    Fault("widened weights not centred", "csrc/kernels/placements.inl",
           "reinterpret_cast<VecS16>(high) - 128", "reinterpret_cast<VecS16>(high) - 127"),
     Fault("gate and up swapped", _FORWARD, "activate(row, rows, col, y[0], y[1]);",
           "activate(row, rows, col, y[1], y[0]);"),
@@ -103,11 +113,56 @@ FAULTS = (
     Fault("LoRA scaling left out of the gradient", _LORA,
           "bt(p, expert), op.ldb, lora.scaling,", "bt(p, expert), op.ldb, 1.0f,"),
     Fault("LoRA dropout of another projection", _LORA, "static_cast<uint64_t>(p) + 1)", "1)"),
-    Fault("first row of a block skipped", "core/work_items.h",
+    Fault("first row of a block skipped", "csrc/core/work_items.h",
           "std::min(units, begin + group), base + rows * part / parts,",
           "std::min(units, begin + group), base + rows * part / parts + (part > 0),"),
-    Fault("skipped choices routed", "core/routing.cpp", "if (index[s] == experts) continue;",
+    Fault("skipped choices routed", "csrc/core/routing.cpp", "if (index[s] == experts) continue;",
           "if (index[s] == experts - 1) continue;"),
+    Fault("published: small fp8 codes read as normal", _ROWS, "(magnitude < 8 ? float_bits(small) : normal) | sign",
+          "(magnitude < 1 ? float_bits(small) : normal) | sign"),
+    Fault("published: zero point left out", _ROWS, "(kIntegers ? value - zero[j] : value) * scale[j]",
+          "value * scale[j]"),
+    Fault("published: groups of the first half for both", _PACKED,
+          "if (half && group == b * kBlock / coding.group_inputs) {", "if (half) {"),
+    Fault("int4: raised levels ignored", _ROWS, "const VecU byte = 128 - (8 - (stored >> 7)) * m;",
+          "const VecU byte = 128 - 8 * m;"),
+    Fault("channels: taken from the front", _PACKED, "const int64_t panel0 = down ? 0 : first / kPanelCols",
+          "const int64_t panel0 = 0 * first"),
+    Fault("families: gate and up exchanged", _TABLE, '(_gpt_oss_row(("even", "odd")),)',
+          '(_gpt_oss_row(("odd", "even")),)', _FAMILIES),
+    Fault("families: halves exchanged", _TABLE, 'rows: tuple[str, str] = ("first", "second"),',
+          'rows: tuple[str, str] = ("second", "first"),', _FAMILIES),
+    Fault("families: offset of up lost", _TABLE, '_clamped("limit", "alpha", up_offset=1.0)',
+          '_clamped("limit", "alpha")', _FAMILIES),
+    Fault("families: biases left out", "kt_sft/store/packing.py", "if bias is not None:",
+          "if bias is not None and False:", _FAMILIES),
+    Fault("families: identity experts left out", _CALLS, "return out + (hidden_TD * share_T1).to(out.dtype)",
+          "return out", _FAMILIES),
+    Fault("families: router's order not undone", _CALLS, "experts_R[back_R].view(shape), gate_R[back_R]",
+          "experts_R[back_R].view(shape), gate_R", _FAMILIES),
+    Fault("families: one layout for all on disk", "kt_sft/store/sources.py", "for reading in (False, True):",
+          "for reading in (False,):", _FAMILIES),
+    Fault("formats: gptq without its one", _FORMATS_FILE, "zeros = zeros + 1", "zeros = zeros + 0", _FORMATS),
+    Fault("formats: nibbles of awq in plain order", _FORMATS_FILE, "_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)",
+          "_AWQ_ORDER = (0, 1, 2, 3, 4, 5, 6, 7)", _FORMATS),
+    Fault("formats: blocks of mxfp4 high nibble first", _FORMATS_FILE, "(blocks & 15, blocks >> 4)",
+          "(blocks >> 4, blocks & 15)", _FORMATS),
+    Fault("formats: attention left in codes", "kt_sft/integrations/transformers.py",
+          "parameter.copy_(checkpoint.dequantized(key))", "parameter.mul_(1)", _FORMATS),
+    Fault("store: digests not compared", _FILE, "wrong = digest(view[begin:end]) != self._digests[name]",
+          "wrong = False", _STORE),
+    Fault("store: manifest not verified", _FILE, 'or digest(text.encode()) != metadata.get("manifest_digest")',
+          "or False", _STORE),
+    Fault("store: length of the file not compared", _FILE, "or self._start + offset != len(self._map)",
+          "or False", _STORE),
+    Fault("store: builders do not wait", "kt_sft/store/library.py",
+          "                fcntl.flock(lock, fcntl.LOCK_EX)\n", "                pass\n", _STORE),
+    Fault("store: dead builders are not swept", "kt_sft/store/library.py", "stale.unlink()", "pass", _STORE),
+    Fault("store: space not checked", "kt_sft/store/library.py", "if free < needed:", "if False:", _STORE),
+    Fault("store: a failed write leaves its file", "kt_sft/store/library.py",
+          "            writer.abandon()\n            raise\n        folder", "            raise\n        folder", _STORE),
+    Fault("store: remembered digest of a changed file", "kt_sft/store/identity.py",
+          'if known["stamp"] == stamp else None', 'if known["stamp"] else None', _STORE),
 )  # fmt: skip
 
 
@@ -124,13 +179,13 @@ def _run(command: list[str], folder: Path, seconds: int) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-def _build_and_test(folder: Path) -> tuple[str, str]:
+def _build_and_test(folder: Path, tests: tuple[str, ...]) -> tuple[str, str]:
     """("passed" | "caught" | "not built", the line that tells)."""
     code, output = _run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], folder, 600)
     if code:
         return "not built", output.strip().splitlines()[-1]
     code, output = _run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *QUICK_TESTS],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests],
         folder,
         600,
     )
@@ -140,7 +195,7 @@ def _build_and_test(folder: Path) -> tuple[str, str]:
 
 def _plant(folder: Path, fault: Fault) -> str:
     """Returns the file's former text."""
-    path = folder / "csrc" / fault.file
+    path = folder / fault.file
     text = path.read_text()
     if text.count(fault.old) != 1:
         raise SystemExit(
@@ -172,15 +227,15 @@ def main() -> int:
                 shutil.copytree(source, folder / name, ignore=ignore)
             else:
                 shutil.copy(source, folder / name)
-        state, line = _build_and_test(folder)
+        state, line = _build_and_test(folder, tuple(sorted({t for f in faults for t in f.tests})))
         sys.stdout.write(f"{state:<10} without a fault: {line}\n")
         if state != "passed":
             return 1
         for fault in faults:
             start = time.perf_counter()
-            path = folder / "csrc" / fault.file
+            path = folder / fault.file
             before = _plant(folder, fault)
-            state, line = _build_and_test(folder)
+            state, line = _build_and_test(folder, fault.tests)
             path.write_text(before)
             seconds = time.perf_counter() - start
             sys.stdout.write(f"{state:<10} {fault.name} ({seconds:.0f} s): {line}\n")

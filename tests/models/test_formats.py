@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from quantized_checkpoints import QUANTIZED_FORMATS, load_checkpoint
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_configs import TINY_FAMILIES
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -151,3 +154,66 @@ def test_weights_checkpoint_keeps_what_was_published(
     with torch.no_grad():
         error = (model(ids).logits - exact(ids).logits).float().norm(dim=-1)
         assert float(error.median()) < 0.03 * float(exact(ids).logits.float().norm(dim=-1).median())
+
+
+def test_mxfp4_is_what_transformers_makes_of_it(tmp_path: Path) -> None:
+    from transformers.integrations.mxfp4 import _convert_moe_packed_tensors
+
+    folder = write(tmp_path, "mxfp4", "gpt_oss")
+    checkpoint, tensors = opened(folder), load_checkpoint(folder)
+    assert len(checkpoint.quantized) == 4
+    for key in checkpoint.quantized:
+        theirs = _convert_moe_packed_tensors(tensors[f"{key}_blocks"], tensors[f"{key}_scales"])
+        ours = checkpoint.dequantized(key).bfloat16().transpose(1, 2)
+        assert torch.equal(ours, theirs)
+
+
+_THEIRS = """
+import json, sys
+from pathlib import Path
+import torch
+from safetensors.torch import load_file, save_file
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationConfig
+folder, out = map(Path, sys.argv[1:])
+tensors = load_file(folder / "model.safetensors")
+given = json.loads((folder / "config.json").read_text())["quantization_config"]
+config = QuantizationConfig.model_validate(given)
+scheme = next(iter(config.config_groups.values()))
+scheme.format = config.format
+compressor = BaseCompressor.get_value_from_registry(config.format)
+stems = sorted({k.rpartition(".")[0] for k in tensors if k.endswith("weight_scale")})
+result = {}
+for stem in stems:
+    names = [n for n in compressor.compression_param_names(scheme) if f"{stem}.{n}" in tensors]
+    state = {n: tensors[f"{stem}.{n}"] for n in names}
+    result[f"{stem}.weight"] = compressor.decompress(state, scheme)["weight"].contiguous()
+save_file(result, out)
+print(len(stems))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    ["fp8_channel", "fp8_tensor", "int4_packed", "int4_packed_128", "int4_packed_asymmetric",
+     "int8", "int8_packed"],
+)  # fmt: skip
+def test_compressed_tensors_makes_the_same_of_it(
+    name: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The library's own decompressor, which multiplies in the dtype of the scales."""
+    library = Path(tmp_path_factory.getbasetemp()) / "compressed-tensors"
+    if not library.exists():
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
+        subprocess.run([*pip, str(library), "compressed-tensors", "loguru"], check=True)
+    folder = write(tmp_path, name, "qwen3_moe")
+    subprocess.run(
+        [sys.executable, "-c", _THEIRS, str(folder), str(tmp_path / "theirs.safetensors")],
+        env={**os.environ, "PYTHONPATH": str(library)},
+        check=True,
+    )
+    theirs, checkpoint = load_file(tmp_path / "theirs.safetensors"), opened(folder)
+    assert set(theirs) == set(checkpoint.quantized)
+    for key, want in theirs.items():
+        assert torch.equal(checkpoint.dequantized(key).to(want.dtype), want), key

@@ -177,7 +177,10 @@ def _activate(section: Any) -> None:
         config: Any, tokenizer: Any, model_args: Any, is_trainable: bool, init_kwargs: dict
     ) -> None:
         _refuse_other_loaders(model_args)
-        stock(config, tokenizer, model_args, is_trainable, init_kwargs)
+        # For a checkpoint that is quantized already it asks for the packages of that format, which
+        # we do without.
+        if not getattr(config, "quantization_config", None):
+            stock(config, tokenizer, model_args, is_trainable, init_kwargs)
         init_kwargs["quantization_config"] = HybridExpertsConfig(**settings.as_dict())
 
     configure_quantization.kt_sft_stock = stock  # type: ignore[attr-defined]

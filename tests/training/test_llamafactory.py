@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from llamafactory_runs import RECIPE, Workplace, run, serve
+from quantized_checkpoints import QUANTIZED_FORMATS
 from safetensors.torch import load_file
 from tiny_models import (
     make_dataset,
@@ -343,3 +344,25 @@ def test_without_the_section_nothing_changes(place: Workplace) -> None:
     assert on == off
     files = [place.folder / n / "adapter_model.safetensors" for n in ("plain_on", "plain_off")]
     assert sha(files[0]) == sha(files[1])
+
+
+@pytest.mark.parametrize("published", ["fp8_block", "gptq"])
+def test_trains_on_a_published_quantized_checkpoint(place: Workplace, published: str) -> None:
+    """Its own quantization_config stays in the folder and is read by us, in either format."""
+    source = place.folder / "model"
+    target = place.folder / published
+    options = {"group_size": 8} if published == "gptq" else {}
+    QUANTIZED_FORMATS[published].write(source, target, **options)
+    make_tokenizer(target)
+    weights = "checkpoint" if published == "fp8_block" else "int8"
+    place.train(
+        f"on_{published}",
+        model_name_or_path=str(target),
+        kt_sft={**EXPERTS, "weights": weights},
+        max_steps=3,
+    )
+    place.train(f"beside_{published}", kt_sft=EXPERTS, max_steps=3)
+    losses, plain = place.losses(f"on_{published}"), place.losses(f"beside_{published}")
+    assert len(losses) == 3
+    # Codes of 4 bits in groups of 8 are about 8 % off, of 8 bits about 3 %.
+    assert all(abs(a - b) < 0.1 * b for a, b in zip(losses, plain, strict=True))

@@ -145,6 +145,13 @@ class HybridExpertsQuantizer(HfQuantizer):
             )
         _refuse_zero3()
         self._files = list(checkpoint_files)
+        # Transformers takes shard names from an index as they are; nothing was opened yet.
+        folders = {Path(file).parent for file in self._files}
+        if len(folders) > 1:
+            raise CheckpointError(
+                f"the checkpoint's index names files in {len(folders)} folders: "
+                f"{', '.join(sorted(map(str, folders)))}; expected plain names in one"
+            )
         self._layers = find_experts(model)
         self._checkpoint = PublishedCheckpoint(
             SafetensorsCheckpoint(self._files), self.quantization_config.published

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_models import make_model
 from transformers import AutoModelForCausalLM
@@ -148,6 +151,8 @@ def test_broken_index_is_a_named_error(tmp_path: Path, text: str) -> None:
 _MEMORY_PROBE = """
 import gc, json, sys, threading, time
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 import kt_sft
 from kt_sft.experts import hybrid_experts_of
@@ -208,3 +213,42 @@ def test_peak_memory_of_loading(tmp_path: Path, weights: str) -> None:
     limit = got["stored"] + got["rest"] + 1.2 * layer + 64e6
     assert got["stored"] >= (0.5 if weights == "int8" else 1.0) * 800e6
     assert got["peak"] - got["before"] <= limit, got
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=12),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=200, deadline=1000, suppress_health_check=list(HealthCheck))
+@given(value=_JSON | st.fixed_dictionaries({"weight_map": _JSON}), single=st.booleans())
+def test_any_index_is_read_or_refused(tmp_path: Path, value: object, single: bool) -> None:
+    """Whatever it says, the files are inside of the folder and exist."""
+    (tmp_path / "model-1.safetensors").touch()
+    if single:
+        value = {"weight_map": {"a": "model-1.safetensors", "b": value}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(value))
+    try:
+        files = checkpoint_files(tmp_path)
+    except CheckpointError:
+        return
+    assert all(file.parent == tmp_path and file.is_file() for file in files)
+
+
+def test_shards_of_several_folders_are_refused(folder: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(folder, model)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (model / "model.safetensors").rename(outside / "model.safetensors")
+    (model / "other.safetensors").write_bytes((outside / "model.safetensors").read_bytes())
+    keys = list(load_file(outside / "model.safetensors"))
+    names = dict.fromkeys(keys, "other.safetensors") | {keys[0]: "../outside/model.safetensors"}
+    index = {"metadata": {}, "weight_map": names}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="files in 2 folders"):
+        load(model)

@@ -6,6 +6,7 @@ result is as good as the adapter allows: W + scaling * B A, rounded once to the 
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -178,11 +179,11 @@ def export_merged(base: str | Path, adapter: str | Path | None, out: str | Path)
             f"{out}: the merged model needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
         )
     checkpoint = PublishedCheckpoint(SafetensorsCheckpoint(files))
-    if checkpoint.quantized:
+    config = json.loads((base / "config.json").read_text())
+    if checkpoint.quantized or config.get("quantization_config"):
         raise SettingsError(
-            f"{base}: its weights are quantized ({checkpoint.format_of(checkpoint.quantized[0])}), "
-            "and merging would quantize them again; serve the adapter beside the base, or export "
-            "with a bf16 version of it"
+            f"{base}: its weights are quantized, and merging would quantize them again; serve "
+            "the adapter beside the base, or export with a bf16 version of it"
         )
     delta = LoraDelta(adapter, checkpoint, BaseModel.of(base)) if adapter else None
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")

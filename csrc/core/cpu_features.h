@@ -11,16 +11,16 @@ namespace kt {
 
 // CPU flags that the tables depend on, already masked by what the OS saves on a context switch.
 // amx_permission: the OS has granted this process the use of AMX tiles.
-#define KT_CPU_FLAGS(FLAG)                                                         \
-  FLAG(fma)                                                                        \
-  FLAG(avx2)                                                                       \
-  FLAG(avx_vnni)                                                                   \
-  FLAG(avx512f)                                                                    \
-  FLAG(avx512bw)                                                                   \
-  FLAG(avx512vl)                                                                   \
-  FLAG(avx512dq)                                                                   \
-  FLAG(avx512_vnni) FLAG(avx512_bf16) FLAG(amx_tile) FLAG(amx_int8) FLAG(amx_bf16) \
-      FLAG(amx_permission)
+#define KT_CPU_FLAGS(FLAG) \
+  FLAG(fma)                \
+  FLAG(avx2)               \
+  FLAG(avx_vnni)           \
+  FLAG(avx512f)            \
+  FLAG(avx512bw)           \
+  FLAG(avx512vl)           \
+  FLAG(avx512dq)           \
+  FLAG(avx512_vnni)        \
+  FLAG(avx512_bf16) FLAG(amx_tile) FLAG(amx_int8) FLAG(amx_bf16) FLAG(amx_permission)
 
 struct CpuFeatures {
 #define KT_FLAG(name) bool name = false;

@@ -74,7 +74,7 @@ void place_codes(const std::array<uint8_t, kBlock>& row, bool int8, bool four_bi
     uint16_t unit, high = 0;
     std::memcpy(&unit, &row[2 * k2], 2);
     if (four_bit) std::memcpy(&high, &row[2 * k2 + 32], 2);
-    unit = static_cast<uint16_t>(unit | high << 4);
+    if (four_bit) unit = static_cast<uint16_t>((unit & 0x0f0f) | (high & 0x0f0f) << 4);
     std::memcpy(tile + code_index(j, 2 * k2), &unit, 2);
   }
 }

@@ -138,6 +138,9 @@ struct PackedLayout {
       throw std::invalid_argument("experts: got " + std::to_string(experts) +
                                   ", expected at most " + std::to_string(kMaxContraction));
     const int64_t longest = std::max(hidden, intermediate);
+    constexpr int64_t kLargestGroup = int64_t{1} << 20;
+    if (coding.group_outputs > kLargestGroup || coding.group_inputs > kLargestGroup)
+      throw std::invalid_argument("groups: expected at most " + std::to_string(kLargestGroup));
     if (is_coded() && (coding.group_outputs < 1 || coding.group_inputs < 1 ||
                        (coding.group_inputs % 32 && coding.group_inputs < longest)))
       throw std::invalid_argument("groups: got " + std::to_string(coding.group_outputs) +

@@ -26,7 +26,7 @@ from kt_sft.errors import CheckpointError, UnsupportedModelError
 from kt_sft.experts.finding import FoundExperts, find_experts
 from kt_sft.store.checkpoint import SafetensorsCheckpoint, checkpoint_files
 from kt_sft.store.placing import CheckpointExperts
-from kt_sft.store.published import PublishedCheckpoint
+from kt_sft.store.published import PublishedCheckpoint, own_quantization
 from kt_sft.store.sources import CheckpointSource, Stack
 
 # The conversions that gather experts. Transpose is settled by shapes, which must be known anyway.
@@ -59,7 +59,7 @@ class BaseModel:
             del config.quantization_config
         with torch.device("meta"):
             model = model_class._from_config(config)
-        return cls(ModelKeys(model), find_experts(model), dict(published))
+        return cls(ModelKeys(model), find_experts(model), own_quantization(published))
 
 
 def checkpoint_experts(folder: str | Path) -> CheckpointExperts:
@@ -76,7 +76,7 @@ def checkpoint_experts(folder: str | Path) -> CheckpointExperts:
         }
 
     return CheckpointExperts(
-        Path(folder).resolve().name, list(map(str, files)), base.layers, sources
+        Path(folder).resolve().name, list(map(str, files)), base.layers, base.published, sources
     )
 
 

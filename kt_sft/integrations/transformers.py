@@ -32,7 +32,7 @@ from kt_sft.kernels import PROJECTIONS
 from kt_sft.store.checkpoint import SafetensorsCheckpoint
 from kt_sft.store.packing import new_layer
 from kt_sft.store.placing import CheckpointExperts, place_experts
-from kt_sft.store.published import COMPANION_KEYS, PublishedCheckpoint
+from kt_sft.store.published import COMPANION_KEYS, PublishedCheckpoint, own_quantization
 from kt_sft.store.sources import CheckpointSource, ModuleSource, Stack
 
 METHOD = "kt_sft"
@@ -76,7 +76,9 @@ def _merge_configs(cls: type, found: Any, given: Any) -> Any:
     """A checkpoint that is quantized already: ours reads it, so ours is the one in force."""
     if not isinstance(given, HybridExpertsConfig):
         return _merge_stock(found, given)
-    given.published = dict(found) if isinstance(found, Mapping) else found.to_dict()
+    given.published = own_quantization(
+        dict(found) if isinstance(found, Mapping) else found.to_dict()
+    )
     return given
 
 
@@ -198,6 +200,11 @@ class HybridExpertsQuantizer(HfQuantizer):
         assert checkpoint is not None
         for name, key in self._quantized_rest().items():
             parameter = model.get_parameter_or_buffer(name)
+            if parameter.device.type == "meta":
+                raise CheckpointError(
+                    f"{name}: is quantized in the checkpoint and offloaded by device_map, where it "
+                    "cannot be filled in; leave it on a device, or use a bf16 checkpoint"
+                )
             with torch.no_grad():
                 parameter.copy_(checkpoint.dequantized(key))
         layers, stacks = self._layers, self._stacks
@@ -205,6 +212,7 @@ class HybridExpertsQuantizer(HfQuantizer):
             Path(self._files[0]).parent.name,
             self._files,
             layers,
+            self.quantization_config.published,
             lambda: {la.hybrid_path: CheckpointSource(checkpoint, la, stacks) for la in layers},
         )
         place_experts(hybrid_experts_of(model), experts)

@@ -182,6 +182,10 @@ class ExpertWeights:
         if coding.zeros:
             assert matrix.zeros is not None
             zeros = matrix.zeros.T.contiguous()
+            if coding.bits == 4 and int(zeros.max()) > 15:
+                raise KernelArgumentError(
+                    f"{projection} zeros: got {int(zeros.max())}, expected 0..15"
+                )
             addresses[3] = _check(zeros, f"{projection} zeros", groups, [torch.uint8])
         self.handle.pack_codes(engine.handle, expert, projection, *addresses)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -30,18 +31,21 @@ _FITS = 0.8
 class CheckpointExperts:
     """The routed experts of a checkpoint: its files, the layers, and a way to read them.
 
+    published: the quantization_config of its config.json, which decides how codes are read.
     sources: made when the experts are read, which is only where no store of them exists.
     """
 
     model: str
     files: list[str]
     layers: list[FoundExperts]
+    published: Mapping[str, Any]
     sources: Callable[[], Mapping[str, ExpertSource]]
 
     def identity(self, notes: Path, threads: int) -> dict[str, Any]:
         """All that decides what a store of these experts holds. Raises CheckpointError."""
         return {
             "files": checkpoint_identity(self.files, notes, threads),
+            "published": json.loads(json.dumps(self.published, sort_keys=True, default=str)),
             "layers": [
                 [
                     layer.hybrid_path,

@@ -10,7 +10,7 @@ Sources: DeepSeek-V3's weights file description (fp8 in blocks), the compressed-
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,17 @@ class PublishedFormat:
     applies: Callable[[SafetensorsCheckpoint, str, Mapping[str, Any]], bool]
     shape: Callable[[SafetensorsCheckpoint, str], tuple[int, ...]]
     read: Callable[[SafetensorsCheckpoint, str, int | None, Mapping[str, Any]], CodedMatrix]
+
+
+# Values of quant_method whose tensors are those of FORMATS.
+_METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors", "mxfp4", "gptq", "awq")
+
+
+def own_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's own quantization_config, also from a config.json that we have written."""
+    if config.get("quant_method") == "kt_sft":
+        return dict(config.get("published") or {})
+    return dict(config)
 
 
 def _unpack(words: Tensor, bits: int, dim: int) -> Tensor:
@@ -100,9 +111,21 @@ def _eight_bits(
     ) -> CodedMatrix:
         weight, scales = file.part(f"{stem}.weight", expert), file.part(f"{stem}{suffix}", expert)
         codes = weight.contiguous().view(torch.uint8)
-        if weight.dtype == torch.int8:
-            return _grouped(stem, codes ^ 0x80, scales, "uint8", _block(config))
-        return _grouped(stem, codes, scales, "e4m3", _block(config))
+        is_int8 = weight.dtype == torch.int8
+        kind = "uint8" if is_int8 else "e4m3"
+        matrix = _grouped(stem, codes ^ 0x80 if is_int8 else codes, scales, kind, _block(config))
+        key = f"{stem}.weight_zero_point"
+        zeros = file.part(key, expert).float() if key in file else torch.zeros(1)
+        if not zeros.any():
+            return matrix
+        if not is_int8 or zeros.numel() not in (1, matrix.scales.numel()):
+            raise CheckpointError(f"{key}: zero points of this kind are not known to kt_sft")
+        shifted = (zeros + 128).to(torch.uint8).reshape(-1, 1)
+        return replace(
+            matrix,
+            coding=replace(matrix.coding, zeros=True),
+            zeros=shifted.expand(matrix.scales.numel(), 1).reshape(matrix.scales.shape),
+        )
 
     return read
 
@@ -138,7 +161,23 @@ def _read_packed(
         size,
         zeros is not None,
     )
-    return CodedMatrix(coding, codes, groups, zeros)
+    return _by_order(file, f"{stem}.weight_g_idx", CodedMatrix(coding, codes, groups, zeros))
+
+
+def _by_order(file: SafetensorsCheckpoint, key: str, matrix: CodedMatrix) -> CodedMatrix:
+    """`key` gives the group of each input; where they lie apart each input gets its own copy."""
+    if key not in file:
+        return matrix
+    group_of, size = file.get(key).long(), matrix.coding.group_inputs
+    unused = bool((group_of < 0).all())
+    if unused or torch.equal(group_of, torch.arange(matrix.shape[1]) // size):
+        return matrix
+    return CodedMatrix(
+        replace(matrix.coding, group_inputs=1),
+        matrix.codes,
+        matrix.scales[:, group_of],
+        None if matrix.zeros is None else matrix.zeros[:, group_of],
+    )
 
 
 def _packed_shape(file: SafetensorsCheckpoint, stem: str) -> tuple[int, ...]:
@@ -173,22 +212,22 @@ def _read_gptq(
     codes = _unpack(file.get(f"{stem}.qweight"), 4, 0).T
     zeros = _unpack(file.get(f"{stem}.qzeros"), 4, 1).T
     if config.get("checkpoint_format", "gptq") != "gptq_v2":
-        zeros = zeros + 1
+        zeros = (zeros + 1) & 15
     scales = file.get(f"{stem}.scales").T
-    size = codes.shape[1] // scales.shape[1]
+    size = _group_size(stem, config, codes.shape[1], scales.shape[1])
     matrix = CodedMatrix(_int4_coding(stem, scales, size), codes, scales, zeros)
-    if f"{stem}.g_idx" not in file:
-        return matrix
-    group_of = file.get(f"{stem}.g_idx").long()
-    if torch.equal(group_of, torch.arange(codes.shape[1]) // size):
-        return matrix
-    # In order of activation size the inputs of a group lie apart: each input gets its own copy.
-    return CodedMatrix(
-        Coding("uint4", matrix.coding.scales, 1, 1, zeros=True),
-        codes,
-        scales[:, group_of],
-        zeros[:, group_of],
-    )
+    return _by_order(file, f"{stem}.g_idx", matrix)
+
+
+def _group_size(stem: str, config: Mapping[str, Any], inputs: int, groups: int) -> int:
+    """As config.json says, -1 for whole rows; the last group may be shorter."""
+    said = int(config.get("group_size", config.get("q_group_size", -(-inputs // groups))))
+    size = inputs if said <= 0 else said
+    if -(-inputs // size) != groups:
+        raise CheckpointError(
+            f"{stem}: got {groups} groups of scales for {inputs} inputs, expected groups of {size}"
+        )
+    return size
 
 
 def _int4_coding(stem: str, scales: Tensor, size: int) -> Coding:
@@ -213,7 +252,7 @@ def _read_awq(
 
     codes, zeros = ordered(file.get(f"{stem}.qweight")), ordered(file.get(f"{stem}.qzeros"))
     scales = file.get(f"{stem}.scales").T
-    size = codes.shape[1] // scales.shape[1]
+    size = _group_size(stem, config, codes.shape[1], scales.shape[1])
     return CodedMatrix(_int4_coding(stem, scales, size), codes, scales, zeros)
 
 
@@ -247,7 +286,12 @@ FORMATS: tuple[PublishedFormat, ...] = (
     ),
     PublishedFormat(
         "fp8 or int8",
-        {".weight": True, ".weight_scale": True, ".input_scale": False},
+        {
+            ".weight": True,
+            ".weight_scale": True,
+            ".weight_zero_point": False,
+            ".input_scale": False,
+        },
         ".weight",
         _is_eight_bits,
         _weight_shape,
@@ -260,6 +304,7 @@ FORMATS: tuple[PublishedFormat, ...] = (
             ".weight_scale": True,
             ".weight_shape": True,
             ".weight_zero_point": False,
+            ".weight_g_idx": False,
         },
         ".weight",
         _always,
@@ -277,8 +322,12 @@ FORMATS: tuple[PublishedFormat, ...] = (
 # Keys that belong to a quantized weight and are no parameters of a model.
 COMPANION_KEYS = (
     r"(\.(weight_scale_inv|weight_scale|input_scale|weight_packed|weight_shape|weight_zero_point"
-    r"|qweight|qzeros|scales|g_idx)|_blocks|_scales)$"
+    r"|qweight|qzeros|scales|g_idx|weight_g_idx)|_blocks|_scales)$"
 )
+
+
+# Parts of a quantized weight that must not be left over.
+_LONELY = (".weight_packed", ".weight_scale", ".weight_scale_inv", ".qweight", "_blocks")
 
 
 class PublishedCheckpoint:
@@ -289,6 +338,12 @@ class PublishedCheckpoint:
     ) -> None:
         """`config`: the quantization_config of config.json. Raises CheckpointError."""
         self._file, self._config = file, dict(config or {})
+        method = self._config.get("quant_method")
+        if method is not None and getattr(method, "value", method) not in _METHODS:
+            raise CheckpointError(
+                f"the checkpoint is quantized with {method!r}, which kt_sft does not read; "
+                f"it reads {', '.join(_METHODS)}"
+            )
         self._quantized: dict[str, tuple[PublishedFormat, str]] = {}
         hidden: set[str] = set()
         for key in file:
@@ -304,10 +359,14 @@ class PublishedCheckpoint:
                     break
         self._plain = [key for key in file if key not in hidden]
         for key in self._plain:
-            if file.dtype(key).startswith(("F8_", "F4")) and key.endswith("weight"):
+            dtype = file.dtype(key)
+            codes = dtype.startswith(("F8_", "F4")) or (
+                dtype in ("I8", "U8") and key.endswith("weight")
+            )
+            if codes or key.endswith(_LONELY):
                 raise CheckpointError(
-                    f"{key}: is {file.dtype(key)} without scales that kt_sft knows; formats are "
-                    f"{', '.join(f.name for f in FORMATS)}"
+                    f"{key}: {dtype} that goes with no scales, or scales with no weight, that "
+                    f"kt_sft knows; formats are {', '.join(f.name for f in FORMATS)}"
                 )
         self.hidden_keys = frozenset(hidden)
 

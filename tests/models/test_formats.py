@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kt_sft import HybridExpertsConfig
 from kt_sft.errors import CheckpointError
 from kt_sft.experts import hybrid_experts_of
+from kt_sft.kernels import CodedMatrix
 from kt_sft.store.checkpoint import SafetensorsCheckpoint
 from kt_sft.store.published import PublishedCheckpoint
 
@@ -217,3 +219,102 @@ def test_compressed_tensors_makes_the_same_of_it(
     assert set(theirs) == set(checkpoint.quantized)
     for key, want in theirs.items():
         assert torch.equal(checkpoint.dequantized(key).to(want.dtype), want), key
+
+
+def edit(folder: Path, change) -> None:
+    """Changes the tensors of a checkpoint and its quantization_config in place."""
+    tensors = load_checkpoint(folder)
+    config = json.loads((folder / "config.json").read_text())
+    change(tensors, config["quantization_config"])
+    (folder / "config.json").write_text(json.dumps(config))
+    contiguous = {k: t.contiguous() for k, t in tensors.items()}
+    save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+_UP = "model.layers.1.mlp.experts.2.up_proj"
+_Q = "model.layers.0.self_attn.q_proj"
+
+
+def test_another_quantization_config_is_another_store(tmp_path: Path) -> None:
+    """It decides what the same bytes mean."""
+    folder = write(tmp_path, "gptq_v2", "qwen3_moe")
+    module = "model.layers.1.mlp.experts"
+    first = hybrid_experts_of(load(folder, weights="bf16"))[module].weights.unpack(2, "up_proj")
+    edit(folder, lambda t, c: c.update(checkpoint_format="gptq"))
+    second = hybrid_experts_of(load(folder, weights="bf16"))[module].weights.unpack(2, "up_proj")
+    assert not torch.equal(first, second)
+
+
+def test_a_config_that_we_saved_keeps_the_original(tmp_path: Path) -> None:
+    folder = write(tmp_path, "gptq_v2", "qwen3_moe")
+    model = load(folder, weights="bf16", store="memory")
+    model.config.save_pretrained(folder)
+    again = load(folder, weights="bf16", store="memory")
+    for path, module in hybrid_experts_of(model).items():
+        there = hybrid_experts_of(again)[path].weights.unpack(1, "up_proj")
+        assert torch.equal(module.weights.unpack(1, "up_proj"), there)
+    assert torch.equal(model.get_parameter(f"{_Q}.weight"), again.get_parameter(f"{_Q}.weight"))
+
+
+def test_zero_points_of_int8_count(tmp_path: Path) -> None:
+    folder = write(tmp_path, "int8", "qwen3_moe")
+    plain = opened(folder).dequantized(f"{_UP}.weight")
+    scale = load_checkpoint(folder)[f"{_UP}.weight_scale"].float()
+    zero = torch.full((scale.shape[0], 1), 5, dtype=torch.int8)
+    edit(folder, lambda t, c: t.update({f"{_UP}.weight_zero_point": zero}))
+    shifted = opened(folder).dequantized(f"{_UP}.weight")
+    assert torch.allclose(shifted, plain - 5 * scale, atol=1e-6)
+
+
+def test_groups_of_packed_integers_may_lie_apart(tmp_path: Path) -> None:
+    folder = write(tmp_path, "int4_packed", "qwen3_moe")
+    tensors = load_checkpoint(folder)
+    order = torch.randperm(128, generator=torch.Generator().manual_seed(0)) // 32
+    edit(folder, lambda t, c: t.update({f"{_UP}.weight_g_idx": order.int()}))
+    got = opened(folder).dequantized(f"{_UP}.weight")
+    words, scales = tensors[f"{_UP}.weight_packed"], tensors[f"{_UP}.weight_scale"].float()
+    nibbles = (words.unsqueeze(-1) >> torch.arange(0, 32, 4)) & 15
+    assert torch.equal(got, (nibbles.flatten(1).float() - 8) * scales[:, order])
+
+
+def test_zero_points_of_gptq_wrap(tmp_path: Path) -> None:
+    folder = write(tmp_path, "gptq", "qwen3_moe")
+    edit(folder, lambda t, c: t[f"{_UP}.qzeros"].fill_(-1))  # all nibbles 15: zero points of 0
+    found = opened(folder).get(f"{_UP}.weight")
+    assert isinstance(found, CodedMatrix) and not found.zeros.any()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("gptq", lambda t, c: c.update(group_size=96), "expected groups of 96"),
+        ("gptq", lambda t, c: c.update(bits=8), "got 8 bits"),
+        ("gptq", lambda t, c: c.update(quant_method="bitsandbytes"), "quantized with 'bitsandb"),
+        ("fp8_block", lambda t, c: t.pop(f"{_Q}.weight_scale_inv"), "F8_E4M3 that goes with no"),
+        ("int8", lambda t, c: t.pop(f"{_Q}.weight_scale"), "I8 that goes with no scales"),
+        ("int4_packed", lambda t, c: t.pop(f"{_UP}.weight_shape"), "scales with no weight"),
+        ("fp8_block", lambda t, c: t.pop(f"{_UP}.weight"), "weight_scale_inv: F32"),
+    ],
+)
+def test_what_is_not_known_is_refused(tmp_path: Path, name: str, change, message: str) -> None:
+    folder = write(tmp_path, name, "qwen3_moe")
+    edit(folder, change)
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint = opened(folder)
+        for key in checkpoint.quantized:
+            checkpoint.get(key)
+
+
+def test_offloaded_quantized_weights_are_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path, "fp8_block", "qwen3_moe")
+    places = {"model.layers.0": "disk", "model.embed_tokens": "cpu", "model.layers.1": "cpu",
+              "model.layers.2": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu",
+              "lm_head": "cpu"}  # fmt: skip
+    with pytest.raises(CheckpointError, match="offloaded by device_map"):
+        AutoModelForCausalLM.from_pretrained(
+            folder,
+            quantization_config=HybridExpertsConfig(),
+            dtype=torch.bfloat16,
+            device_map=places,
+            offload_folder=str(tmp_path / "offload"),
+        )

@@ -159,6 +159,14 @@ _TILES = "model.layers.0.mlp.experts.tiles"
         (lambda h, m: m["layers"][0].update(weights="int3"), "malformed manifest"),
         (lambda h, m: m["layers"][0].update(extra=1), "malformed manifest"),
         (lambda h, m: m["layers"][1].update(coding={"codes": "e9"}), "malformed manifest"),
+        (
+            lambda h, m: m["layers"][1]["coding"].update(group_outputs=2**63 - 1),
+            "malformed manifest",
+        ),
+        (
+            lambda h, m: m["layers"][1]["coding"].update(group_inputs=2**63 - 32),
+            "malformed manifest",
+        ),
         (lambda h, m: m["layers"].append(m["layers"][0]), "got|twice|layers"),
         (lambda h, m: m["layers"].pop(), "beside its layers"),
         (lambda h, m: m["digests"].pop(_TILES), "beside its layers"),
@@ -212,6 +220,10 @@ def test_any_manifest_is_read_or_refused(tmp_path: Path, whole: bytes, value, wh
 def test_deeply_nested_headers_are_refused(tmp_path: Path) -> None:
     nested = b'{"a":' * 100_000
     refused(tmp_path / "x.safetensors", struct.pack("<Q", len(nested)) + nested)
+    surrogate = json.dumps(
+        {"__metadata__": {"format": "kt_sft.store", "manifest": "\ud800", "manifest_digest": ""}}
+    ).encode()
+    refused(tmp_path / "x.safetensors", struct.pack("<Q", len(surrogate)) + surrogate)
     twice = b'{"__metadata__":{},"__metadata__":{}}'
     refused(tmp_path / "x.safetensors", struct.pack("<Q", len(twice)) + twice, "there twice")
 

@@ -265,9 +265,8 @@ class PackedFile:
         if metadata.get("format") != FORMAT:
             raise self._error(f"is not a store of kt_sft: format {metadata.get('format')!r}")
         text = metadata.get("manifest")
-        if not isinstance(text, str) or digest(text.encode(errors="surrogatepass")) != metadata.get(
-            "manifest_digest"
-        ):
+        encoded = text.encode(errors="surrogatepass") if isinstance(text, str) else b""
+        if not encoded or digest(encoded) != metadata.get("manifest_digest"):
             raise self._error("has a damaged manifest: its digest is another")
         try:
             manifest = json.loads(text, object_pairs_hook=_no_duplicates)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from quantized_checkpoints import QUANTIZED_FORMATS
 from safetensors.torch import load_file, save_file
 from tiny_configs import build
 from torch import nn
@@ -290,6 +291,14 @@ def test_pack_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "is damaged" in capsys.readouterr().err
     assert main(["pack"]) == 2 and main(["pack", str(tmp_path)]) == 2
     assert "no config.json there" in capsys.readouterr().err
+
+
+def test_pack_and_training_agree_on_quantized_checkpoints(model: Path, tmp_path: Path) -> None:
+    folder, stores = tmp_path / "fp8", tmp_path / "stores"
+    QUANTIZED_FORMATS["fp8_block"].write(model, folder)
+    assert main(["pack", str(folder), "--weights", "checkpoint", "--out", str(stores)]) == 0
+    load(folder, store=str(stores), weights="checkpoint")
+    assert len(stores_in(stores)) == 1
 
 
 def test_errors_command(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

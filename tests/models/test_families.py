@@ -142,7 +142,7 @@ def test_generate_equals_stock(name: str, tmp_path: Path) -> None:
     assert torch.equal(ours.generate(ids, **arguments), stock.generate(ids, **arguments))
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl_moe", "gpt_oss", "qwen3_5_moe_text"])
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "gpt_oss"])
 def test_fused_experts_may_lie_either_way_round(name: str, tmp_path: Path) -> None:
     """Published files of qwen3_vl_moe hold [E, inputs, outputs], newly saved ones the reverse."""
     build(name).save_pretrained(tmp_path)

@@ -15,6 +15,7 @@ from kt_sft.errors import SettingsError
 _CHOICES = {
     "weights": ("int8", "bf16", "int4", "int4_g128", "int4_g32", "checkpoint"),
     "compute": ("exact", "int8"),
+    "activations": ("keep", "recompute"),
     "numa": ("auto", "off"),
     "resident": ("auto", True, False),
 }
@@ -31,6 +32,8 @@ class HybridExpertsSettings:
         3e-5) or int8 (activations in 8 bits, about 1e-2, faster). bf16 weights and published codes
         use bf16 products.
     expert_lora: LoRA on the routed experts, with the recipe's rank, alpha and dropout.
+    activations: what gradient checkpointing does with the experts: keep (their forward is computed
+        once and held in host memory until backward) or recompute (a second time, less memory).
     threads: CPU threads for the experts, or auto (affinity, container quota, physical cores).
     isa: auto, or the name of an instruction set that `kt-sft doctor` lists; the environment
         variable KT_SFT_ISA overrides it.
@@ -46,6 +49,7 @@ class HybridExpertsSettings:
     weights: str = "int8"
     compute: str = "exact"
     expert_lora: bool = True
+    activations: str = "keep"
     threads: int | str = "auto"
     isa: str = "auto"
     numa: str = "auto"

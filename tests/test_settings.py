@@ -12,7 +12,10 @@ from kt_sft.kernels import isa_report, requested_isa, select_isa
 
 def test_defaults() -> None:
     settings = read_section({})
-    assert settings == HybridExpertsSettings("int8", "exact", True, "auto", "auto", "auto")
+    assert settings == HybridExpertsSettings(
+        weights="int8", compute="exact", expert_lora=True, activations="keep", threads="auto",
+        isa="auto", numa="auto", store="auto", resident="auto",
+    )  # fmt: skip
 
 
 def test_every_problem_is_reported_at_once() -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kt_sft.experts.activations import Computed, current
 from kt_sft.experts.runtime import ExpertsRuntime
 from kt_sft.experts.shape import ExpertsShape
 from kt_sft.kernels import ExpertWeights, LoraFactors, SplitWeights
@@ -30,6 +31,11 @@ class ExpertsCall:
     dropout_seed: int
     counts_tokens: bool  # one layer of the model counts the tokens for the meter
     keep: bool  # backward will follow
+
+    def key(self, lora: tuple[Tensor, ...]) -> tuple:
+        """What tells this call from another one of the same layer; see activations.Computed."""
+        shapes = tuple(t.shape for t in lora)
+        return id(self.weights), self.scaling, self.dropout, self.dropout_seed, shapes
 
     def flops(self, rows: int) -> float:
         """Multiply-adds of the three frozen products, counted twice each."""
@@ -64,6 +70,41 @@ def to_host(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return host.copy_(tensor)
 
 
+def _computed(
+    call: ExpertsCall,
+    hidden_TD: Tensor,
+    index_TK: Tensor,
+    weight_TK: Tensor,
+    lora: tuple[Tensor, ...],
+) -> tuple[Computed, Tensor]:
+    """The forward, taken from the first run of a checkpointed function or computed; its output."""
+    checkpoint = current()
+    position = checkpoint.next_position() if checkpoint else 0
+    key = call.key(lora)
+    first = checkpoint.take(position) if checkpoint else None
+    if first is not None and first.serves(key, index_TK):
+        return first, first.out_TD
+    keeper = checkpoint if checkpoint and checkpoint.keeps else None
+    start = time.perf_counter()
+    out_TD, kept, report = call.runtime.engine.forward(
+        call.weights,
+        hidden_TD,
+        index_TK,
+        weight_TK,
+        keep=call.keep or keeper is not None,
+        **call.arguments(call.factors(lora)),
+    )
+    seconds = time.perf_counter() - start
+    flops = call.flops(report.rows)
+    call.runtime.meter.record("forward", seconds, flops, report, call.shape.experts, 0)
+    computed = Computed(key, index_TK, out_TD, kept.tensors() if kept else ())
+    if keeper is not None and call.runtime.kept.admit(computed):
+        keeper.put(position, computed)
+        # The model may write into what it gets.
+        return computed, out_TD.clone()
+    return computed, out_TD
+
+
 class ExpertsFunction(torch.autograd.Function):
     """out[T, D] from (hidden[T, D], index[T, K], weight[T, K], a and b of gate, up, down)."""
 
@@ -81,32 +122,10 @@ class ExpertsFunction(torch.autograd.Function):
         host_index = to_host(index_TK, torch.int64)
         host_weight = to_host(weight_TK, torch.float32)
         host_lora = tuple(to_host(t, torch.float32) for t in lora)
-        start = time.perf_counter()
-        out, kept, report = call.runtime.engine.forward(
-            call.weights,
-            host_hidden,
-            host_index,
-            host_weight,
-            keep=call.keep,
-            **call.arguments(call.factors(host_lora)),
-        )
-        call.runtime.meter.record(
-            "forward",
-            time.perf_counter() - start,
-            call.flops(report.rows),
-            report,
-            call.shape.experts,
-            0,
-        )
-        if kept is not None:
+        computed, out = _computed(call, host_hidden, host_index, host_weight, host_lora)
+        if call.keep:
             # Tensors only, so that saved-tensor hooks (non-reentrant checkpointing) free them.
-            ctx.save_for_backward(
-                host_hidden,
-                host_index,
-                host_weight,
-                *host_lora,
-                *kept.tensors(),
-            )
+            ctx.save_for_backward(host_hidden, host_index, host_weight, *host_lora, *computed.kept)
             ctx.call = call
             ctx.like = [(t.device, t.dtype) for t in (hidden_TD, weight_TK, *lora)]
         return out.to(hidden_TD.device)

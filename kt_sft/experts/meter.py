@@ -18,11 +18,18 @@ class ExpertsReading:
     backward: float
     flops: float
     load_max_over_mean: float
+    forward_calls: int
+    backward_calls: int
 
     @property
     def share(self) -> float:
         """Part of the interval spent in the experts."""
         return (self.forward + self.backward) / self.elapsed if self.elapsed > 0 else 0.0
+
+    @property
+    def forwards_per_backward(self) -> float:
+        """1 where no forward is computed twice; 0 without a backward."""
+        return self.forward_calls / self.backward_calls if self.backward_calls else 0.0
 
     @property
     def tflops(self) -> float:
@@ -43,7 +50,8 @@ class ExpertsMeter:
         self._seconds = {"forward": 0.0, "backward": 0.0}
         self._flops = 0.0
         self._imbalance = 0.0
-        self._calls = 0
+        self._balanced = 0
+        self._calls = {"forward": 0, "backward": 0}
 
     def record(
         self,
@@ -59,11 +67,12 @@ class ExpertsMeter:
         A token passes each layer once in backward, however often its forward is recomputed.
         """
         self._seconds[direction] += seconds
+        self._calls[direction] += 1
         self._flops += flops
         self._tokens += counted_tokens
         if report.rows:
             self._imbalance += report.max_rows * experts / report.rows
-            self._calls += 1
+            self._balanced += 1
 
     def read(self) -> ExpertsReading:
         """The sums since the last call of `read`."""
@@ -73,7 +82,9 @@ class ExpertsMeter:
             forward=self._seconds["forward"],
             backward=self._seconds["backward"],
             flops=self._flops,
-            load_max_over_mean=self._imbalance / self._calls if self._calls else 0.0,
+            load_max_over_mean=self._imbalance / self._balanced if self._balanced else 0.0,
+            forward_calls=self._calls["forward"],
+            backward_calls=self._calls["backward"],
         )
         self._clear()
         return reading

@@ -22,7 +22,8 @@ class HybridExpertsMetrics(TrainerCallback):
     """Adds the experts' measurements to the Trainer's logs, and so to every tracker.
 
     Per logging step: tokens_per_second, experts_forward_ms and experts_backward_ms (per optimizer
-    step), experts_tflops, experts_time_share, experts_load_max_over_mean, host_memory_gb,
+    step), experts_tflops, experts_time_share, experts_forwards_per_backward (1 where nothing is
+    computed twice, evaluation apart), experts_load_max_over_mean, host_memory_gb,
     device_memory_gb. Does nothing for a model without hybrid experts.
     """
 
@@ -84,6 +85,7 @@ class HybridExpertsMetrics(TrainerCallback):
             "experts_backward_ms": round(1e3 * reading.backward / steps, 2),
             "experts_tflops": round(reading.tflops, 4),
             "experts_time_share": round(reading.share, 4),
+            "experts_forwards_per_backward": round(reading.forwards_per_backward, 3),
             "experts_load_max_over_mean": round(reading.load_max_over_mean, 3),
             "host_memory_gb": round(host_memory_bytes() / 1e9, 3),
         }

@@ -24,6 +24,7 @@ from kt_sft.adapters.portable import refuse_other_layers
 from kt_sft.config import HybridExpertsSettings
 from kt_sft.errors import CheckpointError, UnsupportedModelError
 from kt_sft.experts import ExpertsRuntime, HybridExperts, hybrid_experts_of
+from kt_sft.experts.activations import keep_activations
 from kt_sft.experts.conventions import redirect_block
 from kt_sft.experts.finding import FoundExperts, find_experts
 from kt_sft.families import attribute
@@ -113,6 +114,8 @@ def _swap_experts(
         parent._is_hf_initialized = True
         swapped[path] = (hybrid, layer)
     model.register_load_state_dict_pre_hook(refuse_other_layers)
+    if runtime.settings.activations == "keep":
+        keep_activations(model)
     # PEFT takes our empty LoRA layers for an adapter that is already there.
     warnings.filterwarnings(
         "ignore", message="You are trying to modify a model with PEFT for a second time"

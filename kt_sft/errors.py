@@ -31,3 +31,7 @@ class KernelArgumentError(KtSftError, ValueError):
 
 class PeerError(KtSftError, RuntimeError):
     """A peer that a measurement should run against cannot be started or failed."""
+
+
+class NonFiniteError(KtSftError, ArithmeticError):
+    """NaN or Inf reached the gradients; names the step and where it was first seen."""

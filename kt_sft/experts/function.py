@@ -24,6 +24,7 @@ class ExpertsCall:
     """The part of a call that is not a tensor; constant over forward, recompute and backward."""
 
     runtime: ExpertsRuntime
+    path: str
     weights: ExpertWeights | SplitWeights
     shape: ExpertsShape
     scaling: tuple[float, float, float]
@@ -97,6 +98,8 @@ def _computed(
     seconds = time.perf_counter() - start
     flops = call.flops(report.rows)
     call.runtime.meter.record("forward", seconds, flops, report, call.shape.experts, 0)
+    watch = call.runtime.watch
+    watch.forward(call.path, call.weights, hidden_TD, index_TK, weight_TK, lora, out_TD)
     computed = Computed(key, index_TK, out_TD, kept.tensors() if kept else ())
     if keeper is not None and call.runtime.kept.admit(computed):
         keeper.put(position, computed)
@@ -156,6 +159,7 @@ class ExpertsFunction(torch.autograd.Function):
             call.shape.experts,
             hidden.shape[0] if call.counts_tokens else 0,
         )
+        call.runtime.watch.backward(call.path, host_d_out, d_hidden)
         flat: list[Tensor | None] = []
         for pair in d_lora:
             flat.extend(pair if pair else (None, None))

@@ -102,6 +102,7 @@ class HybridExperts(nn.Module):
         inputs: list[Any] = [hidden_states, top_k_weights, *tensors]
         call = ExpertsCall(
             runtime=self.runtime,
+            path=self.path,
             weights=self.weights,
             shape=self.shape,
             scaling=tuple(s.scaling if s else 0.0 for s in stacks),  # type: ignore[arg-type]

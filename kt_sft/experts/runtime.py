@@ -8,6 +8,7 @@ from typing import Any
 from kt_sft.config import HybridExpertsSettings
 from kt_sft.cpu_budget import available_threads
 from kt_sft.experts.activations import KeptActivations
+from kt_sft.experts.finite import FiniteWatch
 from kt_sft.experts.meter import ExpertsMeter
 from kt_sft.host import available_memory_bytes
 from kt_sft.kernels import Engine, NodeEngines, numa_nodes, requested_isa
@@ -31,6 +32,7 @@ class ExpertsRuntime:
         split = 1 < len(nodes) <= threads and ranks == 1
         self.engine: Any = NodeEngines(nodes, threads, isa) if split else Engine(threads, isa)
         self.meter = ExpertsMeter()
+        self.watch = FiniteWatch()
         self.kept = KeptActivations(lambda: int(_KEEPS * available_memory_bytes()) // ranks)
 
     def __deepcopy__(self, memo: dict) -> ExpertsRuntime:

@@ -149,12 +149,30 @@ def _export(recipe: Mapping[str, Any]) -> Path:
     return out
 
 
+# Functions of LLaMA-Factory that are ours while a recipe with the section is in force.
+_SWAPPED = (
+    ("llamafactory.model.patcher", "configure_quantization"),
+    ("llamafactory.hparams.parser", "get_last_checkpoint"),
+)
+
+
+def _swap(place: tuple[str, str], make: Callable[[Callable], Callable]) -> None:
+    """Replaces a function by what `make` makes of the stock one."""
+    module, name = sys.modules[place[0]], place[1]
+    known = getattr(module, name)
+    stock = getattr(known, "kt_sft_stock", known)
+    ours = functools.wraps(stock)(make(stock))
+    ours.kt_sft_stock = stock  # type: ignore[attr-defined]
+    setattr(module, name, ours)
+
+
 def _deactivate() -> None:
     """Undoes `_activate` for a later recipe of the same process that has no section."""
-    patcher = sys.modules.get("llamafactory.model.patcher")
-    stock = getattr(getattr(patcher, "configure_quantization", None), "kt_sft_stock", None)
-    if stock is not None:
-        patcher.configure_quantization = stock  # type: ignore[union-attr]
+    for module_name, name in _SWAPPED:
+        module = sys.modules.get(module_name)
+        stock = getattr(getattr(module, name, None), "kt_sft_stock", None)
+        if stock is not None:
+            setattr(module, name, stock)
 
 
 def _activate(section: Any) -> None:
@@ -164,24 +182,27 @@ def _activate(section: Any) -> None:
     settings = read_section(section, _recipe_dir())
     _show_log()
     _warn_of_spinning_threads()
-    from llamafactory.model import patcher
+    import llamafactory.model.patcher  # noqa: F401  where the first function of _SWAPPED lives
 
-    from kt_sft.integrations.trainer import register_metrics
+    from kt_sft.checkpoints import newest_valid
+    from kt_sft.integrations.trainer import register
     from kt_sft.integrations.transformers import HybridExpertsConfig
 
-    register_metrics()
-    stock = getattr(patcher.configure_quantization, "kt_sft_stock", patcher.configure_quantization)
+    register()
 
-    @functools.wraps(stock)
-    def configure_quantization(
-        config: Any, tokenizer: Any, model_args: Any, is_trainable: bool, init_kwargs: dict
-    ) -> None:
-        _refuse_other_loaders(model_args)
-        # For a checkpoint that is quantized already it asks for the packages of that format, which
-        # we do without.
-        if not getattr(config, "quantization_config", None):
-            stock(config, tokenizer, model_args, is_trainable, init_kwargs)
-        init_kwargs["quantization_config"] = HybridExpertsConfig(**settings.as_dict())
+    def hybrid_configuration(stock: Callable) -> Callable:
+        def configure_quantization(
+            config: Any, tokenizer: Any, model_args: Any, is_trainable: bool, init_kwargs: dict
+        ) -> None:
+            _refuse_other_loaders(model_args)
+            # For a checkpoint that is quantized already it asks for the packages of that format,
+            # which we do without.
+            if not getattr(config, "quantization_config", None):
+                stock(config, tokenizer, model_args, is_trainable, init_kwargs)
+            init_kwargs["quantization_config"] = HybridExpertsConfig(**settings.as_dict())
 
-    configure_quantization.kt_sft_stock = stock  # type: ignore[attr-defined]
-    patcher.configure_quantization = configure_quantization
+        return configure_quantization
+
+    makers = (hybrid_configuration, lambda stock: lambda folder: newest_valid(folder))
+    for place, make in zip(_SWAPPED, makers, strict=True):
+        _swap(place, make)

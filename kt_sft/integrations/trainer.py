@@ -13,6 +13,8 @@ from transformers import trainer as trainer_module
 from kt_sft.experts import ExpertsMeter, hybrid_experts_of
 from kt_sft.host import host_memory_bytes, machine_description
 from kt_sft.integrations import wandb_run
+from kt_sft.integrations.guard import RunGuard
+from kt_sft.integrations.saving import install_safe_saving
 from kt_sft.integrations.transformers import HybridExpertsConfig, hybridize
 
 logger = logging.getLogger(__name__)
@@ -111,10 +113,15 @@ def describe(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def register_metrics() -> None:
-    """Puts the metrics among the Trainer's default callbacks, which run before the trackers'."""
-    if HybridExpertsMetrics not in trainer_module.DEFAULT_CALLBACKS:
-        trainer_module.DEFAULT_CALLBACKS.append(HybridExpertsMetrics)  # type: ignore[arg-type]
+def register() -> None:
+    """Prepares every Trainer of the process for models with hybrid experts; idempotent.
+
+    Metrics and guard are among the default callbacks, because those run before the trackers'.
+    """
+    for callback in (HybridExpertsMetrics, RunGuard):
+        if callback not in trainer_module.DEFAULT_CALLBACKS:
+            trainer_module.DEFAULT_CALLBACKS.append(callback)  # type: ignore[arg-type]
+    install_safe_saving()
 
 
 class HybridExpertsCallback(TrainerCallback):
@@ -131,7 +138,7 @@ class HybridExpertsCallback(TrainerCallback):
 
     def __init__(self, config: HybridExpertsConfig | None = None) -> None:
         self.config = config or HybridExpertsConfig()
-        register_metrics()
+        register()
 
     def on_init_end(
         self,

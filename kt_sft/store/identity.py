@@ -29,7 +29,8 @@ def _stamp(stat: os.stat_result) -> list[int]:
     return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
-def _digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """XXH3-128 of a file in hexadecimal."""
     # Into one small buffer that stays in the processor's cache: as fast as memory is read.
     found, buffer = xxhash.xxh3_128(), bytearray(_CHUNK)
     view = memoryview(buffer)
@@ -65,7 +66,7 @@ def _file_identity(path: Path, notes: Path) -> dict[str, Any]:
         note = notes / f"{xxhash.xxh3_64_hexdigest(str(real).encode())}.json"
         digest = _remembered(note, stamp)
         if digest is None:
-            digest = _digest(real)
+            digest = file_digest(real)
             if _stamp(real.stat()) != stamp:
                 raise CheckpointError(f"{path}: changed while it was read; wait until it is whole")
             _remember(note, stamp, digest)

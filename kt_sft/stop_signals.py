@@ -1,0 +1,46 @@
+"""SIGTERM and SIGINT during training: the first stops after the step, the second at once."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopSignals:
+    """Handlers for as long as a training runs; `received` is the signal, or 0."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._former: dict[int, Any] = {}
+
+    def install(self) -> None:
+        """Only the main thread may; elsewhere signals stay what they were."""
+        self.received = 0
+        if self._former or threading.current_thread() is not threading.main_thread():
+            return
+        self._former = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+
+    def restore(self) -> None:
+        """Gives the signals back to whoever had them."""
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+        self._former = {}
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        self.received = number
+        name = signal.Signals(number).name
+        logger.warning(
+            "%s: finishing this step, then saving and stopping; once more stops at once", name
+        )

@@ -1,0 +1,190 @@
+"""A short training of a tiny hybrid model in a child process, which a test may kill.
+
+The children come from a fork server that has imported everything, so that one takes a second.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import deepspeed  # noqa: F401  the Trainer imports these when it is built
+import torch
+import wandb  # noqa: F401
+from peft import LoraConfig, get_peft_model
+from tiny_models import make_model
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from kt_sft import HybridExpertsCallback, HybridExpertsConfig, hybridize
+from kt_sft.experts import hybrid_experts_of
+
+STEPS = 8
+TARGETS = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
+_IDS = torch.randint(0, 300, (64, 9), generator=torch.Generator().manual_seed(4))
+
+# change(model, trainer) in the child, before it trains
+Change = Callable[[nn.Module, Trainer], None]
+
+
+class _Rows(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return len(_IDS)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": _IDS[i], "labels": _IDS[i]}
+
+
+@dataclass
+class CrashAt:
+    """SIGKILL when a function is called (or has returned) for the `count`-th time."""
+
+    module: str
+    function: str
+    after: bool = False
+    count: int = 1
+
+    def plant(self) -> None:
+        owner: Any = importlib.import_module(self.module)
+        *outer, name = self.function.split(".")
+        for part in outer:
+            owner = getattr(owner, part)
+        stock, left = getattr(owner, name), [self.count]
+
+        def crashing(*args: Any, **kwargs: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0 and not self.after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = stock(*args, **kwargs)
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(owner, name, crashing)
+
+
+@dataclass
+class Training:
+    """What a child does."""
+
+    folder: str
+    resume: bool = False
+    crash: CrashAt | None = None
+    change: Change | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    experts: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self) -> None:
+        torch.set_num_threads(1)
+        model = hybridize(make_model("qwen3_moe"), HybridExpertsConfig(threads=1, **self.experts))
+        torch.manual_seed(1)
+        model = get_peft_model(
+            model, LoraConfig(r=4, lora_alpha=8, lora_dropout=0.2, target_modules=TARGETS)
+        )
+        values = {
+            "output_dir": self.folder, "max_steps": STEPS, "logging_steps": 1, "save_steps": 2,
+            "save_strategy": "steps", "save_total_limit": 2, "report_to": "none", "use_cpu": True,
+            "learning_rate": 1e-2, "per_device_train_batch_size": 2, "seed": 7,
+            "disable_tqdm": True,
+        }  # fmt: skip
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(**{**values, **self.arguments}),
+            train_dataset=_Rows(),
+            callbacks=[HybridExpertsCallback()],
+        )
+        if self.crash is not None:
+            self.crash.plant()
+        if self.change is not None:
+            self.change(model, trainer)
+        trainer.train(resume_from_checkpoint=True if self.resume else None)
+        trainer.save_model()
+        trainer.save_state()
+
+
+_context = multiprocessing.get_context("forkserver")
+
+
+@functools.cache
+def _fork_server() -> None:
+    """Started once; it does not take over sys.path by itself."""
+    former = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    _context.set_forkserver_preload(["tiny_training"])
+    forkserver.ensure_running()
+    if former is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = former
+
+
+def start(training: Training) -> BaseProcess:
+    """A child that runs `training`; its exit code tells how it ended."""
+    Path(training.folder).mkdir(parents=True, exist_ok=True)
+    _fork_server()
+    process = _context.Process(target=_run, args=(training,))
+    process.start()
+    return process
+
+
+def _run(training: Training) -> None:
+    # Errors go to a file: what a test asserts on is their text.
+    with (Path(training.folder) / "output.txt").open("a") as sink:
+        os.dup2(sink.fileno(), 1)
+        os.dup2(sink.fileno(), 2)
+        training()
+
+
+def finish(training: Training, seconds: float = 120) -> tuple[int, str]:
+    """(exit code, output) of a child that runs to its end."""
+    process = start(training)
+    process.join(seconds)
+    if process.is_alive():
+        process.kill()
+        raise AssertionError(f"the training hangs:\n{output(training.folder)}")
+    assert process.exitcode is not None
+    return process.exitcode, output(training.folder)
+
+
+def output(folder: str | Path) -> str:
+    """What the children wrote."""
+    return (Path(folder) / "output.txt").read_text()
+
+
+def curve(folder: str | Path) -> list[str]:
+    """The loss of every step, exactly."""
+    state = json.loads((Path(folder) / "trainer_state.json").read_text())
+    return [e["loss"].hex() for e in state["log_history"] if "loss" in e]
+
+
+def adapter(folder: str | Path) -> str:
+    """The digest of the adapter's file."""
+    return hashlib.sha256((Path(folder) / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+class AtStep(TrainerCallback):
+    """Does something when a step begins."""
+
+    def __init__(self, step: int, work: Callable[[nn.Module], None]) -> None:
+        self.step, self.work = step, work
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs) -> None:
+        if state.global_step + 1 == self.step:
+            self.work(model)
+
+
+def experts_of(model: nn.Module, layer: int = 1) -> Any:
+    """One layer of experts."""
+    return list(hybrid_experts_of(model).values())[layer]

@@ -36,7 +36,13 @@ _READERS = 4
 # Left free on the disk, so that a full one does not stop everything else.
 _SPARE = 64 << 20
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_FULL_TEXTS = ("No space left", "File too large", "quota exceeded", "PytorchStreamWriter failed")
+_FULL_TEXTS = (
+    "No space left",
+    "File too large",
+    "quota exceeded",
+    "PytorchStreamWriter failed",
+    "unexpected pos",  # torch, after a write that came out short
+)
 _MAKE_SPACE = "Free some space, or lower save_total_limit, and start again to resume"
 
 
@@ -187,6 +193,22 @@ def require_valid(folder: str | Path) -> None:
         whole = next((p for p in others if damage(p) is None), None)
         advice = f"resume from {whole}, which is whole" if whole else "no other one is whole"
         raise CheckpointError(f"{folder} is damaged: {wrong}; {advice}")
+
+
+def rotate(newest: Path, limit: int, best: str | None) -> None:
+    """Removes the oldest checkpoints beside `newest` until `limit` are left; 0 keeps all.
+
+    `newest` and `best` stay in any case. A folder loses its name before its files, so that what
+    has the name of a checkpoint is whole at any time.
+    """
+    found = sorted(checkpoints_of(newest.parent), key=lambda path: path.stat().st_mtime_ns)
+    protected = {newest, Path(best)} if best else {newest}
+    surplus = len(found) - max(limit, len(protected)) if limit > 0 else 0
+    removable = [path for path in found if path not in protected]
+    for path in removable[: max(surplus, 0)]:
+        hidden = path.parent / f".{path.name}.tmp-removed"
+        path.rename(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def sweep(output_dir: Path) -> None:

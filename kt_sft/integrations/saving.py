@@ -1,9 +1,10 @@
 """The Trainer's checkpoints, published whole, and resumed only when they are whole.
 
-Transformers has no hook around saving and resuming, so three of its functions are wrapped:
+Transformers has no hook around saving and resuming, so four of its functions are wrapped:
 `Trainer._save_checkpoint` writes into a staging folder, `CallbackHandler.on_save`, after which a
-checkpoint has all its files, publishes it, and `Trainer.train` looks before it resumes, and ends
-with the status that belongs to a signal. A model without hybrid experts is saved as ever.
+checkpoint has all its files, publishes it, `Trainer.train` looks before it resumes, and ends with
+the status that belongs to a signal, and `Trainer._run_epoch` trains nothing in a run that was
+resumed after its last step. A model without hybrid experts is trained and saved as ever.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from kt_sft.checkpoints import (
     newest_valid,
     require_space,
     require_valid,
+    rotate,
     sweep,
 )
 from kt_sft.errors import CheckpointError, KtSftError, NonFiniteError
@@ -152,12 +154,8 @@ class _Staging:
             self.abandon()
             raise
         if trainer.args.should_save:
-            trainer_module.rotate_checkpoints(
-                output_dir=self.output_dir,
-                save_total_limit=trainer.args.save_total_limit,
-                best_model_checkpoint=trainer.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            limit = trainer.args.save_total_limit or 0
+            rotate(self.final, limit, trainer.state.best_model_checkpoint)
 
     def abandon(self) -> None:
         """Leaves the former checkpoints as they are, and nothing else."""
@@ -224,10 +222,23 @@ def _careful_train(stock: Callable) -> Callable:
     return train
 
 
+def _no_step_too_many(stock: Callable) -> Callable:
+    """The stock loop looks whether it is at its end only after a step."""
+
+    def run_epoch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if hybrid_experts_of(self.model) and self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return None
+        return stock(self, *args, **kwargs)
+
+    return run_epoch
+
+
 def install_safe_saving() -> None:
     """Wraps the Trainer's saving and resuming; more than once is no more than once."""
     _wrap(Trainer, "_save_checkpoint", _staged_save)
     _wrap(CallbackHandler, "on_save", _publishing_on_save)
     _wrap(Trainer, "train", _careful_train)
+    _wrap(Trainer, "_run_epoch", _no_step_too_many)
     # `resume_from_checkpoint: true`, which means the last one.
     trainer_module.get_last_checkpoint = newest_valid

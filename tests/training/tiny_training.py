@@ -93,15 +93,17 @@ class Training:
         model = get_peft_model(
             model, LoraConfig(r=4, lora_alpha=8, lora_dropout=0.2, target_modules=TARGETS)
         )
-        values = {
+        values: dict[str, Any] = {
             "output_dir": self.folder, "max_steps": STEPS, "logging_steps": 1, "save_steps": 2,
             "save_strategy": "steps", "save_total_limit": 2, "report_to": "none", "use_cpu": True,
             "learning_rate": 1e-2, "per_device_train_batch_size": 2, "seed": 7,
             "disable_tqdm": True,
         }  # fmt: skip
+        values.update(self.arguments)
+        resume_from = values.pop("resume_from", None)
         trainer = Trainer(
             model=model,
-            args=TrainingArguments(**{**values, **self.arguments}),
+            args=TrainingArguments(**values),
             train_dataset=_Rows(),
             callbacks=[HybridExpertsCallback()],
         )
@@ -109,7 +111,7 @@ class Training:
             self.crash.plant()
         if self.change is not None:
             self.change(model, trainer)
-        trainer.train(resume_from_checkpoint=True if self.resume else None)
+        trainer.train(resume_from_checkpoint=resume_from or (True if self.resume else None))
         trainer.save_model()
         trainer.save_state()
 

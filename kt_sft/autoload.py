@@ -9,7 +9,11 @@ import importlib.util
 import os
 import sys
 
-HOOKED = ("llamafactory.hparams.parser", "llamafactory.train.tuner")
+HOOKED = (
+    "llamafactory.launcher",
+    "llamafactory.hparams.parser",
+    "llamafactory.train.tuner",
+)
 
 
 class _AfterImport(importlib.abc.Loader):

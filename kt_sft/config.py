@@ -16,6 +16,7 @@ _CHOICES = {
     "weights": ("int8", "bf16", "int4", "int4_g128", "int4_g32", "checkpoint"),
     "compute": ("exact", "int8"),
     "activations": ("keep", "recompute"),
+    "expert_lora": (True, False, "shared"),
     "numa": ("auto", "off"),
     "resident": ("auto", True, False),
 }
@@ -31,7 +32,9 @@ class HybridExpertsSettings:
     compute: how int8 and int4 weights are multiplied: exact (activations in 16 bits, error about
         3e-5) or int8 (activations in 8 bits, about 1e-2, faster). bf16 weights and published codes
         use bf16 products.
-    expert_lora: LoRA on the routed experts, with the recipe's rank, alpha and dropout.
+    expert_lora: LoRA on the routed experts, with the recipe's rank, alpha and dropout: true (a pair
+        of matrices per expert), shared (one pair per layer and projection for all its experts,
+        saved once per expert, as other programs read it) or false.
     activations: what gradient checkpointing does with the experts: keep (their forward is computed
         once and held in host memory until backward) or recompute (a second time, less memory).
     threads: CPU threads for the experts, or auto (affinity, container quota, physical cores).
@@ -48,7 +51,7 @@ class HybridExpertsSettings:
 
     weights: str = "int8"
     compute: str = "exact"
-    expert_lora: bool = True
+    expert_lora: bool | str = True
     activations: str = "keep"
     threads: int | str = "auto"
     isa: str = "auto"
@@ -98,8 +101,6 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
             "compute: int8 needs int8 or int4 weights, got weights: bf16; "
             "set weights: int8 or leave compute out"
         )
-    if not isinstance(values["expert_lora"], bool):
-        found.append(f"expert_lora: got {values['expert_lora']!r}, expected true or false")
     threads = values["threads"]
     is_count = isinstance(threads, int) and not isinstance(threads, bool) and threads >= 1
     if threads != "auto" and not is_count:

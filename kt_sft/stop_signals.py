@@ -1,4 +1,8 @@
-"""SIGTERM and SIGINT during training: the first stops after the step, the second at once."""
+"""SIGTERM and SIGINT during training: the first stops after the step, the second at once.
+
+Schedulers signal every process of a job, and launchers pass on what they get, so that one request
+arrives several times: what follows within two seconds belongs to the first one.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,14 @@ import logging
 import os
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SAME_REQUEST_SECONDS = 2.0
 
 
 class StopSignals:
@@ -20,6 +26,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.received = 0
         self._former: dict[int, Any] = {}
+        self._first = 0.0
 
     def install(self) -> None:
         """Only the main thread may; elsewhere signals stay what they were."""
@@ -36,10 +43,12 @@ class StopSignals:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.received:
+            if time.monotonic() - self._first < _SAME_REQUEST_SECONDS:
+                return
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        self.received = number
+        self.received, self._first = number, time.monotonic()
         name = signal.Signals(number).name
         logger.warning(
             "%s: finishing this step, then saving and stopping; once more stops at once", name

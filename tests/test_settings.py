@@ -31,7 +31,7 @@ def test_every_problem_is_reported_at_once() -> None:
     assert "weigths: unknown setting; did you mean weights?" in text
     assert "compute: got 'exakt', expected exact or int8; did you mean exact?" in text
     assert "threads: got 0, expected auto or a positive integer" in text
-    assert "expert_lora: got 'yes', expected true or false" in text
+    assert "expert_lora: got 'yes', expected true or false or shared" in text
     assert "isa: got 'avx1024', expected one of auto, amx, avx512_bf16" in text
     assert "colour: unknown setting; expected weights" in text
 

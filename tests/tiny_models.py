@@ -139,7 +139,7 @@ def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def make_dataset(folder: Path) -> None:
-    """SFT and preference pairs in LLaMA-Factory's formats."""
+    """SFT, preference pairs, plain text and KTO labels in LLaMA-Factory's formats."""
     folder.mkdir(parents=True, exist_ok=True)
     words = ["one", "two", "three", "four", "five", "six", "seven"]
     sft = [
@@ -155,6 +155,13 @@ def make_dataset(folder: Path) -> None:
         }
         for i, row in enumerate(sft)
     ]
+    texts = [{"text": f"{row['instruction']} {row['output']}"} for row in sft]
+    labelled = [
+        {"instruction": row["instruction"], "output": row["output"], "label": i % 2 == 1}
+        for i, row in enumerate(sft)
+    ]
+    (folder / "texts.json").write_text(json.dumps(texts))
+    (folder / "labelled.json").write_text(json.dumps(labelled))
     (folder / "sft.json").write_text(json.dumps(sft))
     (folder / "pairs.json").write_text(json.dumps(pairs))
     info = {
@@ -163,6 +170,11 @@ def make_dataset(folder: Path) -> None:
             "file_name": "pairs.json",
             "ranking": True,
             "columns": {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"},
+        },
+        "texts": {"file_name": "texts.json", "columns": {"prompt": "text"}},
+        "labelled": {
+            "file_name": "labelled.json",
+            "columns": {"prompt": "instruction", "response": "output", "kto_tag": "label"},
         },
     }
     (folder / "dataset_info.json").write_text(json.dumps(info))

@@ -1,5 +1,8 @@
 """LoRA over all experts of one projection, as a layer that stock PEFT creates and switches.
 
+The frozen weights are packed and shared, so merging an adapter does not touch them: its factors
+stay beside them as a frozen low-rank part that no switch turns off.
+
 For a module that already is a `LoraLayer`, PEFT calls `update_layer` instead of replacing it.
 """
 
@@ -31,6 +34,8 @@ class ActiveFactors:
 class HybridExpertsLinear(nn.Module, LoraLayer):
     """One projection of all experts: no weight of its own, LoRA A [E, r, in] and B [E, out, r].
 
+    With `shared` the factors are [1, r, in] and [1, out, r], used by every expert.
+
     The class name holds "Linear" because LLaMA-Factory's `lora_target: all` looks for it.
     """
 
@@ -38,13 +43,19 @@ class HybridExpertsLinear(nn.Module, LoraLayer):
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout")
 
     def __init__(
-        self, experts: int, inputs: int, outputs: int, device: Callable[[], torch.device]
+        self,
+        experts: int,
+        inputs: int,
+        outputs: int,
+        device: Callable[[], torch.device],
+        shared: bool = False,
     ) -> None:
         # LoraLayer.__init__ reads the weight of a base layer, which does not exist here.
         nn.Module.__init__(self)
         self.experts: int = experts
         self.in_features: int = inputs
         self.out_features: int = outputs
+        self.shared: bool = shared
         self._device = device
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
@@ -60,6 +71,11 @@ class HybridExpertsLinear(nn.Module, LoraLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.kwargs: dict[str, Any] = {}
+        # Of merged adapters; b is scaled. Not part of any adapter, so not saved with one.
+        self.merged_a: Tensor | None
+        self.merged_b: Tensor | None
+        self.register_buffer("merged_a", None, persistent=False)
+        self.register_buffer("merged_b", None, persistent=False)
 
     @property
     def weight(self) -> Tensor:
@@ -106,8 +122,9 @@ class HybridExpertsLinear(nn.Module, LoraLayer):
         drop: nn.Module = nn.Dropout(lora_dropout) if lora_dropout > 0 else nn.Identity()
         self.lora_dropout[adapter_name] = drop
         device = self._device()
-        a = torch.empty(self.experts, r, self.in_features, device=device)
-        b = torch.zeros(self.experts, self.out_features, r, device=device)
+        copies = 1 if self.shared else self.experts
+        a = torch.empty(copies, r, self.in_features, device=device)
+        b = torch.zeros(copies, self.out_features, r, device=device)
         if init_lora_weights == "gaussian":
             nn.init.normal_(a, std=1 / r)
         else:
@@ -120,27 +137,50 @@ class HybridExpertsLinear(nn.Module, LoraLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def active_factors(self) -> ActiveFactors | None:
-        """The factors of the active adapters, or None when LoRA is off.
+        """The factors of the active and the merged adapters, or None where there are none.
 
-        Several active adapters are one of the summed rank.
+        Several adapters are one of the summed rank.
         """
-        if self.disable_adapters:
-            return None
-        names = [n for n in self.active_adapters if n in self.lora_A]
-        if not names:
-            return None
+        active = [] if self.disable_adapters else self.active_adapters
+        names = [n for n in active if n in self.lora_A]
         rates = {n: getattr(self.lora_dropout[n], "p", 0.0) for n in names if self.training}
         if len(set(rates.values())) > 1:
             raise SettingsError(
                 f"lora_dropout: the active adapters differ ({rates}); give them the same rate"
             )
         dropout = max(rates.values(), default=0.0)
-        if len(names) == 1:
+        if dropout and self.merged_a is not None:
+            raise SettingsError(
+                f"lora_dropout: got {dropout}, expected 0 beside an adapter that was merged, which "
+                "dropout must not touch; leave lora_dropout out"
+            )
+        if len(names) == 1 and self.merged_a is None:
             name = names[0]
             return ActiveFactors(self.lora_A[name], self.lora_B[name], self.scaling[name], dropout)
-        a = torch.cat([self.lora_A[n] for n in names], dim=1)
-        b = torch.cat([self.lora_B[n] * self.scaling[n] for n in names], dim=2)
-        return ActiveFactors(a, b, 1.0, dropout)
+        joined = self._joined(names)
+        return ActiveFactors(*joined, 1.0, dropout) if joined else None
+
+    def _joined(self, names: list[str]) -> tuple[Tensor, Tensor] | None:
+        """a [E, sum of r, in] and scaled b of what is merged and of these adapters."""
+        merged = (
+            [(self.merged_a, self.merged_b)]
+            if self.merged_a is not None and self.merged_b is not None
+            else []
+        )
+        pairs = [*merged, *((self.lora_A[n], self.lora_B[n] * self.scaling[n]) for n in names)]
+        if not pairs:
+            return None
+        rank = sum(a.shape[1] for a, _ in pairs)
+        if rank > MAX_RANK:
+            raise SettingsError(
+                f"LoRA on hybrid experts: {len(pairs)} adapters together have rank {rank}, "
+                f"expected at most {MAX_RANK}; use fewer of them at a time"
+            )
+        copies = max(a.shape[0] for a, _ in pairs)
+        a, b = (
+            torch.cat([pair[i].expand(copies, -1, -1) for pair in pairs], dim=i + 1) for i in (0, 1)
+        )
+        return a, b
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
@@ -151,10 +191,10 @@ class HybridExpertsLinear(nn.Module, LoraLayer):
                 factors[adapter_name].data = factors[adapter_name].data.to(device or self._device())
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refused: the frozen weights are quantized and shared."""
+        """Refused in place; `merge_and_unload` keeps the factors beside the packed weights."""
         raise NotImplementedError(
-            "LoRA cannot be merged into packed experts; "
-            "`kt-sft export recipe.yaml` merges it into the original checkpoint"
+            "merge_adapter: LoRA cannot be merged into packed experts; use merge_and_unload, or "
+            "`kt-sft export recipe.yaml`, which merges it into the original checkpoint"
         )
 
     def unmerge(self) -> None:
@@ -163,14 +203,26 @@ class HybridExpertsLinear(nn.Module, LoraLayer):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> HybridExpertsLinear:
-        """The layer without adapters, for `PeftModel.unload`; merging is refused."""
-        if merge:
-            self.merge(safe_merge, adapter_names)
-        return HybridExpertsLinear(self.experts, self.in_features, self.out_features, self._device)
+        """The layer without adapters, for `unload` and `merge_and_unload` of a PeftModel.
+
+        Merged factors go on as a frozen part of the layer. Raises SettingsError where their ranks
+        are too many together, and ValueError for factors that are not finite when `safe_merge`.
+        """
+        names = [n for n in adapter_names or self.active_adapters if n in self.lora_A]
+        joined = self._joined(names if merge else [])
+        if safe_merge and joined and not all(bool(torch.isfinite(t).all()) for t in joined):
+            raise ValueError(f"NaN or Inf in the expert LoRA of {names}; nothing was merged")
+        bare = HybridExpertsLinear(
+            self.experts, self.in_features, self.out_features, self._device, self.shared
+        )
+        if joined:
+            bare.merged_a, bare.merged_b = (t.detach().clone() for t in joined)
+        return bare
 
     def extra_repr(self) -> str:
         """For `print(model)`."""
-        return f"experts={self.experts}, in={self.in_features}, out={self.out_features}"
+        shared = ", shared" if self.shared else ""
+        return f"experts={self.experts}, in={self.in_features}, out={self.out_features}{shared}"
 
 
 def common_dropout(active: list[ActiveFactors], path: str) -> float:

@@ -2,7 +2,8 @@
 
 In a state dict, `<path>.experts.gate_proj.lora_A.<adapter>` [E, r, in] becomes
 `<path>.experts.<e>.gate_proj.lora_A.<adapter>.weight` [r, in], the keys that vLLM, SGLang,
-llama.cpp and PEFT read for models whose checkpoints hold one tensor per expert.
+llama.cpp and PEFT read for models whose checkpoints hold one tensor per expert. Factors that all
+experts share are repeated, and are taken back where those of all experts are equal.
 """
 
 from __future__ import annotations
@@ -28,7 +29,12 @@ def spread_expert_factors(
         if match is None:
             continue
         projection, factor, adapter = match.groups()
-        for expert, matrix in enumerate(state_dict.pop(key).unbind(0)):
+        stacked = state_dict.pop(key)
+        layer = getattr(module, projection)
+        if layer.shared:
+            # Copies: a safetensors file cannot hold one tensor under several names.
+            stacked = stacked.repeat(layer.experts, 1, 1)
+        for expert, matrix in enumerate(stacked.unbind(0)):
             state_dict[f"{prefix}{expert}.{projection}.{factor}.{adapter}.weight"] = matrix
 
 
@@ -58,7 +64,8 @@ def collect_expert_factors(
         problems.extend(_misfits(module, projection, factor, adapter, matrices))
         if problems:
             continue
-        stacked = stack([matrices[e] for e in range(len(matrices))])
+        shared = getattr(module, projection).shared
+        stacked = stack([matrices[e] for e in range(1 if shared else len(matrices))])
         state_dict[f"{prefix}{projection}.{factor}.{adapter}"] = stacked
     if problems:
         raise AdapterMismatchError(
@@ -124,6 +131,11 @@ def _misfits(
         problems.append(
             f"{name}: got shape {wrong[expert]} (expert {expert}), expected {shape} "
             "(rank and width)"
+        )
+    elif layer.shared and any(not m.equal(matrices[min(matrices)]) for m in matrices.values()):
+        problems.append(
+            f"{name}: differs from expert to expert, expected one matrix for all with "
+            "expert_lora: shared; set expert_lora: true"
         )
     return problems
 

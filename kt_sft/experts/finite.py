@@ -53,7 +53,8 @@ class FiniteWatch:
         for number, factors in enumerate(lora):
             if factors.numel() and not is_finite(factors):
                 name = f"{PROJECTIONS[number // 2]}.lora_{'AB'[number % 2]}"
-                self.first = f"{path}: in {name} of expert {_first_row(factors)}"
+                whose = f"of expert {_first_row(factors)}" if len(factors) > 1 else "of all experts"
+                self.first = f"{path}: in {name} {whose}"
                 return
         token = _first_row(out_TD)
         chosen = [e for e in index_TK[token].tolist() if e < weights.experts]

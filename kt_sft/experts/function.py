@@ -1,6 +1,7 @@
 """The autograd function between the accelerator and the CPU experts.
 
-Legend: T tokens, D hidden size, E experts, K top-k, r LoRA rank.
+Legend: T tokens, D hidden size, E experts, K top-k, r LoRA rank. LoRA factors come stacked, [E, r,
+in] and [E, out, r], or shared by all experts, [1, r, in] and [1, out, r].
 """
 
 from __future__ import annotations
@@ -54,9 +55,12 @@ class ExpertsCall:
 
     def factors(self, tensors: tuple[Tensor, ...]) -> list[LoraFactors | None]:
         """(a, b) of gate, up and down on the CPU; empty tensors mean no LoRA."""
+        stacked = [
+            t.expand(self.shape.experts, -1, -1).contiguous() if t.numel() else t for t in tensors
+        ]
         return [
-            LoraFactors(tensors[2 * i], tensors[2 * i + 1], self.scaling[i])
-            if tensors[2 * i].numel()
+            LoraFactors(stacked[2 * i], stacked[2 * i + 1], self.scaling[i])
+            if stacked[2 * i].numel()
             else None
             for i in range(3)
         ]
@@ -163,6 +167,11 @@ class ExpertsFunction(torch.autograd.Function):
         flat: list[Tensor | None] = []
         for pair in d_lora:
             flat.extend(pair if pair else (None, None))
+        # What is shared gets the gradients of all that use it.
+        flat = [
+            g.sum(0, keepdim=True) if g is not None and len(t) < len(g) else g
+            for g, t in zip(flat, rest[:6], strict=True)
+        ]
         gradients = [
             None if g is None else g.to(device=device, dtype=dtype)
             for g, (device, dtype) in zip([d_hidden, d_weight, *flat], ctx.like, strict=True)

@@ -56,7 +56,13 @@ class HybridExperts(nn.Module):
         if runtime.settings.expert_lora:
             for name in shape.projections:
                 outputs, inputs = shape.of(name)
-                layer = HybridExpertsLinear(shape.experts, inputs, outputs, self.adapter_device)
+                layer = HybridExpertsLinear(
+                    shape.experts,
+                    inputs,
+                    outputs,
+                    self.adapter_device,
+                    shared=runtime.settings.expert_lora == "shared",
+                )
                 self.add_module(name, layer)
         self.register_state_dict_post_hook(spread_expert_factors)
         self.register_load_state_dict_pre_hook(collect_expert_factors)

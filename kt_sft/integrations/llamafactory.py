@@ -5,12 +5,18 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kt_sft.errors import SettingsError
+from kt_sft.integrations.launching import LauncherSubprocess
+from kt_sft.integrations.llamafactory_modes import adjusted, as_unquantized, refuse_unsupported
+
+if TYPE_CHECKING:
+    from kt_sft.config import HybridExpertsSettings
 
 SECTION = "kt_sft"
 
@@ -34,9 +40,11 @@ def hook_parser(parser_module: Any) -> None:
     def parse_args(parser: Any, args: Any = None, allow_extra_keys: bool = False) -> Any:
         args = parser_module.read_args(args)
         if isinstance(args, Mapping) and SECTION in args:
-            _activate(args[SECTION])
+            settings = _activate(args[SECTION])
             # A copy: the same recipe is parsed again, for other argument classes.
             args = {k: v for k, v in args.items() if k != SECTION}
+            refuse_unsupported(args, settings)
+            args = adjusted(args)
         elif isinstance(args, Mapping):
             _deactivate()
         return stock(parser, args, allow_extra_keys)
@@ -62,7 +70,14 @@ def hook_tuner(tuner_module: Any) -> None:
     tuner_module.export_model = export_model
 
 
+def hook_launcher(launcher_module: Any) -> None:
+    """Makes `llamafactory-cli train` pass signals on to the ranks that it starts."""
+    if not isinstance(launcher_module.subprocess, LauncherSubprocess):
+        launcher_module.subprocess = LauncherSubprocess()
+
+
 HOOKS: Mapping[str, Callable[[Any], None]] = {
+    "llamafactory.launcher": hook_launcher,
     "llamafactory.hparams.parser": hook_parser,
     "llamafactory.train.tuner": hook_tuner,
 }
@@ -115,7 +130,7 @@ def _export(recipe: Mapping[str, Any]) -> Path:
 
     from kt_sft.export import export_merged
 
-    model_args, data_args, _, _ = get_infer_args(dict(recipe))
+    model_args, data_args, finetuning_args, _ = get_infer_args(dict(recipe))
     _refuse_other_loaders(model_args)
     problems = []
     if model_args.export_dir is None:
@@ -142,17 +157,33 @@ def _export(recipe: Mapping[str, Any]) -> Path:
         )
     # The tokenizer as LLaMA-Factory saves it: with the template's chat format and stop tokens.
     tokenizer = load_tokenizer(model_args)["tokenizer"]
-    get_template_and_fix_tokenizer(tokenizer, data_args)
+    template = get_template_and_fix_tokenizer(tokenizer, data_args)
     out = export_merged(base, adapters[0] if adapters else None, model_args.export_dir)
+    tokenizer.padding_side = "left"  # for generation, as the stock command leaves it
+    tokenizer.init_kwargs["padding_side"] = "left"
     tokenizer.save_pretrained(out)
+    (out / "Modelfile").write_text(template.get_ollama_modelfile(tokenizer), encoding="utf-8")
+    if finetuning_args.stage == "rm":
+        _copy_value_head(Path(adapters[0]) if adapters else base, out)
     logger.info("exported to %s", out)
     return out
+
+
+def _copy_value_head(source: Path, out: Path) -> None:
+    """The head of a reward model, which is saved beside its adapter."""
+    found = [source / n for n in ("value_head.safetensors", "value_head.bin")]
+    head = next((f for f in found if f.is_file()), None)
+    if head is None:
+        logger.warning("%s has no value head; the exported model has none either", source)
+    else:
+        shutil.copy(head, out / head.name)
 
 
 # Functions of LLaMA-Factory that are ours while a recipe with the section is in force.
 _SWAPPED = (
     ("llamafactory.model.patcher", "configure_quantization"),
     ("llamafactory.hparams.parser", "get_last_checkpoint"),
+    ("llamafactory.model.loader", "init_adapter"),
 )
 
 
@@ -175,14 +206,14 @@ def _deactivate() -> None:
             setattr(module, name, stock)
 
 
-def _activate(section: Any) -> None:
+def _activate(section: Any) -> HybridExpertsSettings:
     """Checks the section and makes every model that LLaMA-Factory loads a hybrid one."""
     from kt_sft.config import read_section
 
     settings = read_section(section, _recipe_dir())
     _show_log()
     _warn_of_spinning_threads()
-    import llamafactory.model.patcher  # noqa: F401  where the first function of _SWAPPED lives
+    import llamafactory.model  # noqa: F401  where functions of _SWAPPED live
 
     from kt_sft.checkpoints import newest_valid
     from kt_sft.integrations.trainer import register
@@ -203,6 +234,11 @@ def _activate(section: Any) -> None:
 
         return configure_quantization
 
-    makers = (hybrid_configuration, lambda stock: lambda folder: newest_valid(folder))
+    makers = (
+        hybrid_configuration,
+        lambda stock: lambda folder: newest_valid(folder),
+        as_unquantized,
+    )
     for place, make in zip(_SWAPPED, makers, strict=True):
         _swap(place, make)
+    return settings

@@ -25,7 +25,7 @@ TARGETS = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
 IDS = torch.randint(0, 300, (2, 11), generator=torch.Generator().manual_seed(4))
 
 
-def base(family: str = "qwen3_moe", expert_lora: bool = True, **changes) -> nn.Module:
+def base(family: str = "qwen3_moe", expert_lora: bool | str = True, **changes) -> nn.Module:
     return hybridize(
         make_model(family, **changes), HybridExpertsConfig(expert_lora=expert_lora)
     ).eval()
@@ -181,12 +181,39 @@ def test_rslora_scales_by_the_root_of_the_rank() -> None:
     assert layer.scaling["default"] == pytest.approx(8 / 4**0.5)
 
 
-def test_merging_is_refused_and_unload_restores_the_base() -> None:
+def test_unload_restores_the_base() -> None:
     want = logits(base())
-    model = adapted(base())
     with pytest.raises(NotImplementedError, match="kt-sft export"):
-        model.merge_and_unload()
+        adapted(base()).merge_adapter()
     assert torch.equal(logits(adapted(base()).unload()), want)
+
+
+def test_a_merged_adapter_stays_beside_the_packed_weights() -> None:
+    model = adapted(base(), init_lora_weights=False)
+    want, without = logits(model), logits(base())
+    merged = model.merge_and_unload()
+    assert (want - without).abs().max() > 0.1
+    assert torch.allclose(logits(merged), want, atol=2e-3)
+    # The next adapter is switched alone, and no dropout may touch what is merged.
+    second = adapted(merged, init_lora_weights=False)
+    assert not torch.allclose(logits(second), want, atol=1e-2)
+    with second.disable_adapter():
+        assert torch.allclose(logits(second), want, atol=2e-3)
+    dropping = adapted(second.unload(), lora_dropout=0.1).train()
+    with pytest.raises(SettingsError, match="beside an adapter that was merged"):
+        dropping(IDS)
+
+
+def test_adapters_together_have_a_largest_rank() -> None:
+    model = adapted(base(), r=300).merge_and_unload()
+    with pytest.raises(SettingsError, match="together have rank 600, expected at most"):
+        logits(adapted(model, r=300))
+
+
+def test_an_adapter_of_one_pair_per_expert_does_not_load_as_a_shared_one(tmp_path: Path) -> None:
+    adapted(base(), init_lora_weights=False).save_pretrained(tmp_path)
+    with pytest.raises(AdapterMismatchError, match="expert_lora: shared; set expert_lora: true"):
+        PeftModel.from_pretrained(base(expert_lora="shared"), str(tmp_path))
 
 
 def test_a_deep_copy_shares_the_frozen_weights_only() -> None:

@@ -14,7 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from tiny_models import make_dataset, make_model, make_tokenizer, take_effective_weights
+from transformers import AutoModelForCausalLM
+
+from kt_sft import HybridExpertsConfig
 
 BIN = Path(sys.executable).parent
 
@@ -41,7 +46,8 @@ RECIPE: dict[str, Any] = {
 }
 
 
-def _environment(more: dict[str, str] | None) -> dict[str, str]:
+def environment(more: dict[str, str] | None) -> dict[str, str]:
+    """The variables of a child process."""
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **(more or {})}
 
@@ -55,7 +61,7 @@ def run(
     """Output of one command of this environment, both streams."""
     done = subprocess.run(
         [str(BIN / command[0]), *command[1:]],
-        env=_environment(env),
+        env=environment(env),
         cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -73,7 +79,7 @@ def serve(command: list[str], env: dict[str, str], port: int) -> Iterator[Path]:
     with tempfile.NamedTemporaryFile("w", suffix=".log") as sink:
         server = subprocess.Popen(
             [str(BIN / command[0]), *command[1:]],
-            env=_environment(env),
+            env=environment(env),
             stdout=sink,
             stderr=subprocess.STDOUT,
         )
@@ -130,3 +136,21 @@ class Workplace:
     def losses(self, name: str) -> list[float]:
         """The training losses of a run."""
         return [entry["loss"] for entry in self.logs(name)]
+
+
+def effective_workplace(folder: Path) -> Workplace:
+    """With a model in fp32 whose experts are exactly what int8 storage makes of them.
+
+    Quantizing them again changes nothing, so the stock path trains the same function.
+    """
+    tokenizer = make_tokenizer(folder / "model")
+    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    stock = make_model("qwen3_moe", **special)
+    stock.save_pretrained(folder / "raw")
+    hybrid = AutoModelForCausalLM.from_pretrained(
+        folder / "raw", quantization_config=HybridExpertsConfig(), dtype=torch.float32
+    )
+    take_effective_weights(stock, hybrid)
+    stock.save_pretrained(folder / "model")
+    make_dataset(folder / "data")
+    return Workplace(folder)

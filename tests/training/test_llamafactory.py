@@ -11,15 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from llamafactory_runs import RECIPE, Workplace, run, serve
+from llamafactory_runs import RECIPE, Workplace, effective_workplace, run, serve
 from quantized_checkpoints import QUANTIZED_FORMATS
 from safetensors.torch import load_file
 from tiny_models import (
-    make_dataset,
-    make_model,
     make_tokenizer,
     stock_loss,
-    take_effective_weights,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -40,22 +37,7 @@ CHECKPOINTS = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    """A model in fp32 whose experts are exactly what int8 storage makes of them.
-
-    Quantizing them again changes nothing, so the stock path trains the same function.
-    """
-    folder = tmp_path_factory.mktemp("llamafactory")
-    tokenizer = make_tokenizer(folder / "model")
-    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    stock = make_model("qwen3_moe", **special)
-    stock.save_pretrained(folder / "raw")
-    hybrid = AutoModelForCausalLM.from_pretrained(
-        folder / "raw", quantization_config=HybridExpertsConfig(), dtype=torch.float32
-    )
-    take_effective_weights(stock, hybrid)
-    stock.save_pretrained(folder / "model")
-    make_dataset(folder / "data")
-    return Workplace(folder)
+    return effective_workplace(tmp_path_factory.mktemp("llamafactory"))
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from children import finish, output, start
 from tiny_training import (
     STEPS,
     AtStep,
@@ -21,9 +22,6 @@ from tiny_training import (
     adapter,
     curve,
     experts_of,
-    finish,
-    output,
-    start,
 )
 from torch import nn
 from transformers import Trainer
@@ -319,11 +317,12 @@ def test_space_is_looked_for_before_anything_is_written(tmp_path: Path, whole: P
 class SignalAt:
     """The process signals itself in the middle of something."""
 
-    def __init__(self, place: str, number: int, times: int = 1) -> None:
-        self.place, self.number, self.times = place, number, times
+    def __init__(self, place: str, number: int, times: int = 1, pause: float = 0.0) -> None:
+        self.place, self.number, self.times, self.pause = place, number, times, pause
 
     def send(self, *unused: object) -> None:
-        for _ in range(self.times):
+        for i in range(self.times):
+            time.sleep(self.pause if i else 0)
             os.kill(os.getpid(), self.number)
 
     def __call__(self, model: nn.Module, trainer: Trainer) -> None:
@@ -369,10 +368,19 @@ def test_a_signal_stops_after_the_step(
 
 
 def test_the_second_signal_stops_at_once(whole: Path, tmp_path: Path) -> None:
-    code, _ = finish(Training(str(tmp_path), change=SignalAt("forward", signal.SIGTERM, times=2)))
+    twice = SignalAt("forward", signal.SIGTERM, times=2, pause=2.2)
+    code, _ = finish(Training(str(tmp_path), change=twice))
     assert code == -signal.SIGTERM
     assert newest_valid(tmp_path) == str(tmp_path / "checkpoint-2")
     assert_resumes(tmp_path, whole)
+
+
+def test_one_request_that_arrives_several_times(tmp_path: Path) -> None:
+    code, text = finish(
+        Training(str(tmp_path), change=SignalAt("forward", signal.SIGTERM, times=3, pause=0.1))
+    )
+    assert code == 128 + signal.SIGTERM, text
+    assert newest_valid(tmp_path) == str(tmp_path / "checkpoint-3")
 
 
 # NaN and Inf

@@ -1,22 +1,14 @@
-"""A short training of a tiny hybrid model in a child process, which a test may kill.
-
-The children come from a fork server that has imported everything, so that one takes a second.
-"""
+"""A short training of a tiny hybrid model in a child process, which a test may kill."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib
 import json
-import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from multiprocessing import forkserver
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -114,55 +106,6 @@ class Training:
         trainer.train(resume_from_checkpoint=resume_from or (True if self.resume else None))
         trainer.save_model()
         trainer.save_state()
-
-
-_context = multiprocessing.get_context("forkserver")
-
-
-@functools.cache
-def _fork_server() -> None:
-    """Started once; it does not take over sys.path by itself."""
-    former = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
-    _context.set_forkserver_preload(["tiny_training"])
-    forkserver.ensure_running()
-    if former is None:
-        del os.environ["PYTHONPATH"]
-    else:
-        os.environ["PYTHONPATH"] = former
-
-
-def start(training: Training) -> BaseProcess:
-    """A child that runs `training`; its exit code tells how it ended."""
-    Path(training.folder).mkdir(parents=True, exist_ok=True)
-    _fork_server()
-    process = _context.Process(target=_run, args=(training,))
-    process.start()
-    return process
-
-
-def _run(training: Training) -> None:
-    # Errors go to a file: what a test asserts on is their text.
-    with (Path(training.folder) / "output.txt").open("a") as sink:
-        os.dup2(sink.fileno(), 1)
-        os.dup2(sink.fileno(), 2)
-        training()
-
-
-def finish(training: Training, seconds: float = 120) -> tuple[int, str]:
-    """(exit code, output) of a child that runs to its end."""
-    process = start(training)
-    process.join(seconds)
-    if process.is_alive():
-        process.kill()
-        raise AssertionError(f"the training hangs:\n{output(training.folder)}")
-    assert process.exitcode is not None
-    return process.exitcode, output(training.folder)
-
-
-def output(folder: str | Path) -> str:
-    """What the children wrote."""
-    return (Path(folder) / "output.txt").read_text()
 
 
 def curve(folder: str | Path) -> list[str]:

@@ -1,0 +1,118 @@
+"""Which of LLaMA-Factory's ways of fine-tuning go with hybrid experts, and how they are let in."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from kt_sft.errors import SettingsError
+
+if TYPE_CHECKING:
+    from kt_sft.config import HybridExpertsSettings
+
+logger = logging.getLogger(__name__)
+
+_FROZEN = (
+    "the routed experts' weights are frozen, packed in host memory and shared. Possible are "
+    "finetuning_type: lora on every layer, experts included, and training the router, the "
+    "embeddings or the head in full by additional_target: gate,embed_tokens,lm_head"
+)
+# (setting, values that are refused, whether only LoRA on the experts stands against it, reason)
+_REFUSED: tuple[tuple[str, tuple[Any, ...], bool, str], ...] = (
+    ("finetuning_type", ("full", "freeze"), False, _FROZEN),
+    (
+        "finetuning_type",
+        ("oft",),
+        True,
+        "the kernels compute LoRA on the experts; set expert_lora: false to train OFT on the rest",
+    ),
+    (
+        "use_dora",
+        (True,),
+        True,
+        "DoRA scales by the norms of W + BA for every output channel, and its gradient needs them "
+        "at each step from the packed experts; set expert_lora: false to train DoRA on the rest",
+    ),
+    (
+        "pissa_init",
+        (True,),
+        True,
+        "PiSSA moves the principal part of W into the adapter, which changes W, and the packed "
+        "experts are frozen; set expert_lora: false to train PiSSA on the rest",
+    ),
+)
+_EXPERT_TARGETS = {"all", "gate_proj", "up_proj", "down_proj"}
+
+
+def _targets(recipe: Mapping[str, Any]) -> set[str]:
+    target = recipe.get("lora_target", "all")
+    names = target.split(",") if isinstance(target, str) else target
+    return {str(name).strip().rpartition(".")[2] for name in names}
+
+
+def refuse_unsupported(recipe: Mapping[str, Any], settings: HybridExpertsSettings) -> None:
+    """Raises SettingsError that lists what cannot train, before any weight is read."""
+    if not recipe.get("do_train"):
+        return
+    on_experts = bool(settings.expert_lora) and bool(_targets(recipe) & _EXPERT_TARGETS)
+    problems = [
+        f"{name}: {recipe[name] if not isinstance(recipe[name], bool) else 'true'}: {reason}"
+        for name, values, for_experts, reason in _REFUSED
+        if recipe.get(name) in values and (on_experts or not for_experts)
+    ]
+    if problems:
+        raise SettingsError(
+            "kt_sft: not possible with hybrid experts\n" + "\n".join(f"  - {p}" for p in problems)
+        )
+
+
+def adjusted(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe with what would silently train something else put right, and said."""
+    changed = dict(recipe)
+    checkpointing = recipe.get("do_train") and not recipe.get("disable_gradient_checkpointing")
+    reentrant = recipe.get("use_reentrant_gc", True)
+    if recipe.get("moe_aux_loss_coef") and checkpointing and reentrant:
+        # Router outputs of a reentrant checkpoint carry no gradient.
+        changed["use_reentrant_gc"] = False
+        logger.warning(
+            "moe_aux_loss_coef: under reentrant gradient checkpointing the auxiliary loss has no "
+            "gradient; use_reentrant_gc is set to false"
+        )
+    return changed
+
+
+@contextmanager
+def _unquantized(model: Any) -> Iterator[None]:
+    method = model.quantization_method
+    model.quantization_method = None
+    try:
+        yield
+    finally:
+        model.quantization_method = method
+
+
+def as_unquantized(stock: Callable) -> Callable:
+    """`init_adapter` that treats a hybrid model as an ordinary one where that is what it can do.
+
+    For quantized models LLaMA-Factory takes one adapter, ignores `create_new_adapter`, and refuses
+    DoRA and PiSSA. Here the layers beside the experts are not quantized, and expert LoRA can be
+    merged.
+    """
+
+    @functools.wraps(stock)
+    def init_adapter(
+        config: Any, model: Any, model_args: Any, finetuning_args: Any, is_trainable: bool
+    ) -> Any:
+        adapters = model_args.adapter_name_or_path or []
+        merges = len(adapters) > 1 or (
+            bool(adapters) and is_trainable and finetuning_args.create_new_adapter
+        )
+        if not (merges or finetuning_args.use_dora or finetuning_args.pissa_init):
+            return stock(config, model, model_args, finetuning_args, is_trainable)
+        with _unquantized(model):
+            return stock(config, model, model_args, finetuning_args, is_trainable)
+
+    return init_adapter

@@ -1,0 +1,77 @@
+"""Recipes that run in a child process, through the function that `llamafactory-cli` calls."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import llamafactory.train.tuner as tuner
+import torch
+from llamafactory.train.dpo.trainer import CustomDPOTrainer
+from llamafactory.train.kto.trainer import CustomKTOTrainer
+from transformers import AutoModelForCausalLM
+
+STEPS = 3
+
+
+@dataclass
+class Recipe:
+    """What a child does: `change` prepares it, then the recipe runs."""
+
+    folder: str
+    values: dict[str, Any]
+    change: Callable[[], None] | None = None
+    command: str = "train"
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def __call__(self) -> None:
+        torch.set_num_threads(1)
+        if self.change is not None:
+            self.change()
+        {"train": tuner.run_exp, "export": tuner.export_model}[self.command](self.values)
+
+
+@dataclass
+class CompareReference:
+    """Writes, for every step, how far the reference's log-probabilities are from the stock base's.
+
+    `file` gets a list of [largest difference from the base, largest difference from the policy].
+    """
+
+    base: str
+    file: str
+
+    def __call__(self) -> None:
+        stock = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
+        for trainer in (CustomDPOTrainer, CustomKTOTrainer):
+            self._watch(trainer, stock)
+
+    def _watch(self, trainer: Any, stock: torch.nn.Module) -> None:
+        reference, forward = trainer.compute_reference_log_probs, trainer.concatenated_forward
+        rows: list[list[float]] = []
+
+        def compute_reference_log_probs(self_: Any, model: Any, batch: Any) -> Any:
+            got = reference(self_, model, batch)
+            with torch.no_grad():
+                want = _log_probabilities(forward(self_, stock, batch))
+                policy = _log_probabilities(forward(self_, model, batch))
+            rows.append([_largest(got, want), _largest(got, policy)])
+            Path(self.file).write_text(json.dumps(rows))
+            return got
+
+        trainer.compute_reference_log_probs = compute_reference_log_probs
+
+
+def _log_probabilities(result: Any) -> list[torch.Tensor]:
+    if isinstance(result, dict):
+        return [result["chosen_logps"], result["rejected_logps"]]
+    # KTO puts the log-probability of its mismatched pairs fifth.
+    return [result[0], result[1], *([result[4]] if len(result) > 5 else [])]
+
+
+def _largest(got: Any, want: list[torch.Tensor]) -> float:
+    pairs = zip(got, want, strict=False)
+    return max(float((a - b).abs().max()) for a, b in pairs if a is not None and a.numel())

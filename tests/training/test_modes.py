@@ -1,0 +1,342 @@
+"""Every stage and way of training, against stock LLaMA-Factory on the same effective weights.
+
+The stock run and the hybrid one adapt the attention, so that they train the same function and
+their losses must follow each other; a third run adapts the experts too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from children import finish
+from llamafactory_runs import RECIPE, Workplace, effective_workplace
+from recipe_runs import STEPS, CompareReference, Recipe
+from safetensors.torch import load_file
+from tiny_models import make_model
+
+EXPERTS = {"weights": "int8", "threads": 1}
+FROZEN = {**EXPERTS, "expert_lora": False}
+PAIRS = {"dataset": "pairs", "per_device_train_batch_size": 2}
+DPO = {"stage": "dpo", **PAIRS}
+KTO = {"stage": "kto", "dataset": "labelled"}
+AUX = {"moe_aux_loss_coef": 0.5, "use_reentrant_gc": False}
+MODES: dict[str, dict[str, Any]] = {
+    "sft": {},
+    "pt": {"stage": "pt", "dataset": "texts", "template": None},
+    "rm": {"stage": "rm", **PAIRS},
+    "dpo sigmoid": DPO,
+    "dpo hinge": {**DPO, "pref_loss": "hinge"},
+    "dpo ipo": {**DPO, "pref_loss": "ipo"},
+    "dpo kto_pair": {**DPO, "pref_loss": "kto_pair"},
+    "dpo orpo": {**DPO, "pref_loss": "orpo"},
+    "dpo simpo": {**DPO, "pref_loss": "simpo"},
+    "dpo ftx, bco": {**DPO, "pref_ftx": 0.5, "pref_bco_weight": 0.3},
+    "dpo reference": {**DPO, "ref_model": "other"},
+    "kto": KTO,
+    "kto reference": {**KTO, "ref_model": "other"},
+    "reentrant": {"use_reentrant_gc": True},
+    "non-reentrant": {"use_reentrant_gc": False},
+    "no checkpointing": {"disable_gradient_checkpointing": True},
+    "packing": {"packing": True},
+    "neat packing": {"neat_packing": True},
+    "accumulation": {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 2},
+    "clipping": {"max_grad_norm": 0.05},
+    "neftune": {"neftune_noise_alpha": 5},
+    "dropout": {"lora_dropout": 0.3},
+    "rslora": {"use_rslora": True},
+    "lora+": {"loraplus_lr_ratio": 16.0},
+    "router": {"additional_target": "gate"},
+    "embeddings": {"additional_target": "embed_tokens,lm_head"},
+    "auxiliary loss": AUX,
+    "auxiliary loss, router": {**AUX, "additional_target": "gate"},
+    "bf16": {"bf16": True},
+}
+# Not on the experts: refused there, and the same as stock on the rest.
+BESIDE_EXPERTS: dict[str, dict[str, Any]] = {
+    "dora": {"use_dora": True},
+    "pissa": {"pissa_init": True},
+    "oft": {"finetuning_type": "oft", "oft_block_size": 16, "oft_rank": 0, "lora_target": "q_proj"},
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    place = effective_workplace(tmp_path_factory.mktemp("modes"))
+    other = make_model("qwen3_moe", seed=5)
+    other.save_pretrained(place.folder / "other")
+    for file in (place.folder / "model").glob("*token*"):
+        (place.folder / "other" / file.name).write_bytes(file.read_bytes())
+    return place
+
+
+def values(place: Workplace, name: str, **settings: Any) -> dict[str, Any]:
+    """A recipe as the function takes it; None removes a default."""
+    recipe = {
+        **RECIPE, "model_name_or_path": str(place.folder / "model"),
+        "dataset_dir": str(place.folder / "data"), "output_dir": str(place.folder / name),
+        "max_steps": STEPS, "learning_rate": 5e-3, "lora_target": "q_proj,v_proj", **settings,
+    }  # fmt: skip
+    for key in ("ref_model",):
+        if key in recipe:
+            recipe[key] = str(place.folder / recipe[key])
+    return {k: v for k, v in recipe.items() if v is not None}
+
+
+def train(place: Workplace, name: str, change: Any = None, **settings: Any) -> list[float]:
+    """The losses of one run."""
+    name = name.replace(" ", "-").replace(",", "")
+    recipe = Recipe(str(place.folder / name), values(place, name, **settings), change)
+    code, text = finish(recipe)
+    assert code == 0, text[-6000:]
+    return place.losses(name)
+
+
+def refused(place: Workplace, name: str, **settings: Any) -> str:
+    code, text = finish(
+        Recipe(str(place.folder / name), values(place, name, **settings)), seconds=60
+    )
+    assert code == 1, text[-3000:]
+    return text
+
+
+def assert_follows(stock: list[float], hybrid: list[float], tolerance: float) -> None:
+    assert len(stock) == len(hybrid) == STEPS
+    for a, b in zip(stock, hybrid, strict=True):
+        assert math.isfinite(b) and abs(a - b) <= tolerance * max(1.0, abs(a)), (stock, hybrid)
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_mode_follows_stock(name: str, place: Workplace) -> None:
+    settings = MODES[name]
+    stock = train(place, f"{name} stock", **settings)
+    hybrid = train(place, f"{name} hybrid", kt_sft=FROZEN, **settings)
+    assert_follows(stock, hybrid, 2e-2 if "bf16" in name else 2e-3)
+    experts = train(place, f"{name} experts", kt_sft=EXPERTS, **settings | {"lora_target": "all"})
+    # At the first step no LoRA has an effect yet. Noise and a new value head are drawn after LoRA.
+    if name not in ("neftune", "rm"):
+        assert abs(experts[0] - stock[0]) <= (2e-2 if "bf16" in name else 2e-3) * max(1, stock[0])
+    assert all(map(math.isfinite, experts))
+    assert experts[-1] != hybrid[-1], "LoRA on the experts has no effect"
+
+
+@pytest.mark.parametrize("name", BESIDE_EXPERTS)
+def test_variants_that_need_the_weights_train_beside_the_experts(
+    name: str, place: Workplace
+) -> None:
+    settings = BESIDE_EXPERTS[name]
+    text = refused(place, f"{name}-refused", kt_sft=EXPERTS, **settings | {"lora_target": "all"})
+    assert "not possible with hybrid experts" in text and "expert_lora: false" in text
+    stock = train(place, f"{name} stock", **settings)
+    assert_follows(stock, train(place, f"{name} hybrid", kt_sft=FROZEN, **settings), 2e-3)
+
+
+@pytest.mark.parametrize("kind", ["full", "freeze"])
+def test_full_fine_tuning_is_refused_with_what_is_possible(kind: str, place: Workplace) -> None:
+    text = refused(place, kind, kt_sft=EXPERTS, finetuning_type=kind)
+    assert f"finetuning_type: {kind}: the routed experts' weights are frozen" in text
+    assert "additional_target: gate" in text
+
+
+@pytest.mark.parametrize("mode", ["dpo", "kto"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_the_reference_is_the_base(mode: str, reentrant: bool, place: Workplace) -> None:
+    """At every step, with expert LoRA and dropout that the reference must not see."""
+    file = place.folder / f"reference-{mode}-{reentrant}.json"
+    compare = CompareReference(str(place.folder / "model"), str(file))
+    train(
+        place, f"reference {mode} {reentrant}", compare, kt_sft=EXPERTS, lora_target="all",
+        lora_dropout=0.3, use_reentrant_gc=reentrant, **(DPO if mode == "dpo" else KTO),
+    )  # fmt: skip
+    rows = json.loads(file.read_text())
+    assert len(rows) == STEPS
+    assert max(from_base for from_base, _ in rows) < 5e-3
+    assert min(from_policy for _, from_policy in rows[1:]) > 0.05, rows
+
+
+def test_the_auxiliary_loss_reaches_the_router(place: Workplace) -> None:
+    """Reentrant checkpointing would lose its gradient; it is switched, and said."""
+    settings = {"lora_target": "q_proj", "additional_target": "gate", "kt_sft": FROZEN}
+    train(place, "router-alone", **settings)
+    train(place, "router-aux", moe_aux_loss_coef=5.0, **settings)
+    text = (place.folder / "router-aux" / "output.txt").read_text()
+    assert "use_reentrant_gc is set to false" in text
+    alone, with_loss = (
+        load_file(place.folder / name / "adapter_model.safetensors")
+        for name in ("router-alone", "router-aux")
+    )
+    gates = [k for k in alone if "mlp.gate" in k]
+    assert len(gates) == 3
+    assert all((alone[k] - with_loss[k]).abs().max() > 1e-4 for k in gates)
+
+
+@pytest.mark.parametrize(
+    "target, trained",
+    [
+        ("gate_proj,up_proj,down_proj", {"experts"}),
+        ("q_proj,v_proj", {"attention"}),
+        ("q_proj,down_proj", {"attention", "experts"}),
+    ],
+)
+def test_what_is_named_is_what_trains(target: str, trained: set[str], place: Workplace) -> None:
+    name = f"target-{target.replace(',', '-')}"
+    train(place, name, kt_sft=EXPERTS, lora_target=target)
+    adapter = load_file(place.folder / name / "adapter_model.safetensors")
+    kinds = {"experts" if ".experts." in key else "attention" for key in adapter}
+    assert kinds == trained
+    moved = [k for k, v in adapter.items() if "lora_B" in k and v.abs().max() > 0]
+    assert {"experts" if ".experts." in key else "attention" for key in moved} == trained
+    projections = {key.split(".lora_")[0].rpartition(".")[2] for key in adapter}
+    assert projections == set(target.split(","))
+
+
+# Adapters on adapters
+
+NEXT = {"kt_sft": EXPERTS, "lora_target": "all", "seed": 11}
+
+
+@pytest.fixture(scope="module")
+def first(place: Workplace) -> Path:
+    train(place, "first", kt_sft=EXPERTS, lora_target="all", learning_rate=2e-2)
+    return place.folder / "first"
+
+
+def evaluate(place: Workplace, name: str, **settings: Any) -> float:
+    """The evaluation loss of a recipe that does not train."""
+    recipe = values(
+        place, name, do_train=None, do_eval=True, eval_dataset="sft", dataset=None, max_steps=None,
+        **settings,
+    )  # fmt: skip
+    code, text = finish(Recipe(str(place.folder / name), recipe))
+    assert code == 0, text[-6000:]
+    return json.loads((place.folder / name / "eval_results.json").read_text())["eval_loss"]
+
+
+def test_an_adapter_is_continued(place: Workplace, first: Path) -> None:
+    losses = train(place, "continued", adapter_name_or_path=str(first), **NEXT)
+    again = train(place, "continued-stock-start", **NEXT)
+    assert losses[0] < again[0] - 0.1, "training began at the base"
+    assert not (place.folder / "continued" / "default").exists()
+
+
+def test_a_new_adapter_on_a_frozen_one(place: Workplace, first: Path) -> None:
+    """`create_new_adapter`: the first one is part of the base, for a reference too."""
+    settings = {"adapter_name_or_path": str(first), "create_new_adapter": True, **NEXT}
+    losses = train(place, "second", **settings)
+    start = train(place, "second-continued", adapter_name_or_path=str(first), **NEXT)[0]
+    assert losses[0] == pytest.approx(start, abs=2e-3)
+    before, after = (
+        load_file(folder / "adapter_model.safetensors")
+        for folder in (first, place.folder / "second")
+    )
+    assert set(before) == set(after)
+    # Experts that no token reached stay zero in both.
+    trained = [k for k in before if "lora_B" in k and before[k].abs().max() > 0]
+    assert trained and all(not before[k].equal(after[k]) for k in trained), "it is a new one"
+    # The two together are what was trained: a first run with both starts where the last one ended.
+    both = f"{first},{place.folder / 'second'}"
+    shared = {"kt_sft": EXPERTS, "lora_target": "all"}
+    alone = evaluate(place, "eval-first", adapter_name_or_path=str(first), **shared)
+    together = evaluate(place, "eval-both", adapter_name_or_path=both, **shared)
+    assert together < alone
+    # Preference training compares with the first adapter's model.
+    file = place.folder / "reference-second.json"
+    compare = CompareReference(str(place.folder / "model"), str(file))
+    train(place, "second-dpo", compare, **settings, **DPO)
+    rows = json.loads(file.read_text())
+    assert min(from_base for from_base, _ in rows) > 0.05, "the reference lost the first adapter"
+    assert rows[0][1] < 1e-4, "the reference is not what training began with"
+
+
+def test_the_value_head_of_a_reward_model_is_exported(place: Workplace) -> None:
+    train(place, "reward", kt_sft=EXPERTS, stage="rm", lora_target="all", **PAIRS)
+    out = place.folder / "reward-merged"
+    recipe = {
+        "model_name_or_path": str(place.folder / "model"), "template": "qwen3_nothink",
+        "adapter_name_or_path": str(place.folder / "reward"), "stage": "rm",
+        "finetuning_type": "lora", "export_dir": str(out), "kt_sft": EXPERTS,
+    }  # fmt: skip
+    code, text = finish(Recipe(str(place.folder / "export"), recipe, command="export"))
+    assert code == 0, text[-4000:]
+    head = load_file(place.folder / "reward" / "value_head.safetensors")
+    exported = load_file(out / "value_head.safetensors")
+    assert all(torch.equal(head[k], exported[k]) for k in head)
+    assert (out / "Modelfile").is_file()
+
+
+# Shared LoRA
+
+
+def test_shared_lora_is_one_pair_saved_for_every_expert(place: Workplace) -> None:
+    shared = {**EXPERTS, "expert_lora": "shared"}
+    name = "shared"
+    losses = train(place, name, kt_sft=shared, lora_target="all", save_steps=2,
+                   save_strategy="steps")  # fmt: skip
+    assert all(map(math.isfinite, losses))
+    adapter = load_file(place.folder / name / "adapter_model.safetensors")
+    experts = {k: v for k, v in adapter.items() if ".experts." in k}
+    groups: dict[str, list[torch.Tensor]] = {}
+    for key, matrix in experts.items():
+        path, _, rest = key.partition(".experts.")
+        groups.setdefault(path + rest.partition(".")[2], []).append(matrix)
+    assert all(len(g) == 8 and all(m.equal(g[0]) for m in g) for g in groups.values())
+    assert any(g[0].abs().max() > 0 for k, g in groups.items() if "lora_B" in k)
+    # Read back as shared and as one pair per expert, it is the same function.
+    there = {"adapter_name_or_path": str(place.folder / name), "lora_target": "all"}
+    as_shared = evaluate(place, "eval-shared", kt_sft=shared, **there)
+    per_expert = evaluate(place, "eval-per-expert", kt_sft=EXPERTS, **there)
+    assert as_shared == pytest.approx(per_expert, abs=1e-6)
+    resumed = Recipe(
+        str(place.folder / name),
+        values(place, name, kt_sft=shared, lora_target="all", max_steps=STEPS, save_steps=2,
+               save_strategy="steps", overwrite_output_dir=False,
+               resume_from_checkpoint=str(place.folder / name / "checkpoint-2")),
+    )  # fmt: skip
+    code, text = finish(resumed)
+    assert code == 0, text[-4000:]
+    assert place.losses(name) == losses
+
+
+# Shapes of batches
+
+
+@pytest.mark.parametrize("length", [1, 2, 31, 8192])
+def test_sequence_lengths(length: int) -> None:
+    compare_with_stock(torch.arange(length)[None] * 7 % 300, None)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_on_either_side(side: str) -> None:
+    ids = torch.randint(3, 300, (3, 12), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    for row, padding in enumerate((0, 5, 11)):
+        mask[row, slice(0, padding) if side == "left" else slice(12 - padding, 12)] = 0
+    compare_with_stock(ids, mask)
+
+
+def compare_with_stock(ids: torch.Tensor, mask: torch.Tensor | None) -> None:
+    """Loss and the gradient of the embeddings, hybrid against stock."""
+    from tiny_models import take_effective_weights
+
+    from kt_sft import HybridExpertsConfig, hybridize
+
+    stock = make_model("qwen3_moe")
+    hybrid = hybridize(make_model("qwen3_moe"), HybridExpertsConfig(threads=1))
+    take_effective_weights(stock, hybrid)
+    results = []
+    for model in (stock, hybrid):
+        labels = ids if mask is None else ids.masked_fill(mask == 0, -100)
+        logits = model(input_ids=ids, attention_mask=mask).logits
+        # A sequence of one token has no next one to predict.
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=-100
+        )
+        loss.backward()
+        results.append((loss.item(), model.get_input_embeddings().weight.grad))
+    (a, grad_a), (b, grad_b) = results
+    assert abs(a - b) < 1e-3
+    assert float((grad_a - grad_b).norm() / grad_a.norm()) < 1e-2

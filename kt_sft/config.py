@@ -19,6 +19,7 @@ _CHOICES = {
     "expert_lora": (True, False, "shared"),
     "numa": ("auto", "off"),
     "resident": ("auto", True, False),
+    "memory_check": (True, False),
 }
 
 
@@ -47,6 +48,8 @@ class HybridExpertsSettings:
         file; each process packs its own).
     resident: true copies the experts into memory of this process, in huge pages, and false
         computes on the mapped file. auto copies where memory nodes share the work and it fits.
+    memory_check: before loading, refuse a run whose planned memory is more than there is; false
+        starts it all the same, with a warning.
     """
 
     weights: str = "int8"
@@ -58,6 +61,7 @@ class HybridExpertsSettings:
     numa: str = "auto"
     store: str = "auto"
     resident: str | bool = "auto"
+    memory_check: bool = True
 
     def __post_init__(self) -> None:
         problems = list(_problems(asdict(self)))

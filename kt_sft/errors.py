@@ -33,5 +33,9 @@ class PeerError(KtSftError, RuntimeError):
     """A peer that a measurement should run against cannot be started or failed."""
 
 
+class MemoryPlanError(KtSftError, MemoryError):
+    """A run would need more memory than there is; lists every part of its plan."""
+
+
 class NonFiniteError(KtSftError, ArithmeticError):
     """NaN or Inf reached the gradients; names the step and where it was first seen."""

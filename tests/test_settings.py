@@ -14,7 +14,7 @@ def test_defaults() -> None:
     settings = read_section({})
     assert settings == HybridExpertsSettings(
         weights="int8", compute="exact", expert_lora=True, activations="keep", threads="auto",
-        isa="auto", numa="auto", store="auto", resident="auto",
+        memory_check=True, isa="auto", numa="auto", store="auto", resident="auto",
     )  # fmt: skip
 
 

@@ -13,10 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from kt_sft.errors import SettingsError
 from kt_sft.integrations.launching import LauncherSubprocess
-from kt_sft.integrations.llamafactory_modes import adjusted, as_unquantized, refuse_unsupported
+from kt_sft.integrations.llamafactory_modes import (
+    adjusted,
+    as_unquantized,
+    outline_of,
+    refuse_unsupported,
+)
 
 if TYPE_CHECKING:
     from kt_sft.config import HybridExpertsSettings
+    from kt_sft.integrations.memory import TrainingOutline
 
 SECTION = "kt_sft"
 
@@ -40,7 +46,7 @@ def hook_parser(parser_module: Any) -> None:
     def parse_args(parser: Any, args: Any = None, allow_extra_keys: bool = False) -> Any:
         args = parser_module.read_args(args)
         if isinstance(args, Mapping) and SECTION in args:
-            settings = _activate(args[SECTION])
+            settings = _activate(args[SECTION], outline_of(args))
             # A copy: the same recipe is parsed again, for other argument classes.
             args = {k: v for k, v in args.items() if k != SECTION}
             refuse_unsupported(args, settings)
@@ -206,7 +212,7 @@ def _deactivate() -> None:
             setattr(module, name, stock)
 
 
-def _activate(section: Any) -> HybridExpertsSettings:
+def _activate(section: Any, outline: TrainingOutline | None) -> HybridExpertsSettings:
     """Checks the section and makes every model that LLaMA-Factory loads a hybrid one."""
     from kt_sft.config import read_section
 
@@ -230,7 +236,10 @@ def _activate(section: Any) -> HybridExpertsSettings:
             # which we do without.
             if not getattr(config, "quantization_config", None):
                 stock(config, tokenizer, model_args, is_trainable, init_kwargs)
-            init_kwargs["quantization_config"] = HybridExpertsConfig(**settings.as_dict())
+            ours = HybridExpertsConfig(**settings.as_dict())
+            # A reference or reward model only computes forwards.
+            ours.outline = outline if is_trainable else None
+            init_kwargs["quantization_config"] = ours
 
         return configure_quantization
 

@@ -12,6 +12,7 @@ from kt_sft.errors import SettingsError
 
 if TYPE_CHECKING:
     from kt_sft.config import HybridExpertsSettings
+    from kt_sft.integrations.memory import TrainingOutline
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,30 @@ def refuse_unsupported(recipe: Mapping[str, Any], settings: HybridExpertsSetting
         raise SettingsError(
             "kt_sft: not possible with hybrid experts\n" + "\n".join(f"  - {p}" for p in problems)
         )
+
+
+# Stages that run two answers to a prompt through the model at once.
+_PAIRED = ("rm", "dpo", "kto")
+
+
+def outline_of(recipe: Mapping[str, Any]) -> TrainingOutline | None:
+    """What the memory plan needs to know, with LLaMA-Factory's defaults; None without training."""
+    if not recipe.get("do_train"):
+        return None
+    from kt_sft.integrations.memory import TrainingOutline
+
+    sequences = int(recipe.get("per_device_train_batch_size", 8))
+    if recipe.get("stage", "sft") in _PAIRED:
+        sequences *= 2
+    trained = recipe.get("additional_target") or ""
+    return TrainingOutline(
+        tokens=sequences * int(recipe.get("cutoff_len", 2048)),
+        rank=int(recipe.get("lora_rank", 8)),
+        targets=frozenset(_targets(recipe)),
+        trained=frozenset(trained.split(",") if isinstance(trained, str) else map(str, trained)),
+        checkpointing=not recipe.get("disable_gradient_checkpointing"),
+        on_host=bool(recipe.get("use_cpu")),
+    )
 
 
 def adjusted(recipe: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,6 +36,9 @@ from kt_sft.errors import CheckpointError, KtSftError, NonFiniteError
 from kt_sft.experts import hybrid_experts_of
 from kt_sft.integrations.guard import RunGuard
 
+# The order in which torch asks what restores a location; its own go up to 30.
+_AFTER_TORCH = 97
+
 
 def _ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -220,6 +223,15 @@ def _careful_train(stock: Callable) -> Callable:
         return result
 
     return train
+
+
+def _restored_on_cpu(storage: Any, location: str) -> Any:
+    return storage if location.startswith("cpu:") else None
+
+
+# The Trainer restores an optimizer of several ranks to their device, which for ranks on the CPU is
+# called cpu:0, a name that torch does not know as a location.
+torch.serialization.register_package(_AFTER_TORCH, lambda storage: None, _restored_on_cpu)
 
 
 def _no_step_too_many(stock: Callable) -> Callable:

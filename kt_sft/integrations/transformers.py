@@ -29,6 +29,7 @@ from kt_sft.experts.conventions import redirect_block
 from kt_sft.experts.finding import FoundExperts, find_experts
 from kt_sft.families import attribute
 from kt_sft.integrations.checkpoint_keys import ModelKeys
+from kt_sft.integrations.memory import TrainingOutline, check_memory, plan_of
 from kt_sft.kernels import PROJECTIONS
 from kt_sft.store.checkpoint import SafetensorsCheckpoint
 from kt_sft.store.packing import new_layer
@@ -51,6 +52,8 @@ class HybridExpertsConfig(QuantizationConfigMixin):
         self.quant_method = METHOD  # type: ignore[assignment]
         # The quantization_config of the checkpoint's own config.json.
         self.published: dict[str, Any] = settings.pop("published", None) or {}
+        # What the model is loaded for, where that is known: for the memory plan.
+        self.outline: TrainingOutline | None = None
         self.settings = HybridExpertsSettings.from_mapping(settings)
 
     @classmethod
@@ -162,7 +165,12 @@ class HybridExpertsQuantizer(HfQuantizer):
             SafetensorsCheckpoint(self._files), self.quantization_config.published
         )
         self._stacks = ModelKeys(model).stacks(self._checkpoint)
-        _swap_experts(model, self._layers, ExpertsRuntime(self.quantization_config.settings))
+        settings = self.quantization_config.settings
+        _swap_experts(model, self._layers, ExpertsRuntime(settings))
+        plan = plan_of(
+            model, self._layers, self._sources(), settings, self.quantization_config.outline
+        )
+        check_memory(plan, settings)
         # The experts' keys have no parameter any more; they are not an accident to warn of.
         unexpected = _expert_keys(model, self._layers)
         if self._checkpoint.quantized:
@@ -172,6 +180,14 @@ class HybridExpertsQuantizer(HfQuantizer):
             _ignore(model, "_keys_to_ignore_on_load_missing", weights)
         _ignore(model, "_keys_to_ignore_on_load_unexpected", unexpected)
         return model
+
+    def _sources(self) -> dict[str, CheckpointSource]:
+        """How the experts of every layer are read, by the path of the hybrid ones."""
+        assert self._checkpoint is not None
+        return {
+            layer.hybrid_path: CheckpointSource(self._checkpoint, layer, self._stacks)
+            for layer in self._layers
+        }
 
     def _quantized_rest(self) -> dict[str, str]:
         """Parameter -> key on disk of every weight in codes that is no routed expert's.
@@ -210,13 +226,13 @@ class HybridExpertsQuantizer(HfQuantizer):
                 )
             with torch.no_grad():
                 parameter.copy_(checkpoint.dequantized(key))
-        layers, stacks = self._layers, self._stacks
+        sources = self._sources()
         experts = CheckpointExperts(
             Path(self._files[0]).parent.name,
             self._files,
-            layers,
+            self._layers,
             self.quantization_config.published,
-            lambda: {la.hybrid_path: CheckpointSource(checkpoint, la, stacks) for la in layers},
+            lambda: sources,
         )
         place_experts(hybrid_experts_of(model), experts)
         self._layers, self._stacks, self._checkpoint = [], {}, None

@@ -154,7 +154,7 @@ FAULTS = {
         "raise ValueError('the data of this rank is broken')",
         "data of this rank is broken",
     ),
-    "is killed": ("os.kill(os.getpid(), signal.SIGKILL)", "Signal 9 (SIGKILL)"),
+    "killed": ("os.kill(os.getpid(), signal.SIGKILL)", "Signal 9 (SIGKILL)"),
 }
 
 
@@ -169,12 +169,12 @@ def test_one_rank_ends_all(name: str, place: Workplace, tmp_path: Path) -> None:
     fault, expected = FAULTS[name]
     start = time.monotonic()
     text = place.train(
-        f"rank {name}", faulty(tmp_path / "fault", fault, 1), check=False,
+        f"rank-{name}", faulty(tmp_path / "fault", fault, 1), check=False,
         per_device_train_batch_size=2, **SETTINGS,
     )  # fmt: skip
     assert time.monotonic() - start < 120
     assert expected in text
-    assert not (place.folder / f"rank {name}" / "adapter_model.safetensors").exists()
+    assert not (place.folder / f"rank-{name}" / "adapter_model.safetensors").exists()
 
 
 SAVES = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 3, "max_steps": 6}

@@ -1,0 +1,131 @@
+"""The memory plan of a model that is about to be loaded: printed, and refused where it is over."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from kt_sft.config import HybridExpertsSettings
+from kt_sft.experts.finding import FoundExperts
+from kt_sft.host import available_memory_bytes
+from kt_sft.kernels import PROJECTIONS, WeightLayout
+from kt_sft.plan import LayerNeeds, MemoryPlan, RestOfModel, Workload, plan_memory
+from kt_sft.store.packing import layout_of
+from kt_sft.store.sources import ExpertSource
+
+logger = logging.getLogger(__name__)
+
+# What configurations call the number of experts per token.
+_TOP_K = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+    "top_k_experts",
+    "experts_per_token",
+)
+
+
+@dataclass(frozen=True)
+class TrainingOutline:
+    """What a recipe says about a training before its model exists.
+
+    tokens: of one micro batch at most. targets: names of layers that get LoRA, or `all`; trained:
+    names of modules that train in full. on_host: the training runs without an accelerator.
+    """
+
+    tokens: int
+    rank: int
+    targets: frozenset[str]
+    trained: frozenset[str] = frozenset()
+    checkpointing: bool = True
+    on_host: bool = False
+
+    def workload(self, model: Any, expert_lora: bool) -> Workload:
+        """With the parameters that train beside the experts counted."""
+        everything = "all" in self.targets
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        other = 0
+        for path, module in model.named_modules():
+            name = path.rpartition(".")[2]
+            if name in self.trained:
+                other += sum(p.numel() for p in module.parameters())
+            elif (
+                isinstance(module, nn.Linear)
+                and module is not head
+                and (everything or name in self.targets)
+            ):
+                other += self.rank * (module.in_features + module.out_features)
+        adapted = expert_lora and (everything or bool(self.targets & set(PROJECTIONS)))
+        rank = self.rank if adapted else 0
+        return Workload(self.tokens, rank, self.checkpointing, other)
+
+
+def _top_k(config: Any, experts: int) -> int:
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    known = (getattr(text, name, None) for name in _TOP_K)
+    return min(experts, next((int(k) for k in known if isinstance(k, int)), 8))
+
+
+def _layouts(
+    layers: Sequence[FoundExperts], sources: Mapping[str, ExpertSource], weights: str
+) -> list[WeightLayout]:
+    """Of every layer; those of one shape are stored alike, so one of them is looked at."""
+    known: dict[Any, WeightLayout] = {}
+    return [
+        known[layer.shape]
+        if layer.shape in known
+        else known.setdefault(
+            layer.shape, layout_of(layer.shape, sources[layer.hybrid_path], weights)
+        )
+        for layer in layers
+    ]
+
+
+def plan_of(
+    model: Any,
+    layers: Sequence[FoundExperts],
+    sources: Mapping[str, ExpertSource],
+    settings: HybridExpertsSettings,
+    outline: TrainingOutline | None,
+) -> MemoryPlan:
+    """The plan for a model whose stock experts are gone and whose weights are not there yet."""
+    text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else None
+    config = text or model.config
+    on_host = not torch.cuda.is_available() or (outline is not None and outline.on_host)
+    parameters = list(model.parameters())
+    rest = RestOfModel(
+        nbytes=sum(p.nbytes for p in parameters),
+        hidden=int(config.hidden_size),
+        layers=int(config.num_hidden_layers),
+        vocabulary=int(config.vocab_size),
+        element_bytes=max((p.element_size() for p in parameters), default=2),
+        on_host=on_host,
+    )
+    needs = [
+        LayerNeeds(layout, _top_k(model.config, layout.experts), settings.expert_lora == "shared")
+        for layout in _layouts(layers, sources, settings.weights)
+    ]
+    return plan_memory(
+        needs,
+        rest,
+        outline.workload(model, bool(settings.expert_lora)) if outline else None,
+        compute=settings.compute,
+        keeps=settings.activations == "keep",
+        mapped=settings.store != "memory" and settings.resident is not True,
+        ranks=int(os.environ.get("LOCAL_WORLD_SIZE") or 1),
+    )
+
+
+def check_memory(plan: MemoryPlan, settings: HybridExpertsSettings) -> None:
+    """Prints the plan. Raises MemoryPlanError where it does not fit and is to be enforced."""
+    logger.info("%s", plan.text())
+    device_free = torch.cuda.mem_get_info()[0] if plan.of("device") else None
+    plan.require(available_memory_bytes(), device_free, settings.memory_check)

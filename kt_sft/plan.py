@@ -1,0 +1,216 @@
+"""How much memory a run will take, by component, before any weight is read.
+
+Legend: T tokens of a micro batch, K top-k, D hidden size, F intermediate size, r LoRA rank, E
+experts, R = T * K rows. What is not ours (the activations of the other layers) is estimated.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kt_sft.errors import MemoryPlanError
+from kt_sft.kernels import WeightLayout
+
+logger = logging.getLogger(__name__)
+
+_BLOCK = 64  # channels are padded to multiples of it
+_FLOAT = 4
+_STATES = 4  # of a trained parameter in fp32: itself, its gradient, two of Adam
+# Tensors of [T, D] that a layer's attention, norms and shared parts hold for backward, about.
+_LAYER_TENSORS = 24
+_LOGIT_COPIES = 3  # logits, their fp32 copy or softmax, their gradient
+# Not handed out: what the system and the allocator's slack take.
+_MARGIN_BYTES = 512 << 20
+_MARGIN_SHARE = 0.03
+_ACTIVATION_BYTES = {"exact": 2, "int8": 1, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A training as far as memory depends on it.
+
+    tokens: of one micro batch at most. rank: of the LoRA on the experts, 0 without; other_trained:
+    parameters that train beside the experts. checkpointing: gradient checkpointing is on.
+    """
+
+    tokens: int
+    rank: int
+    checkpointing: bool = True
+    other_trained: int = 0
+
+
+@dataclass(frozen=True)
+class LayerNeeds:
+    """One layer of experts: its packed form, experts per token, whether its LoRA is shared."""
+
+    layout: WeightLayout
+    top_k: int
+    shared_lora: bool = False
+
+
+@dataclass(frozen=True)
+class RestOfModel:
+    """The parameters beside the routed experts, in bytes, and what its activations depend on."""
+
+    nbytes: int
+    hidden: int
+    layers: int
+    vocabulary: int
+    element_bytes: int
+    on_host: bool
+
+
+@dataclass(frozen=True)
+class Component:
+    """A part of the memory: `place` is machine (once for all its ranks), host or device."""
+
+    name: str
+    place: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The components of one rank's run, and how many ranks share the machine."""
+
+    components: tuple[Component, ...]
+    ranks: int
+
+    def of(self, place: str) -> int:
+        """Bytes that one rank takes in a place."""
+        return sum(c.nbytes for c in self.components if c.place == place)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of host memory for all ranks of the machine."""
+        return self.of("machine") + self.ranks * self.of("host")
+
+    def text(self) -> str:
+        """A line for each component."""
+        times = {"host": f", {self.ranks} ranks" if self.ranks > 1 else ""}
+        lines = [
+            f"  {c.name:<28} {c.nbytes / 1e9:9.3f} GB  {c.place}{times.get(c.place, '')}"
+            for c in self.components
+            if c.nbytes
+        ]
+        total = f"  {'host, together':<28} {self.host_bytes / 1e9:9.3f} GB"
+        return "\n".join(["memory plan:", *lines, total])
+
+    def require(self, host_free: int, device_free: int | None, enforce: bool) -> None:
+        """Raises MemoryPlanError where a limit would be passed; warns where not `enforce`."""
+        limits = [("host", self.host_bytes, host_free)]
+        if device_free is not None:
+            limits.append(("device", self.of("device"), device_free))
+        problems = [
+            f"{place}: needs {needed / 1e9:.2f} GB, free are {free / 1e9:.2f} GB less "
+            f"{_margin(free) / 1e9:.2f} GB of margin"
+            for place, needed, free in limits
+            if needed > free - _margin(free)
+        ]
+        if not problems:
+            return
+        message = (
+            "not enough memory:\n"
+            + "\n".join(f"  - {p}" for p in problems)
+            + f"\n{self.text()}\nSmaller are: weights: int4, a shorter cutoff_len, a smaller "
+            "per_device_train_batch_size, activations: recompute, a lower lora_rank, "
+            "expert_lora: shared"
+        )
+        if enforce:
+            raise MemoryPlanError(f"{message}. memory_check: false starts all the same")
+        logger.warning("%s", message)
+
+
+def _margin(free: int) -> int:
+    return max(_MARGIN_BYTES, int(_MARGIN_SHARE * free))
+
+
+def _padded(width: int) -> int:
+    return -(-width // _BLOCK) * _BLOCK
+
+
+def _gate_and_up(layout: WeightLayout) -> int:
+    """Padded channels of gate and up together."""
+    return (2 if layout.gated else 1) * _padded(layout.intermediate)
+
+
+def lora_parameters(layer: LayerNeeds, rank: int) -> int:
+    """Parameters of the LoRA of one layer of experts."""
+    layout = layer.layout
+    copies = 1 if layer.shared_lora else layout.experts
+    return copies * rank * sum(sum(layout.shape(p)) for p in layout.projections)
+
+
+def kept_bytes(layer: LayerNeeds, work: Workload, element_bytes: int) -> int:
+    """What one layer holds between forward and backward."""
+    rows = work.tokens * layer.top_k
+    factors = len(layer.layout.projections) * work.rank
+    routing = rows * 8  # indices
+    output = work.tokens * layer.layout.hidden * element_bytes
+    return rows * _FLOAT * (_gate_and_up(layer.layout) + factors) + routing + output
+
+
+def workspace_bytes(layer: LayerNeeds, work: Workload, compute: str) -> int:
+    """The kernels' temporary memory in a backward, which needs more than a forward."""
+    layout = layer.layout
+    rows = work.tokens * layer.top_k
+    wide, deep = _gate_and_up(layout), _padded(layout.hidden)
+    element = _ACTIVATION_BYTES[layout.arithmetic or compute]
+    floats = rows * (wide + deep) + 2 * work.tokens * deep
+    stacked = 0
+    if work.rank:
+        floats += rows * (_padded(layout.intermediate) + len(layout.projections) * work.rank)
+        # Factors and gradients of every expert on the host, of one layer at a time.
+        per_expert = LayerNeeds(layout, layer.top_k)
+        stacked = 2 * lora_parameters(per_expert, work.rank)
+    return rows * element * (deep + wide) + _FLOAT * (floats + stacked)
+
+
+def plan_memory(
+    layers: Sequence[LayerNeeds],
+    rest: RestOfModel,
+    work: Workload | None,
+    *,
+    compute: str,
+    keeps: bool,
+    mapped: bool,
+    ranks: int,
+) -> MemoryPlan:
+    """The plan of a run; without `work`, of a model that only computes forwards.
+
+    keeps: activations: keep. mapped: the experts are a file that all ranks of the machine map.
+    """
+    there = "host" if rest.on_host else "device"
+    parts = [
+        Component(
+            "routed experts",
+            "machine" if mapped else "host",
+            sum(layer.layout.nbytes for layer in layers),
+        ),
+        Component("other weights", there, rest.nbytes),
+    ]
+    if work is not None:
+        trained = sum(lora_parameters(layer, work.rank) for layer in layers)
+        kept = [kept_bytes(layer, work, rest.element_bytes) for layer in layers]
+        # Without checkpointing autograd holds every layer's; recompute has one at a time.
+        held = sum(kept) if keeps or not work.checkpointing else max(kept, default=0)
+        tensor = work.tokens * rest.hidden * rest.element_bytes
+        # With checkpointing: the input of every layer, and all of one.
+        tensors = rest.layers + _LAYER_TENSORS
+        if not work.checkpointing:
+            tensors = rest.layers * _LAYER_TENSORS
+        logits = _LOGIT_COPIES * work.tokens * rest.vocabulary * _FLOAT
+        parts += [
+            Component("expert LoRA and its optimizer", there, _STATES * _FLOAT * trained),
+            Component("other trained parameters", there, _STATES * _FLOAT * work.other_trained),
+            Component("experts' activations", "host", held),
+            Component(
+                "kernels' workspace",
+                "host",
+                max((workspace_bytes(layer, work, compute) for layer in layers), default=0),
+            ),
+            Component("other activations (estimate)", there, tensor * tensors + logits),
+        ]
+    return MemoryPlan(tuple(parts), ranks)

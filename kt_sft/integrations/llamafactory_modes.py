@@ -48,10 +48,14 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], bool, str], ...] = (
 _EXPERT_TARGETS = {"all", "gate_proj", "up_proj", "down_proj"}
 
 
-def _targets(recipe: Mapping[str, Any]) -> set[str]:
-    target = recipe.get("lora_target", "all")
-    names = target.split(",") if isinstance(target, str) else target
-    return {str(name).strip().rpartition(".")[2] for name in names}
+def _names(value: Any) -> list[str]:
+    """A recipe's list, written as one or with commas."""
+    parts = value.split(",") if isinstance(value, str) else value or []
+    return [str(part).strip() for part in parts]
+
+
+def _targets(recipe: Mapping[str, Any]) -> frozenset[str]:
+    return frozenset(n.rpartition(".")[2] for n in _names(recipe.get("lora_target", "all")))
 
 
 def refuse_unsupported(recipe: Mapping[str, Any], settings: HybridExpertsSettings) -> None:
@@ -83,12 +87,11 @@ def outline_of(recipe: Mapping[str, Any]) -> TrainingOutline | None:
     sequences = int(recipe.get("per_device_train_batch_size", 8))
     if recipe.get("stage", "sft") in _PAIRED:
         sequences *= 2
-    trained = recipe.get("additional_target") or ""
     return TrainingOutline(
         tokens=sequences * int(recipe.get("cutoff_len", 2048)),
         rank=int(recipe.get("lora_rank", 8)),
-        targets=frozenset(_targets(recipe)),
-        trained=frozenset(trained.split(",") if isinstance(trained, str) else map(str, trained)),
+        targets=_targets(recipe),
+        trained=frozenset(_names(recipe.get("additional_target"))),
         checkpointing=not recipe.get("disable_gradient_checkpointing"),
         on_host=bool(recipe.get("use_cpu")),
     )

@@ -1,4 +1,4 @@
-"""Plants faults in kernels, families and store, one at a time: the tests must catch each.
+"""Plants faults in kernels, families, store and training: the tests must catch each.
 
     python scripts/mutation_check.py [--only TEXT] [--list]
 
@@ -45,6 +45,16 @@ _CALLS = "kt_sft/experts/conventions.py"
 _FORMATS_FILE = "kt_sft/store/published.py"
 _FILE = "kt_sft/store/packed_file.py"
 
+_SAVED = "kt_sft/checkpoints.py"
+_SAVING = "kt_sft/integrations/saving.py"
+_GUARD = "kt_sft/integrations/guard.py"
+_KEPT = "kt_sft/experts/activations.py"
+_MODES = "kt_sft/integrations/llamafactory_modes.py"
+
+_ACTIVATIONS = ("tests/training/test_activations.py",)
+_SURVIVAL = "tests/training/test_survival.py::"
+_MODE = "tests/training/test_modes.py::"
+_ADAPTERS = ("tests/models/test_adapters.py",)
 _FAMILIES = ("tests/models/test_families.py",)
 _FORMATS = ("tests/models/test_formats.py",)
 _STORE = ("tests/store",)
@@ -163,6 +173,59 @@ FAULTS = (
           "            writer.abandon()\n            raise\n        folder", "            raise\n        folder", _STORE),
     Fault("store: remembered digest of a changed file", "kt_sft/store/identity.py",
           'if known["stamp"] == stamp else None', 'if known["stamp"] else None', _STORE),
+    Fault("training: kept for another routing", _KEPT,
+          "self.key == key and torch.equal(self.index_TK, index_TK)", "self.key == key", _ACTIVATIONS),
+    Fault("training: kept bytes never released", _KEPT, "self.nbytes -= size", "pass", _ACTIVATIONS),
+    Fault("training: kept by a forward without gradients", _KEPT,
+          "Checkpoint(keeps=torch.is_grad_enabled())", "Checkpoint(keeps=True)", _ACTIVATIONS),
+    Fault("training: no limit on what is kept", _KEPT, "if self.nbytes + size > self._limit:", "if False:",
+          _ACTIVATIONS),
+    Fault("training: digests of a checkpoint not compared", _SAVED, "if file_digest(path) != digest:", "if False:",
+          (f"{_SURVIVAL}test_damage_is_named_and_passed_over",)),
+    Fault("training: damaged checkpoints are taken", _SAVED, "        if wrong is None:\n            return str(path)",
+          "        if True:\n            return str(path)", (f"{_SURVIVAL}test_damage_is_named_and_passed_over",)),
+    Fault("training: removed under its name", _SAVED, "path.rename(hidden)", "hidden = path",
+          (f"{_SURVIVAL}test_a_rotation_that_is_cut_off_leaves_no_half_of_a_checkpoint",)),
+    Fault("training: published before its manifest", _SAVED, "        write_manifest(self.folder)\n        if final",
+          "        if final", (f"{_SURVIVAL}test_killed_at_each_point_of_saving",)),
+    Fault("training: moved aside and lost", _SAVED, "_restore_replaced(root, output_dir)\n", "pass\n",
+          (f"{_SURVIVAL}test_a_checkpoint_moved_aside_comes_back",)),
+    Fault("training: space not looked for", _SAVED, "if free < needed + _SPARE:", "if False:",
+          (f"{_SURVIVAL}test_space_is_looked_for_before_anything_is_written",)),
+    Fault("training: not staged", _SAVING, "trainer.args.output_dir = str(staged.root)", "pass",
+          (f"{_SURVIVAL}test_killed_at_each_point_of_saving",)),
+    Fault("training: poisoned parameters are saved", _SAVING,
+          "            _refuse_poisoned(trainer.model, trainer.state.global_step)\n", "",
+          (f"{_SURVIVAL}test_a_poisoned_parameter_is_not_saved",)),
+    Fault("training: a step after the last one", _SAVING,
+          "if hybrid_experts_of(self.model) and self.state.global_step >= self.state.max_steps:", "if False:",
+          (f"{_SURVIVAL}test_a_finished_run_that_is_resumed_trains_no_more",)),
+    Fault("training: stopped by a signal without saving", _GUARD, "control.should_save = True", "pass",
+          (f"{_SURVIVAL}test_a_signal_stops_after_the_step",)),
+    Fault("training: gradients not looked at", _GUARD, "        if bad is not None:", "        if False:",
+          (f"{_SURVIVAL}test_nan_is_named_and_not_saved",)),
+    Fault("training: every signal counts", "kt_sft/stop_signals.py", "_SAME_REQUEST_SECONDS = 2.0",
+          "_SAME_REQUEST_SECONDS = 0.0", (f"{_SURVIVAL}test_one_request_that_arrives_several_times",)),
+    Fault("training: create_new_adapter continues the old one", _MODES,
+          "bool(adapters) and is_trainable and finetuning_args.create_new_adapter", "False",
+          (f"{_MODE}test_a_new_adapter_on_a_frozen_one",)),
+    Fault("training: the auxiliary loss under reentrant checkpointing", _MODES,
+          'changed["use_reentrant_gc"] = False', "pass", (f"{_MODE}test_the_auxiliary_loss_reaches_the_router",)),
+    Fault("training: the reference sees the experts' LoRA", "kt_sft/adapters/layer.py",
+          "active = [] if self.disable_adapters else self.active_adapters", "active = self.active_adapters",
+          (f"{_MODE}test_the_reference_is_the_base",)),
+    Fault("training: merged factors are lost", "kt_sft/adapters/layer.py",
+          "bare.merged_a, bare.merged_b = (t.detach().clone() for t in joined)", "pass", _ADAPTERS),
+    Fault("training: shared LoRA learns from one expert", "kt_sft/experts/function.py", "g.sum(0, keepdim=True)",
+          "g[:1]", _ADAPTERS),
+    Fault("training: kept activations left out of the plan", "kt_sft/plan.py",
+          "held = sum(kept) if keeps or not work.checkpointing else max(kept, default=0)",
+          "held = max(kept, default=0)", ("tests/training/test_memory_plan.py",)),
+    Fault("training: memory not asked for", "kt_sft/integrations/transformers.py",
+          "        check_memory(plan, settings)\n", "", ("tests/training/test_memory_plan.py",)),
+    Fault("training: signals stay with the launcher", "kt_sft/integrations/launching.py",
+          "os.kill(rank, signal.SIGTERM if number == signal.SIGHUP else number)", "pass",
+          ("tests/training/test_ranks.py::test_a_signal_to_the_launcher_saves_and_stops",)),
 )  # fmt: skip
 
 

@@ -210,6 +210,23 @@ def test_adapters_together_have_a_largest_rank() -> None:
         logits(adapted(model, r=300))
 
 
+def test_shared_lora_gets_the_gradients_of_all_experts(tmp_path: Path) -> None:
+    """From equal values, the gradient of the shared pair is the sum of those of the experts."""
+    shared = adapted(base(expert_lora="shared"), init_lora_weights=False)
+    shared.save_pretrained(tmp_path)
+    single = PeftModel.from_pretrained(base(), str(tmp_path), is_trainable=True)
+    for model in (shared, single):
+        model(IDS, labels=IDS).loss.backward()
+    pairs = zip(hybrid_experts_of(shared).values(), hybrid_experts_of(single).values(), strict=True)
+    for one, many in pairs:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            for factor in ("lora_A", "lora_B"):
+                got, each = (getattr(getattr(m, name), factor)["default"].grad for m in (one, many))
+                want = each.sum(0, keepdim=True)
+                assert got.shape == want.shape and want.abs().max() > 0
+                assert float((got - want).norm() / want.norm()) < 1e-5
+
+
 def test_an_adapter_of_one_pair_per_expert_does_not_load_as_a_shared_one(tmp_path: Path) -> None:
     adapted(base(), init_lora_weights=False).save_pretrained(tmp_path)
     with pytest.raises(AdapterMismatchError, match="expert_lora: shared; set expert_lora: true"):

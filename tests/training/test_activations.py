@@ -157,6 +157,14 @@ def test_a_pass_between_forward_and_backward(
 
 
 @both_kinds
+def test_a_forward_without_gradients_keeps_nothing(reentrant: bool) -> None:
+    model = checkpointed(reentrant)
+    with torch.no_grad():
+        loss_of(model)
+    assert runtime_of(model).kept.peak == 0
+
+
+@both_kinds
 def test_two_live_forwards(reentrant: bool) -> None:
     model = checkpointed(reentrant)
     want = [gradients(lora_model(), ids) for ids in (IDS, OTHER)]

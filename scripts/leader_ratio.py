@@ -2,8 +2,8 @@
 
     python scripts/leader_ratio.py [--rounds 15]
 
-Two processes that share one copy of a layer's weights compute half of the tokens each, at once, with
-half of the threads, against one process with all threads and all tokens: what a leader would do,
+Two processes that share one copy of a layer's weights compute half of the tokens each, at once,
+with half of the threads, against one process with all threads and all tokens: what a leader would do,
 without its cost of collecting the tokens and handing back the results. The two take turns; printed
 are medians of forward and backward together and the ratio. Above 1 the leader wins.
 """
@@ -16,6 +16,8 @@ import statistics
 import time
 from multiprocessing.connection import Connection
 from typing import Any
+
+import torch
 
 from kt_sft.bench.case import LayerCase, LayerData
 from kt_sft.bench.layer import OurLayer
@@ -44,6 +46,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2, help="of the machine")
     arguments = parser.parse_args()
+    # A forked process has none of torch's threads, and would wait for them.
+    torch.set_num_threads(1)
     base = LayerCase(threads=arguments.threads, tokens=1)
     weights = OurLayer(base, LayerData.make(base)).weights
     # Forked, so that all of them compute on the same physical memory.

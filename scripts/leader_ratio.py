@@ -2,10 +2,11 @@
 
     python scripts/leader_ratio.py [--rounds 15]
 
-Two processes compute half of the tokens each, at once, with half of the threads, against one process
-with all threads and all tokens: what a leader would do, without its cost of collecting tokens and
-handing back results. Each has a copy of the weights, many times larger than the caches. The two take
-turns; printed are medians of forward and backward together and the ratio. Above 1 the leader wins.
+Two processes compute half of the tokens each, at once, with half of the threads, against one
+process with all threads and all tokens: what a leader would do, without its cost of collecting
+tokens and handing back results. Each has a copy of the weights, many times larger than the
+caches. The two take turns; printed are medians of forward and backward together and the ratio.
+Above 1 the leader wins.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from kt_sft.host import available_memory_bytes
 from kt_sft.kernels import PROJECTIONS, WeightLayout
 from kt_sft.plan import LayerNeeds, MemoryPlan, RestOfModel, Workload, plan_memory
 from kt_sft.store.packing import layout_of
-from kt_sft.store.sources import ExpertSource
+from kt_sft.store.sources import UnreadSource
 
 logger = logging.getLogger(__name__)
 
@@ -75,24 +75,27 @@ def _top_k(config: Any, experts: int) -> int:
 
 
 def _layouts(
-    layers: Sequence[FoundExperts], sources: Mapping[str, ExpertSource], weights: str
+    layers: Sequence[FoundExperts], open_source: Callable[[FoundExperts], Any], weights: str
 ) -> list[WeightLayout]:
-    """Of every layer; those of one shape are stored alike, so one of them is looked at."""
+    """Of every layer; those of one shape are stored alike, so one of them is looked at.
+
+    The checkpoint is opened only where its own form is kept.
+    """
+    source_of: Callable[[FoundExperts], Any]
+    source_of = open_source if weights == "checkpoint" else UnreadSource
     known: dict[Any, WeightLayout] = {}
-    return [
-        known[layer.shape]
-        if layer.shape in known
-        else known.setdefault(
-            layer.shape, layout_of(layer.shape, sources[layer.hybrid_path], weights)
-        )
-        for layer in layers
-    ]
+    # A model that is being loaded is built on the meta device, where nothing can be read.
+    with torch.device("cpu"):
+        for layer in layers:
+            if layer.shape not in known:
+                known[layer.shape] = layout_of(layer.shape, source_of(layer), weights)
+    return [known[layer.shape] for layer in layers]
 
 
 def plan_of(
     model: Any,
     layers: Sequence[FoundExperts],
-    sources: Mapping[str, ExpertSource],
+    open_source: Callable[[FoundExperts], Any],
     settings: HybridExpertsSettings,
     outline: TrainingOutline | None,
 ) -> MemoryPlan:
@@ -111,7 +114,7 @@ def plan_of(
     )
     needs = [
         LayerNeeds(layout, _top_k(model.config, layout.experts), settings.expert_lora == "shared")
-        for layout in _layouts(layers, sources, settings.weights)
+        for layout in _layouts(layers, open_source, settings.weights)
     ]
     return plan_memory(
         needs,

@@ -168,7 +168,7 @@ class HybridExpertsQuantizer(HfQuantizer):
         settings = self.quantization_config.settings
         _swap_experts(model, self._layers, ExpertsRuntime(settings))
         plan = plan_of(
-            model, self._layers, self._sources(), settings, self.quantization_config.outline
+            model, self._layers, self._source, settings, self.quantization_config.outline
         )
         check_memory(plan, settings)
         # The experts' keys have no parameter any more; they are not an accident to warn of.
@@ -181,13 +181,10 @@ class HybridExpertsQuantizer(HfQuantizer):
         _ignore(model, "_keys_to_ignore_on_load_unexpected", unexpected)
         return model
 
-    def _sources(self) -> dict[str, CheckpointSource]:
-        """How the experts of every layer are read, by the path of the hybrid ones."""
+    def _source(self, layer: FoundExperts) -> CheckpointSource:
+        """How the experts of a layer are read."""
         assert self._checkpoint is not None
-        return {
-            layer.hybrid_path: CheckpointSource(self._checkpoint, layer, self._stacks)
-            for layer in self._layers
-        }
+        return CheckpointSource(self._checkpoint, layer, self._stacks)
 
     def _quantized_rest(self) -> dict[str, str]:
         """Parameter -> key on disk of every weight in codes that is no routed expert's.
@@ -226,13 +223,13 @@ class HybridExpertsQuantizer(HfQuantizer):
                 )
             with torch.no_grad():
                 parameter.copy_(checkpoint.dequantized(key))
-        sources = self._sources()
+        layers, stacks = self._layers, self._stacks
         experts = CheckpointExperts(
             Path(self._files[0]).parent.name,
             self._files,
-            self._layers,
+            layers,
             self.quantization_config.published,
-            lambda: sources,
+            lambda: {la.hybrid_path: CheckpointSource(checkpoint, la, stacks) for la in layers},
         )
         place_experts(hybrid_experts_of(model), experts)
         self._layers, self._stacks, self._checkpoint = [], {}, None

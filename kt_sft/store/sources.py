@@ -65,6 +65,17 @@ class _Biased:
         return frozenset(self._found.kind.biases)
 
 
+class UnreadSource(_Biased):
+    """What is known of a layer's experts before their tensors are looked at."""
+
+    def __init__(self, found: FoundExperts) -> None:
+        self._found = found
+
+    def read(self, expert: int, projection: str) -> Tensor | CodedMatrix:
+        """Nothing: raises CheckpointError."""
+        raise CheckpointError(f"{self._found.hybrid_path}: was not opened")
+
+
 class CheckpointSource(_Biased):
     """Experts in safetensors files, one tensor per expert or fused."""
 

@@ -214,26 +214,32 @@ def test_a_signal_to_the_launcher_saves_and_stops(place: Workplace) -> None:
             env=environment(ranks_environment(2)), stdout=sink, stderr=subprocess.STDOUT,
         )  # fmt: skip
     log = place.folder / "stopped.log"
-    deadline = time.monotonic() + 90
-    while "'loss'" not in log.read_text():
-        assert launcher.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
-        time.sleep(0.2)
-    launcher.send_signal(signal.SIGTERM)
-    code = launcher.wait(60)
+    try:
+        deadline = time.monotonic() + 90
+        while "'loss'" not in log.read_text():
+            assert launcher.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.2)
+        launcher.send_signal(signal.SIGTERM)
+        code = launcher.wait(60)
+        left = processes_of(recipe)
+    finally:
+        for process in processes_of(recipe):
+            os.kill(process, signal.SIGKILL)
     text = log.read_text()
     assert code == 128 + signal.SIGTERM, text[-3000:]
     assert "finishing this step, then saving and stopping" in text
     assert len(checkpoints_of(place.folder / name)) == 1
     assert newest_valid(place.folder / name) is not None
-    left = run_count(recipe)
-    assert left == 0, f"{left} processes of the run are left"
+    assert left == [], "processes of the run are left"
 
 
-def run_count(recipe: Path) -> int:
-    count = 0
+def processes_of(recipe: Path) -> list[int]:
+    """Those that name the recipe on their command line."""
+    found = []
     for folder in Path("/proc").iterdir():
         try:
-            count += str(recipe).encode() in (folder / "cmdline").read_bytes()
+            if str(recipe).encode() in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
         except OSError:
             continue
-    return count
+    return found

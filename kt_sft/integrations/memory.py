@@ -81,14 +81,15 @@ def _layouts(
 
     The checkpoint is opened only where its own form is kept.
     """
-    source_of: Callable[[FoundExperts], Any]
-    source_of = open_source if weights == "checkpoint" else UnreadSource
     known: dict[Any, WeightLayout] = {}
     # A model that is being loaded is built on the meta device, where nothing can be read.
     with torch.device("cpu"):
         for layer in layers:
             if layer.shape not in known:
-                known[layer.shape] = layout_of(layer.shape, source_of(layer), weights)
+                source: Any = UnreadSource(layer)
+                if weights == "checkpoint":
+                    source = open_source(layer)
+                known[layer.shape] = layout_of(layer.shape, source, weights)
     return [known[layer.shape] for layer in layers]
 
 

@@ -71,10 +71,6 @@ class UnreadSource(_Biased):
     def __init__(self, found: FoundExperts) -> None:
         self._found = found
 
-    def read(self, expert: int, projection: str) -> Tensor | CodedMatrix:
-        """Nothing: raises CheckpointError."""
-        raise CheckpointError(f"{self._found.hybrid_path}: was not opened")
-
 
 class CheckpointSource(_Biased):
     """Experts in safetensors files, one tensor per expert or fused."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from kt_sft.cgroups import OF_PROCESS, ROOT, cgroup_folders
+
 
 def available_threads(
     *,
     cpus: set[int] | None = None,
-    cgroup_root: Path = Path("/sys/fs/cgroup"),
-    proc_cgroup: Path = Path("/proc/self/cgroup"),
+    cgroup_root: Path = ROOT,
+    proc_cgroup: Path = OF_PROCESS,
     topology: Path = Path("/sys/devices/system/cpu"),
     local_ranks: int | None = None,
 ) -> int:
@@ -23,9 +25,13 @@ def available_threads(
     quota = _cgroup_quota(cgroup_root, proc_cgroup)
     if quota is not None:
         limit = min(limit, int(quota))
-    if local_ranks is None:
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1") or "1")
-    return max(1, limit // max(1, local_ranks))
+    return max(1, limit // (local_ranks or place_among_ranks()[1]))
+
+
+def place_among_ranks() -> tuple[int, int]:
+    """(rank on this machine, ranks on this machine), as torchrun tells them; (0, 1) without."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    return int(os.environ.get("LOCAL_RANK") or 0), max(1, ranks)
 
 
 def _physical_cores(cpus: set[int], topology: Path) -> int:
@@ -42,25 +48,8 @@ def _physical_cores(cpus: set[int], topology: Path) -> int:
 
 def _cgroup_quota(root: Path, proc_cgroup: Path) -> float | None:
     """The smallest CPU quota, in cores, of this process's cgroup and its parents; v2 then v1."""
-    try:
-        lines = proc_cgroup.read_text().splitlines()
-    except OSError:
-        return None
-    quotas = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        relative = Path(path.lstrip("/"))
-        if controllers == "":
-            bases = [root]
-        elif "cpu" in controllers.split(","):
-            bases = [root / controllers, root / "cpu"]
-        else:
-            continue
-        for base in bases:
-            for folder in [relative, *relative.parents]:
-                quota = _folder_quota(base / folder)
-                if quota is not None:
-                    quotas.append(quota)
+    folders = cgroup_folders("cpu", root=root, proc_cgroup=proc_cgroup)
+    quotas = [quota for quota in map(_folder_quota, folders) if quota is not None]
     return min(quotas) if quotas else None
 
 

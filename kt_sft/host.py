@@ -7,6 +7,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from kt_sft.cgroups import OF_PROCESS, ROOT, cgroup_folders
 from kt_sft.cpu_budget import available_threads
 from kt_sft.kernels import isa_report
 
@@ -17,28 +18,70 @@ def host_memory_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def peak_memory_bytes() -> int:
+    """The largest resident memory that this process has had, in bytes."""
+    return _status_bytes("VmHWM")
+
+
 def available_memory_bytes(
-    *, meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")
+    *,
+    meminfo: Path = Path("/proc/meminfo"),
+    cgroup_root: Path = ROOT,
+    proc_cgroup: Path = OF_PROCESS,
 ) -> int:
-    """Memory that can still be taken without swapping, within the container's limit; bytes."""
-    free = 0
-    for line in meminfo.read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024
+    """Memory that can still be taken without swapping, within the container's limits; bytes.
+
+    What a group uses as page cache can be taken: reading a checkpoint fills it.
+    """
+    free = _named_number(meminfo, "MemAvailable:") * 1024
+    for folder in cgroup_folders("memory", root=cgroup_root, proc_cgroup=proc_cgroup):
+        left = _left_in_group(folder)
+        if left is not None:
+            free = min(free, left)
+    return free
+
+
+# (limit, use, prefix of the page cache's numbers in memory.stat) of version 2 and version 1.
+_MEMORY_FILES = (
+    ("memory.max", "memory.current", ""),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+)
+
+
+def _left_in_group(folder: Path) -> int | None:
+    """Bytes; None where the folder sets no limit."""
+    for limit_file, used_file, prefix in _MEMORY_FILES:
+        try:
+            limit = (folder / limit_file).read_text().strip()
+            used = int((folder / used_file).read_text())
+        except (OSError, ValueError):
+            continue
+        if limit == "max":
+            return None
+        cache = sum(
+            _named_number(folder / "memory.stat", f"{prefix}{name}_file")
+            for name in ("active", "inactive")
+        )
+        return max(0, int(limit) - max(0, used - cache))
+    return None
+
+
+def _named_number(file: Path, name: str) -> int:
+    """The number that follows a name at the start of a line; 0 without."""
     try:
-        limit = (cgroup / "memory.max").read_text().strip()
-        used = int((cgroup / "memory.current").read_text())
-    except (OSError, ValueError):
-        return free
-    return free if limit == "max" else max(0, min(free, int(limit) - used))
+        lines = file.read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(words[1]) for words in map(str.split, lines) if words[:1] == [name]), 0)
 
 
 def anonymous_memory_bytes() -> int:
     """Resident memory that is not a view of a file, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    return _status_bytes("RssAnon")
+
+
+def _status_bytes(name: str) -> int:
+    return _named_number(Path("/proc/self/status"), f"{name}:") * 1024
 
 
 def cpu_name() -> str:

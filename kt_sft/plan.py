@@ -33,12 +33,14 @@ class Workload:
 
     tokens: of one micro batch at most. rank: of the LoRA on the experts, 0 without; other_trained:
     parameters that train beside the experts. checkpointing: gradient checkpointing is on.
+    frozen_models: reference and reward models that are loaded too, taken to be as large.
     """
 
     tokens: int
     rank: int
     checkpointing: bool = True
     other_trained: int = 0
+    frozen_models: int = 0
 
 
 @dataclass(frozen=True)
@@ -183,12 +185,10 @@ def plan_memory(
     keeps: activations: keep. mapped: the experts are a file that all ranks of the machine map.
     """
     there = "host" if rest.on_host else "device"
+    shared = "machine" if mapped else "host"
+    experts = sum(layer.layout.nbytes for layer in layers)
     parts = [
-        Component(
-            "routed experts",
-            "machine" if mapped else "host",
-            sum(layer.layout.nbytes for layer in layers),
-        ),
+        Component("routed experts", shared, experts),
         Component("other weights", there, rest.nbytes),
     ]
     if work is not None:
@@ -203,6 +203,8 @@ def plan_memory(
             tensors = rest.layers * _LAYER_TENSORS
         logits = _LOGIT_COPIES * work.tokens * rest.vocabulary * _FLOAT
         parts += [
+            Component("frozen models' experts", shared, work.frozen_models * experts),
+            Component("frozen models' other weights", there, work.frozen_models * rest.nbytes),
             Component("expert LoRA and its optimizer", there, _STATES * _FLOAT * trained),
             Component("other trained parameters", there, _STATES * _FLOAT * work.other_trained),
             Component("experts' activations", "host", held),

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from kt_sft.config import HybridExpertsSettings
-from kt_sft.cpu_budget import available_threads
+from kt_sft.cpu_budget import available_threads, place_among_ranks
 from kt_sft.experts.activations import KeptActivations
 from kt_sft.experts.finite import FiniteWatch
 from kt_sft.experts.meter import ExpertsMeter
 from kt_sft.host import available_memory_bytes
-from kt_sft.kernels import Engine, NodeEngines, numa_nodes, requested_isa
+from kt_sft.kernels import (
+    Engine,
+    NodeEngines,
+    cpus_of_rank,
+    engine_on,
+    numa_nodes,
+    requested_isa,
+)
 
 # Part of the free memory that activations may take between forward and backward.
 _KEEPS = 0.8
@@ -22,18 +28,28 @@ class ExpertsRuntime:
 
     def __init__(self, settings: HybridExpertsSettings) -> None:
         self.settings = settings
-        threads = available_threads() if settings.threads == "auto" else int(settings.threads)
-        isa = requested_isa(settings.isa)
-        # A mapped file lies where the system put it: nodes share the work on copies only.
-        may_copy = settings.resident is not False
-        nodes = numa_nodes() if settings.numa == "auto" and may_copy else []
-        # Several ranks on a machine have few threads each, and the system places them.
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-        split = 1 < len(nodes) <= threads and ranks == 1
-        self.engine: Any = NodeEngines(nodes, threads, isa) if split else Engine(threads, isa)
+        _, ranks = place_among_ranks()
+        self.engine: Any = _engine(settings)
+        # What the memory plan says that this process takes, and what it had when it was made.
+        self.planned: tuple[int, int] | None = None
         self.meter = ExpertsMeter()
         self.watch = FiniteWatch()
         self.kept = KeptActivations(lambda: int(_KEEPS * available_memory_bytes()) // ranks)
 
     def __deepcopy__(self, memo: dict) -> ExpertsRuntime:
         return self
+
+
+def _engine(settings: HybridExpertsSettings) -> Engine | NodeEngines:
+    threads = available_threads() if settings.threads == "auto" else int(settings.threads)
+    isa = requested_isa(settings.isa)
+    nodes = numa_nodes() if settings.numa == "auto" else []
+    rank, ranks = place_among_ranks()
+    if ranks > 1:
+        # Ranks keep one copy of the experts between them, and stay out of each other's way.
+        cpus = cpus_of_rank(nodes, rank, ranks)
+        return Engine(threads, isa) if cpus is None else engine_on(cpus, threads, isa)
+    # A mapped file lies where the system put it: nodes share the work on copies only.
+    if 1 < len(nodes) <= threads and settings.resident is not False:
+        return NodeEngines(nodes, threads, isa)
+    return Engine(threads, isa)

@@ -94,6 +94,7 @@ def outline_of(recipe: Mapping[str, Any]) -> TrainingOutline | None:
         trained=frozenset(_names(recipe.get("additional_target"))),
         checkpointing=not recipe.get("disable_gradient_checkpointing"),
         on_host=bool(recipe.get("use_cpu")),
+        frozen_models=bool(recipe.get("ref_model")) + (recipe.get("reward_model_type") == "full"),
     )
 
 

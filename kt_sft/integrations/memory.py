@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from kt_sft.config import HybridExpertsSettings
+from kt_sft.cpu_budget import place_among_ranks
 from kt_sft.experts.finding import FoundExperts
 from kt_sft.host import available_memory_bytes
 from kt_sft.kernels import PROJECTIONS, WeightLayout
@@ -39,6 +39,7 @@ class TrainingOutline:
 
     tokens: of one micro batch at most. targets: names of layers that get LoRA, or `all`; trained:
     names of modules that train in full. on_host: the training runs without an accelerator.
+    frozen_models: reference and reward models that are loaded after this one.
     """
 
     tokens: int
@@ -47,6 +48,7 @@ class TrainingOutline:
     trained: frozenset[str] = frozenset()
     checkpointing: bool = True
     on_host: bool = False
+    frozen_models: int = 0
 
     def workload(self, model: Any, expert_lora: bool) -> Workload:
         """With the parameters that train beside the experts counted."""
@@ -65,7 +67,7 @@ class TrainingOutline:
                 other += self.rank * (module.in_features + module.out_features)
         adapted = expert_lora and (everything or bool(self.targets & set(PROJECTIONS)))
         rank = self.rank if adapted else 0
-        return Workload(self.tokens, rank, self.checkpointing, other)
+        return Workload(self.tokens, rank, self.checkpointing, other, self.frozen_models)
 
 
 def _top_k(config: Any, experts: int) -> int:
@@ -124,7 +126,7 @@ def plan_of(
         compute=settings.compute,
         keeps=settings.activations == "keep",
         mapped=settings.store != "memory" and settings.resident is not True,
-        ranks=int(os.environ.get("LOCAL_WORLD_SIZE") or 1),
+        ranks=place_among_ranks()[1],
     )
 
 

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers import trainer as trainer_module
 
 from kt_sft.experts import ExpertsMeter, hybrid_experts_of
-from kt_sft.host import host_memory_bytes, machine_description
+from kt_sft.host import host_memory_bytes, machine_description, peak_memory_bytes
 from kt_sft.integrations import wandb_run
 from kt_sft.integrations.guard import RunGuard
 from kt_sft.integrations.saving import install_safe_saving
@@ -66,6 +66,27 @@ class HybridExpertsMetrics(TrainerCallback):
         if state.is_world_process_zero:
             logger.info("kt_sft: %s", description)
             wandb_run.update_config({"kt_sft": description})
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Says what the run took of what was planned."""
+        experts = hybrid_experts_of(model) if model is not None else {}
+        runtime = next((m.runtime for m in experts.values()), None)
+        if runtime is not None and runtime.planned is not None and state.is_world_process_zero:
+            planned, before = runtime.planned
+            logger.info(
+                "host memory: planned %.3f GB, taken at most %.3f GB above the %.3f GB that the "
+                "process had before the model",
+                planned / 1e9,
+                (peak_memory_bytes() - before) / 1e9,
+                before / 1e9,
+            )
 
     def on_log(
         self,

@@ -28,6 +28,7 @@ from kt_sft.experts.activations import keep_activations
 from kt_sft.experts.conventions import redirect_block
 from kt_sft.experts.finding import FoundExperts, find_experts
 from kt_sft.families import attribute
+from kt_sft.host import host_memory_bytes
 from kt_sft.integrations.checkpoint_keys import ModelKeys
 from kt_sft.integrations.memory import TrainingOutline, check_memory, plan_of
 from kt_sft.kernels import PROJECTIONS
@@ -166,11 +167,13 @@ class HybridExpertsQuantizer(HfQuantizer):
         )
         self._stacks = ModelKeys(model).stacks(self._checkpoint)
         settings = self.quantization_config.settings
-        _swap_experts(model, self._layers, ExpertsRuntime(settings))
+        runtime = ExpertsRuntime(settings)
+        _swap_experts(model, self._layers, runtime)
         plan = plan_of(
             model, self._layers, self._source, settings, self.quantization_config.outline
         )
         check_memory(plan, settings)
+        runtime.planned = plan.of("machine") + plan.of("host"), host_memory_bytes()
         # The experts' keys have no parameter any more; they are not an accident to warn of.
         unexpected = _expert_keys(model, self._layers)
         if self._checkpoint.quantized:

@@ -14,7 +14,7 @@ from kt_sft.kernels.engine import (
 from kt_sft.kernels.formats import PROJECTIONS, CodedMatrix, Coding, WeightLayout
 from kt_sft.kernels.gate import ACTIVATIONS, Gate
 from kt_sft.kernels.isa import isa_report, kernel_rows, requested_isa, select_isa
-from kt_sft.kernels.numa import NodeEngines, SplitWeights, numa_nodes
+from kt_sft.kernels.numa import NodeEngines, SplitWeights, cpus_of_rank, engine_on, numa_nodes
 
 __all__ = [
     "ACTIVATIONS",
@@ -30,6 +30,8 @@ __all__ = [
     "NodeEngines",
     "SplitWeights",
     "WeightLayout",
+    "cpus_of_rank",
+    "engine_on",
     "isa_report",
     "kernel_rows",
     "numa_nodes",

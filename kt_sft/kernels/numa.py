@@ -63,6 +63,25 @@ def _cpu_list(text: str) -> set[int]:
     return cpus
 
 
+def cpus_of_rank(nodes: Sequence[set[int]], rank: int, ranks: int) -> set[int] | None:
+    """The CPUs of the nodes that one of a machine's ranks works on.
+
+    None where the nodes cannot be dealt out evenly: the system then places the threads.
+    """
+    if len(nodes) < 2 or (ranks % len(nodes) and len(nodes) % ranks):
+        return None
+    if ranks >= len(nodes):
+        return nodes[rank * len(nodes) // ranks]
+    each = len(nodes) // ranks
+    return set().union(*nodes[rank * each : (rank + 1) * each])
+
+
+def engine_on(cpus: set[int], threads: int, isa: str = "auto") -> Engine:
+    """An engine whose own threads stay on some CPUs; the calling thread is left alone."""
+    with ThreadPoolExecutor(1, "kt-sft-bound", os.sched_setaffinity, (0, cpus)) as bound:
+        return bound.submit(Engine, threads, isa).result()
+
+
 def share_threads(threads: int, sizes: Sequence[int]) -> list[int]:
     """`threads` in proportion to the nodes' CPUs, by largest remainder; a node may get none."""
     exact = [threads * size / sum(sizes) for size in sizes]

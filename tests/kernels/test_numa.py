@@ -11,6 +11,8 @@ import torch
 from comparators import assert_matches
 from test_block import Block, inputs
 
+from kt_sft.config import HybridExpertsSettings
+from kt_sft.experts import runtime
 from kt_sft.kernels import (
     PROJECTIONS,
     Engine,
@@ -18,6 +20,7 @@ from kt_sft.kernels import (
     NodeEngines,
     SplitWeights,
     WeightLayout,
+    cpus_of_rank,
     numa_nodes,
 )
 from kt_sft.kernels.numa import share_threads, split_channels
@@ -62,6 +65,41 @@ def test_threads_are_shared_out_exactly() -> None:
     assert share_threads(3, [1, 1, 6]) == [0, 0, 3] or sum(share_threads(3, [1, 1, 6])) == 3
     assert share_threads(34, [32, 2]) == [32, 2]
     assert share_threads(2, [1, 1]) == [1, 1]
+
+
+def test_ranks_get_nodes_of_their_own() -> None:
+    nodes = [{0, 1}, {2, 3}, {4, 5}, {6, 7}]
+    assert [cpus_of_rank(nodes, r, 4) for r in range(4)] == nodes
+    assert [cpus_of_rank(nodes, r, 8) for r in range(8)] == [n for n in nodes for _ in range(2)]
+    assert [cpus_of_rank(nodes, r, 2) for r in range(2)] == [{0, 1, 2, 3}, {4, 5, 6, 7}]
+    # Three of one machine's ranks on two nodes would crowd one of them.
+    assert cpus_of_rank(nodes[:2], 0, 3) is None and cpus_of_rank(nodes, 0, 3) is None
+    assert cpus_of_rank(nodes[:1], 1, 2) is None
+
+
+def threads_and_cpus() -> dict[str, set[int]]:
+    tasks = (path.name for path in Path("/proc/self/task").iterdir())
+    return {task: os.sched_getaffinity(int(task)) for task in tasks}
+
+
+def test_the_threads_of_a_rank_stay_on_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) < 2:
+        pytest.skip("one CPU")
+    nodes = [{cpus[0]}, {cpus[1]}]
+    monkeypatch.setattr(runtime, "numa_nodes", lambda: nodes)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for rank in (0, 1):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        before = threads_and_cpus()
+        engine = runtime.ExpertsRuntime(HybridExpertsSettings(threads=3)).engine
+        made = [cpus for task, cpus in threads_and_cpus().items() if task not in before]
+        assert made == [nodes[rank]] * 2, "the calling thread is the third"
+        assert isinstance(engine, Engine) and os.sched_getaffinity(0) == set(cpus)
+    before = threads_and_cpus()
+    free = runtime.ExpertsRuntime(HybridExpertsSettings(threads=3, numa="off"))
+    made = [cpus for task, cpus in threads_and_cpus().items() if task not in before]
+    assert made == [set(cpus)] * 2 and free.engine.threads == 3
 
 
 def test_a_layer_with_fewer_blocks_than_nodes(engines: NodeEngines) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from kt_sft import HybridExpertsConfig, hybridize
-from kt_sft.errors import AdapterMismatchError, SettingsError
+from kt_sft.errors import AdapterMismatchError, CheckpointError, SettingsError
 from kt_sft.experts import hybrid_experts_of
 from kt_sft.export import export_merged
 
@@ -146,6 +146,37 @@ def test_other_rank_is_refused(saved: Path) -> None:
     file.write_text(json.dumps(config))
     with pytest.raises(AdapterMismatchError, match=r"got shape \(4, 64\).*expected \(8, 64\)"):
         PeftModel.from_pretrained(base(), str(saved))
+
+
+class Bomb:
+    """Opens a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return open, (str(self.path), "w")
+
+
+def test_pickles_are_not_run(tmp_path: Path) -> None:
+    """As the weights of an adapter and of a base."""
+    mark = tmp_path / "ran"
+    pickle.loads(pickle.dumps(Bomb(mark)))
+    assert mark.exists()
+    mark.unlink()
+    adapted(base()).save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    torch.save({"x": Bomb(mark)}, tmp_path / "adapter" / "adapter_model.bin")
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        PeftModel.from_pretrained(base(), tmp_path / "adapter")
+    stock = make_model("qwen3_moe")
+    stock.config.save_pretrained(tmp_path / "base")
+    torch.save({"x": Bomb(mark)}, tmp_path / "base" / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"got a \.bin file, expected \.safetensors"):
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path / "base", quantization_config=HybridExpertsConfig(), dtype=torch.float32
+        )
+    assert not mark.exists()
 
 
 def test_missing_expert_is_refused(saved: Path) -> None:

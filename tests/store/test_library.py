@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -310,15 +311,51 @@ def test_errors_command(model: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert kept == bf16 < int8 < 1 < int4_g32 < int4_g128 < 13
 
 
-def test_free_memory_is_that_of_the_container(tmp_path: Path) -> None:
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal: 99 kB\nMemAvailable:    2000000 kB\n")
-    assert available_memory_bytes(meminfo=meminfo, cgroup=tmp_path) == 2_048_000_000
-    (tmp_path / "memory.max").write_text("1000000\n")
-    (tmp_path / "memory.current").write_text("400000\n")
-    assert available_memory_bytes(meminfo=meminfo, cgroup=tmp_path) == 600_000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert available_memory_bytes(meminfo=meminfo, cgroup=tmp_path) == 2_048_000_000
+@pytest.fixture
+def free_memory(tmp_path: Path) -> Callable[..., int]:
+    """Free memory where the machine has 2 GB and `files` is the tree of control groups."""
+    (tmp_path / "meminfo").write_text("MemTotal: 99 kB\nMemAvailable:    2000000 kB\n")
+
+    def free(group: str, files: dict[str, str]) -> int:
+        for name, text in files.items():
+            file = tmp_path / "cgroup" / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text + "\n")
+        (tmp_path / "self").write_text(group + "\n")
+        return available_memory_bytes(
+            meminfo=tmp_path / "meminfo", cgroup_root=tmp_path / "cgroup",
+            proc_cgroup=tmp_path / "self",
+        )  # fmt: skip
+
+    return free
+
+
+def test_free_memory_is_that_of_the_container(free_memory: Callable[..., int]) -> None:
+    assert free_memory("0::/", {}) == 2_048_000_000
+    limited = {"memory.max": "1000000", "memory.current": "400000"}
+    assert free_memory("0::/", limited) == 600_000
+    # The page cache makes room.
+    cache = {"memory.stat": "anon 1\ninactive_file 250000\nactive_file 50000\nfile 300000"}
+    assert free_memory("0::/", {**limited, **cache}) == 900_000
+    assert free_memory("0::/", {"memory.max": "max"}) == 2_048_000_000
+
+
+def test_free_memory_of_nested_groups(free_memory: Callable[..., int]) -> None:
+    outer = {"a/memory.max": "700000", "a/memory.current": "500000"}
+    inner = {"a/b/memory.max": "max", "a/b/memory.current": "1000"}
+    assert free_memory("0::/a/b", {**outer, **inner}) == 200_000
+    assert free_memory("0::/c", {}) == 2_048_000_000
+
+
+def test_free_memory_of_a_version_1_group(free_memory: Callable[..., int]) -> None:
+    files = {
+        "memory/x/memory.limit_in_bytes": "9223372036854771712",
+        "memory/x/memory.usage_in_bytes": "500000",
+        "memory/x/memory.stat": "inactive_file 7\ntotal_inactive_file 100000\ntotal_active_file 0",
+    }
+    assert free_memory("4:memory:/x", files) == 2_048_000_000
+    files["memory/x/memory.limit_in_bytes"] = "900000"
+    assert free_memory("4:memory:/x", files) == 500_000
 
 
 def test_names_of_stores_are_plain(tmp_path: Path) -> None:

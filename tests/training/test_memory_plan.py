@@ -73,6 +73,10 @@ def test_what_changes_the_plan() -> None:
     two = plan(ranks=2)
     assert two.host_bytes == experts + 2 * plan().of("host")
     assert plan(mapped=False, ranks=2).host_bytes == two.host_bytes + experts
+    # A reference model is loaded later, and counted now.
+    reference = plan(replace(WORK, frozen_models=1))
+    assert reference.host_bytes == plan().host_bytes + experts
+    assert reference.of("device") == plan().of("device") + REST.nbytes
     # Without training only the weights are there.
     assert plan(None).host_bytes == experts and plan(None).of("device") == REST.nbytes
     assert plan(rest=replace(REST, on_host=True)).of("device") == 0
@@ -119,6 +123,8 @@ def test_outline_of_a_recipe() -> None:
     assert outline_of(recipe) == TrainingOutline(1024, 8, frozenset({"all"}))
     preference = outline_of({**recipe, "stage": "dpo", "lora_target": "q_proj, experts.up_proj"})
     assert preference == TrainingOutline(2048, 8, frozenset({"q_proj", "up_proj"}))
+    reference = outline_of({**recipe, "stage": "dpo", "ref_model": "other"})
+    assert reference is not None and reference.frozen_models == 1
     other = outline_of(
         {**recipe, "additional_target": "gate", "disable_gradient_checkpointing": True}
     )

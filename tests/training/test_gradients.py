@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from llamafactory.hparams import FinetuningArguments
+from llamafactory.train.trainer_utils import create_custom_optimizer
 from peft import LoraConfig, get_peft_model
 from tiny_models import make_model, stock_experts
 from torch import nn
@@ -298,3 +300,18 @@ def test_engine_refuses_what_it_cannot_read() -> None:
         weights.set_bias(1, "up_proj", torch.full((64,), float("nan")))
     with pytest.raises(KernelArgumentError, match=r"dropout: got 1\.0"):
         engine.forward(weights, hidden, index, weight, **good, dropout=1.0)
+
+
+def test_lora_plus_takes_the_experts_factors_for_what_they_are(tmp_path: Path) -> None:
+    """LLaMA-Factory sorts parameters by name: B of the experts learns faster, A does not."""
+    model = lora_model()
+    optimizer = create_custom_optimizer(
+        model,
+        TrainingArguments(str(tmp_path), learning_rate=1e-3, use_cpu=True, report_to="none"),
+        FinetuningArguments(finetuning_type="lora", loraplus_lr_ratio=16.0),
+    )
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    experts = {n: rates[id(p)] for n, p in trained.items() if ".experts." in n}
+    assert len(rates) == len(trained) and experts
+    assert all(rate == (16e-3 if "lora_B" in n else 1e-3) for n, rate in experts.items()), experts

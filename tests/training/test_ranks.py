@@ -201,6 +201,17 @@ def test_a_killed_run_of_two_ranks_resumes_to_the_bit(
     assert all(digests[0][key].equal(digests[1][key]) for key in digests[0])
 
 
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(
+    place: Workplace, tmp_path: Path
+) -> None:
+    name = "one-signalled"
+    settings = {**SETTINGS, **SAVES, "save_steps": 1000, "max_steps": 5000}
+    env = faulty(tmp_path / "fault", "os.kill(os.getpid(), signal.SIGTERM)", 1)
+    text = place.train(name, env, check=False, per_device_train_batch_size=2, **settings)
+    assert "finishing this step, then saving and stopping" in text
+    assert newest_valid(place.folder / name) == str(place.folder / name / "checkpoint-3")
+
+
 def test_a_signal_to_the_launcher_saves_and_stops(place: Workplace) -> None:
     """SIGTERM to `llamafactory-cli` alone, as `kill` and most schedulers send it."""
     name = "stopped"

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import yaml
 from tiny_models import make_dataset, make_model, make_tokenizer, take_effective_weights
@@ -57,20 +58,28 @@ def run(
     env: dict[str, str] | None = None,
     check: bool = True,
     cwd: Path | None = None,
+    seconds: float = 600,
 ) -> str:
-    """Output of one command of this environment, both streams."""
-    done = subprocess.run(
+    """Output of one command of this environment, both streams; it is killed when it hangs."""
+    process = subprocess.Popen(
         [str(BIN / command[0]), *command[1:]],
         env=environment(env),
         cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=600,
     )
-    if check and done.returncode:
-        raise AssertionError(f"{command} ended with {done.returncode}:\n{done.stdout[-6000:]}")
-    return done.stdout
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        # torchrun gives its ranks sessions of their own: a group would not reach them.
+        for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+            each.kill()
+        output, _ = process.communicate()
+        raise AssertionError(f"{command} hangs:\n{output[-6000:]}") from None
+    if check and process.returncode:
+        raise AssertionError(f"{command} ended with {process.returncode}:\n{output[-6000:]}")
+    return output
 
 
 @contextmanager
@@ -122,11 +131,16 @@ class Workplace:
         return file
 
     def train(
-        self, name: str, env: dict[str, str] | None = None, check: bool = True, **settings: Any
+        self,
+        name: str,
+        env: dict[str, str] | None = None,
+        check: bool = True,
+        seconds: float = 600,
+        **settings: Any,
     ) -> str:
         """One `llamafactory-cli train`."""
         recipe = self.recipe(name, **settings)
-        return run(["llamafactory-cli", "train", str(recipe)], env, check)
+        return run(["llamafactory-cli", "train", str(recipe)], env, check, seconds=seconds)
 
     def logs(self, name: str) -> list[dict[str, Any]]:
         """The training entries of a run's log history."""

@@ -161,7 +161,8 @@ FAULTS = {
 def faulty(folder: Path, fault: str, rank: int) -> dict[str, str]:
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(FAULT.format(fault=fault))
-    return ranks_environment(2, PYTHONPATH=str(folder), FAULTY_RANK=str(rank))
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    return ranks_environment(2, PYTHONPATH=path, FAULTY_RANK=str(rank))
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -207,7 +208,9 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(
     name = "one-signalled"
     settings = {**SETTINGS, **SAVES, "save_steps": 1000, "max_steps": 5000}
     env = faulty(tmp_path / "fault", "os.kill(os.getpid(), signal.SIGTERM)", 1)
-    text = place.train(name, env, check=False, per_device_train_batch_size=2, **settings)
+    text = place.train(
+        name, env, check=False, seconds=120, per_device_train_batch_size=2, **settings
+    )
     assert "finishing this step, then saving and stopping" in text
     assert newest_valid(place.folder / name) == str(place.folder / name / "checkpoint-3")
 

@@ -21,6 +21,10 @@ class StoreError(KtSftError, ValueError):
     """A file of packed experts is damaged, or cannot be written; names it and what to do."""
 
 
+class StoreFolderError(StoreError):
+    """The folder of stores cannot be used; `store: auto` packs in memory then."""
+
+
 class AdapterMismatchError(KtSftError, ValueError):
     """An adapter does not fit the base model it is loaded on; lists the differences."""
 

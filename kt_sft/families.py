@@ -43,6 +43,7 @@ class ExpertsClass:
     call: how it is called, a name of experts/conventions.py.
     top_k: attribute with K, where the module itself chooses the experts.
     child: where the hybrid experts go below the stock module; empty: they take its place.
+    more_on_disk: checkpoints may hold experts beyond the last, which are of no use.
     applies: for classes that changed between versions of Transformers.
     """
 
@@ -52,6 +53,7 @@ class ExpertsClass:
     call: str = "routed"
     top_k: str = ""
     child: str = ""
+    more_on_disk: bool = False
     applies: Callable[[Any], bool] = lambda module: True
 
 
@@ -181,7 +183,11 @@ EXPERTS_CLASSES: Mapping[str, tuple[ExpertsClass, ...]] = {
     "BeamExperts": (_default_layout(activation()),),
     "LongcatFlashExperts": (
         ExpertsClass(
-            halves(transposed=False), activation(), _NO_BIAS, call="with_identity_experts"
+            halves(transposed=False),
+            activation(),
+            _NO_BIAS,
+            call="with_identity_experts",
+            more_on_disk=True,
         ),
     ),
     "AriaExperts": (

@@ -122,11 +122,13 @@ class ModelKeys:
                     f"the checkpoint has {len(keys)} tensors for the parameter {name}: "
                     f"{', '.join(keys[:3])}; remove all but one"
                 )
-            return {name: Stack(((keys[0],),), per_expert=False)}
+            return {name: Stack(((keys[0],),), per_expert=False, converted=False)}
         converter = self._by_pattern[pattern]
         operations = {type(o).__name__ for o in converter.operations}
+        targets = converter.target_patterns
         if not operations <= {*_GATHERING, _SPLITTING}:
-            return {name: Stack((), per_expert=True, conversion=", ".join(sorted(operations)))}
+            unknown = Stack((), per_expert=True, conversion=", ".join(sorted(operations)))
+            return {name.replace(targets[0], target): unknown for target in targets}
         # Pieces in the order that they are concatenated in: gate, then up.
         pieces = [
             sorted(by_pattern[p], key=dot_natural_key)
@@ -136,7 +138,6 @@ class ModelKeys:
         per_expert = bool(operations & {"MergeModulelist", _SPLITTING})
         if _SPLITTING not in operations:
             return {name: Stack(tuple(map(tuple, pieces)), per_expert)}
-        targets = converter.target_patterns
         return {
             name.replace(targets[0], target): Stack(
                 tuple(tuple(_share(piece, i, len(targets))) for piece in pieces),

@@ -31,6 +31,12 @@ from kt_sft.families import attribute
 from kt_sft.host import host_memory_bytes
 from kt_sft.integrations.checkpoint_keys import ModelKeys
 from kt_sft.integrations.memory import TrainingOutline, check_memory, plan_of
+from kt_sft.integrations.rest_of_model import (
+    Shapes,
+    refuse_loaded_misfits,
+    refuse_misfits,
+    shapes_of,
+)
 from kt_sft.kernels import PROJECTIONS
 from kt_sft.store.checkpoint import SafetensorsCheckpoint
 from kt_sft.store.packing import new_layer
@@ -143,6 +149,7 @@ class HybridExpertsQuantizer(HfQuantizer):
         self._checkpoint: PublishedCheckpoint | None = None
         self._stacks: dict[str, Stack] = {}
         self._layers: list[FoundExperts] = []
+        self._shapes: Shapes = {}
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -169,6 +176,8 @@ class HybridExpertsQuantizer(HfQuantizer):
         settings = self.quantization_config.settings
         runtime = ExpertsRuntime(settings)
         _swap_experts(model, self._layers, runtime)
+        self._shapes = shapes_of(model)
+        refuse_misfits(model, self._shapes, self._stacks, self._checkpoint)
         plan = plan_of(
             model, self._layers, self._source, settings, self.quantization_config.outline
         )
@@ -217,6 +226,7 @@ class HybridExpertsQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         checkpoint = self._checkpoint
         assert checkpoint is not None
+        refuse_loaded_misfits(model, self._shapes)
         for name, key in self._quantized_rest().items():
             parameter = model.get_parameter_or_buffer(name)
             if parameter.device.type == "meta":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,8 +26,8 @@ _CHUNK = 1 << 20
 _SETTLED_SECONDS = 0.1
 
 
-def _stamp(stat: os.stat_result) -> list[int]:
-    return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+def _stamp(found: os.stat_result) -> list[int]:
+    return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
 def file_digest(path: Path) -> str:
@@ -40,8 +41,16 @@ def file_digest(path: Path) -> str:
     return found.hexdigest()
 
 
+def is_foreign(path: Path) -> bool:
+    """Whether another user than this one and root owns a file."""
+    return path.stat().st_uid not in (os.geteuid(), 0)
+
+
 def _remembered(note: Path, stamp: list[int]) -> str | None:
     try:
+        # What others can write proves nothing about a checkpoint.
+        if is_foreign(note) or note.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            return None
         known = json.loads(note.read_text())
         return str(known["digest"]) if known["stamp"] == stamp else None
     except (OSError, ValueError, KeyError, TypeError):
@@ -56,6 +65,7 @@ def _remember(note: Path, stamp: list[int], digest: str) -> None:
     with suppress(OSError):
         note.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(json.dumps({"stamp": stamp, "digest": digest}))
+        partial.chmod(0o644)
         partial.rename(note)
 
 

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import xxhash
@@ -38,6 +38,18 @@ def digest(data: Any) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
+class Outline(NamedTuple):
+    """What tells one layer of a store from another without its content."""
+
+    path: str
+    experts: int
+    hidden: int
+    intermediate: int
+    gated: bool
+    biased: frozenset[str]
+    weights: str | None
+
+
 @dataclass(frozen=True)
 class StoredLayer:
     """One layer's experts: where they belong in the model, and what they are."""
@@ -49,6 +61,19 @@ class StoredLayer:
         """(name, bytes) of each section in the order of the file."""
         for section, size in self.layout.section_bytes().items():
             yield f"{self.path}.{section}", size
+
+    def outline(self, with_format: bool) -> Outline:
+        """Of this layer; the format is None unless `with_format`."""
+        layout = self.layout
+        return Outline(
+            self.path,
+            layout.experts,
+            layout.hidden,
+            layout.intermediate,
+            layout.gated,
+            layout.biased,
+            layout.weights if with_format else None,
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """For the manifest."""

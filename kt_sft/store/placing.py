@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kt_sft.errors import StoreError
+from kt_sft.errors import StoreError, StoreFolderError
 from kt_sft.experts import HybridExperts
 from kt_sft.experts.finding import FoundExperts
 from kt_sft.host import available_memory_bytes
 from kt_sft.kernels import Engine, NodeEngines
 from kt_sft.store.identity import checkpoint_identity
-from kt_sft.store.library import StoreLibrary, default_folder
+from kt_sft.store.library import StoreLibrary, WantedStore, default_folder
 from kt_sft.store.packed_file import PackedFile, StoredLayer
 from kt_sft.store.packing import layout_of, pack_in_memory, report, write_layers
-from kt_sft.store.sources import ExpertSource
+from kt_sft.store.sources import ExpertSource, UnreadSource
 
 logger = logging.getLogger(__name__)
 
@@ -71,28 +71,33 @@ def store_of(
     Raises StoreError and CheckpointError.
     """
     library = StoreLibrary(folder)
-    identity = experts.identity(library.folder / "digests", engine.threads)
-    path = library.path(experts.model, weights, identity)
-    there = path.exists()
+    as_published = weights == "checkpoint"
     read: dict[str, ExpertSource] = {}
 
-    planned: list[StoredLayer] = []
+    def stored(source_of: Callable[[FoundExperts], Any], form: str) -> list[StoredLayer]:
+        return [
+            StoredLayer(layer.hybrid_path, layout_of(layer.shape, source_of(layer), form))
+            for layer in experts.layers
+        ]
 
-    def plan() -> list[StoredLayer]:
+    def layers() -> list[StoredLayer]:
         read.update(experts.sources())
-        for layer in experts.layers:
-            layout = layout_of(layer.shape, read[layer.hybrid_path], weights)
-            planned.append(StoredLayer(layer.hybrid_path, layout))
-        return planned
+        return stored(lambda layer: read[layer.hybrid_path], weights)
 
-    found = library.get(
-        path,
-        identity,
-        plan,
-        lambda writer: write_layers(engine, writer, planned, read),
+    # Any format of our own has the sizes of the one that only the checkpoint's content decides.
+    known = stored(UnreadSource, "bf16" if as_published else weights)
+    wanted = WantedStore(
+        experts.model,
+        weights,
+        experts.identity(library.folder / "digests", engine.threads),
+        [layer.outline(not as_published) for layer in known],
+        layers,
+    )
+    return library.get(
+        wanted,
+        lambda writer, planned: write_layers(engine, writer, planned, read),
         engine.threads,
     )
-    return found, there
 
 
 def place_experts(modules: Mapping[str, HybridExperts], experts: CheckpointExperts) -> None:
@@ -105,12 +110,12 @@ def place_experts(modules: Mapping[str, HybridExperts], experts: CheckpointExper
     runtime = next(iter(modules.values())).runtime
     settings, engine = runtime.settings, runtime.engine
     if settings.store != "memory":
-        folder = default_folder() if settings.store == "auto" else Path(settings.store)
         packer = engine.nodes[0] if isinstance(engine, NodeEngines) else engine
         try:
+            folder = default_folder() if settings.store == "auto" else Path(settings.store)
             packed, there = store_of(experts, settings.weights, folder, packer)
-        except StoreError as error:
-            if settings.store != "auto" or not isinstance(error.__cause__, OSError):
+        except StoreFolderError as error:
+            if settings.store != "auto":
                 raise
             logger.warning("%s. Packing in memory for now", error)
         else:

@@ -43,13 +43,14 @@ class Stack:
     pieces: lists of keys, one list for each part that is concatenated along the outputs (gate,
         then up, or both in one). per_expert: a list has a key for each expert; otherwise one key
         of a tensor over all experts. first: the number in the keys of expert 0. conversion:
-        operations that we cannot follow.
+        operations that we cannot follow. converted: Transformers does more than rename the one tensor.
     """
 
     pieces: tuple[tuple[str, ...], ...]
     per_expert: bool
     first: int = 0
     conversion: str = ""
+    converted: bool = True
 
     def keys(self) -> list[str]:
         """All keys."""
@@ -160,6 +161,11 @@ class CheckpointSource(_Biased):
             )
         if numbers[:experts] != list(range(experts)):
             raise CheckpointError(f"{name}: the checkpoint has two tensors for one expert")
+        if len(numbers) > experts and not self._found.kind.more_on_disk:
+            raise CheckpointError(
+                f"{name}: the checkpoint has tensors of {len(numbers)} experts, config.json says "
+                f"{experts}; they do not belong together"
+            )
 
     def _place(self, part: Part, expert: int) -> tuple[str, int | None, bool]:
         """(key, expert within the tensor, whether the rows of `part` are all of it)."""

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_models import make_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from kt_sft import HybridExpertsConfig
 from kt_sft.errors import CheckpointError, UnsupportedModelError
@@ -122,6 +123,89 @@ def test_wrong_shape_is_named(folder: Path) -> None:
         load(folder)
 
 
+def with_config(folder: Path, **changes: object) -> Path:
+    """The checkpoint under a configuration that says something else."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return folder
+
+
+def with_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("experts", [6, 9])
+def test_another_number_of_experts_is_refused(folder: Path, experts: int) -> None:
+    with pytest.raises(CheckpointError, match=rf"{experts}"):
+        load(with_config(folder, num_local_experts=experts))
+
+
+def test_another_number_of_fused_experts_is_refused(tmp_path: Path) -> None:
+    make_model("qwen3_moe").save_pretrained(tmp_path, save_original_format=False)
+    with pytest.raises(CheckpointError, match=r"\(8, 64\).*\(6, 64\)"):
+        load(with_config(tmp_path, num_local_experts=6))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": 290}, r"embed_tokens.weight: got shape \(300, 64\).*\(290, 64\)"),
+        ({"num_attention_heads": 2}, r"q_proj.weight: got shape \(64, 64\).*\(32, 64\)"),
+    ],
+)
+def test_other_shapes_beside_the_experts_are_refused(
+    folder: Path, changes: dict[str, int], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        load(with_config(folder, **changes))
+
+
+def test_a_router_of_another_size_is_refused(folder: Path) -> None:
+    name = "model.layers.1.mlp.gate.weight"
+    with pytest.raises(CheckpointError, match=rf"{name}: got shape \(6, 64\).*\(8, 64\)"):
+        load(with_tensors(folder, lambda t: t.update({name: t[name][:6].clone()})))
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.2.self_attn.k_norm.weight", "model.norm.weight", "lm_head.weight"]
+)
+def test_missing_weights_are_refused(folder: Path, name: str) -> None:
+    with pytest.raises(CheckpointError, match=f"{name}: no tensor"):
+        load(with_tensors(folder, lambda t: t.pop(name)))
+
+
+def test_a_missing_buffer_is_refused(tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    make_model("deepseek_v3").save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=f"{name}: no tensor"):
+        load(with_tensors(tmp_path, lambda t: t.pop(name)))
+
+
+def test_a_tied_head_and_a_new_head_may_be_missing(tmp_path: Path) -> None:
+    make_model("qwen3_moe", tie_word_embeddings=True).save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    load(tmp_path)
+    AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, quantization_config=HybridExpertsConfig(store="memory"), num_labels=3
+    )
+
+
+def test_layers_beyond_the_last_are_left_alone(folder: Path) -> None:
+    """Multi-token prediction: a layer of its own, with another number of experts."""
+
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        extra = {k.replace("layers.2", "layers.3"): v for k, v in tensors.items() if ".2." in k}
+        more = {k.replace("experts.7", "experts.8"): v for k, v in extra.items() if ".7." in k}
+        tensors.update({k: v.clone() for k, v in {**extra, **more}.items()})
+
+    expected = load(folder)
+    assert same(load(with_tensors(folder, add)), expected)
+
+
 def test_nan_in_the_checkpoint_is_named(folder: Path) -> None:
     file = folder / "model.safetensors"
     tensors = load_file(file)
@@ -153,7 +237,7 @@ import gc, json, sys, threading, time
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 import kt_sft
 from kt_sft.experts import hybrid_experts_of
 from kt_sft.host import anonymous_memory_bytes

@@ -9,8 +9,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,13 +26,14 @@ from transformers import AutoModelForCausalLM
 
 from kt_sft import HybridExpertsConfig
 from kt_sft.cli.main import main
-from kt_sft.errors import CheckpointError, StoreError
+from kt_sft.errors import CheckpointError, StoreError, StoreFolderError
 from kt_sft.experts import hybrid_experts_of, runtime
 from kt_sft.host import available_memory_bytes
 from kt_sft.kernels import SplitWeights
 from kt_sft.store import placing
 from kt_sft.store.identity import checkpoint_identity
-from kt_sft.store.library import StoreLibrary
+from kt_sft.store.library import WantedStore, default_folder
+from kt_sft.store.packed_file import PackedFile, StoreWriter
 
 _TESTS = Path(__file__).parents[1]
 # Loads a checkpoint with a store and tells which file it was and how much of it was packed.
@@ -358,6 +362,155 @@ def test_free_memory_of_a_version_1_group(free_memory: Callable[..., int]) -> No
     assert free_memory("4:memory:/x", files) == 500_000
 
 
-def test_names_of_stores_are_plain(tmp_path: Path) -> None:
-    path = StoreLibrary(tmp_path).path("../we ird/..", "int8", {})
-    assert path.parent == tmp_path and "/" not in path.name and not path.name.startswith(".")
+def test_names_of_stores_are_plain() -> None:
+    name = WantedStore("../we ird/..", "int8", {}, [], list).file_name
+    assert "/" not in name and not name.startswith(".")
+
+
+@contextmanager
+def without_privileges() -> Iterator[None]:
+    """As a user whom the system refuses what it refuses; root is refused nothing."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def let_all_read(*folders: Path) -> None:
+    """What pytest has made for its own user only."""
+    for folder in folders:
+        for path in (*folder.glob("*.json"), *stores_in(folder), folder, *folder.parents):
+            if path.is_relative_to(tempfile.gettempdir()) and path != Path(tempfile.gettempdir()):
+                path.chmod(0o755)
+
+
+def owned_by_another(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.geteuid() == 0:
+        os.chown(path, 12345, 12345)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda own=os.geteuid(): own + 1)
+
+
+def other_model(folder: Path) -> Path:
+    """The same shapes and names, other weights."""
+    build("qwen3_moe", seed=5).save_pretrained(folder)
+    return folder
+
+
+def planted(model: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A folder with the store of another model under the name of this one's, and a right one."""
+    other, right, stores = (tmp_path / name for name in ("other", "right", "stores"))
+    load(model, store=str(right))
+    load(other_model(other), store=str(stores))
+    (name,) = stores_in(right)
+    (wrong,) = stores_in(stores)
+    wrong.rename(stores / name.name)
+    return stores, name
+
+
+def test_a_store_under_another_name_is_not_believed(model: Path, tmp_path: Path) -> None:
+    stores, _ = planted(model, tmp_path)
+    with pytest.raises(StoreError, match="made from another checkpoint than its name says"):
+        load(model, store=str(stores))
+    assert main(["pack", str(model), "--out", str(stores)]) == 2
+
+
+def test_a_store_of_other_layers_is_not_believed(model: Path, tmp_path: Path) -> None:
+    """The identity is right, the layers are those of a model with one layer more."""
+    load(model, store=str(tmp_path))
+    (store,) = stores_in(tmp_path)
+    packed = PackedFile(store)
+    more = [*packed.layers, replace(packed.layers[0], path="model.layers.9.mlp.experts")]
+    writer = StoreWriter(tmp_path / "new", more, packed.identity)
+    for layer in more:
+        writer.add(layer, packed.weights(layer.path if "9" not in layer.path else more[0].path))
+    writer.finish()
+    (tmp_path / "new").rename(store)
+    with pytest.raises(StoreError, match=r"it holds .*layers\.9.*expected None"):
+        load(model, store=str(tmp_path))
+
+
+def test_what_another_user_planted_is_left_alone(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stores, right = planted(model, tmp_path)
+    (wrong,) = stores_in(stores)
+    before = wrong.read_bytes()
+    owned_by_another(wrong, monkeypatch)
+    with caplog.at_level("WARNING"):
+        load(model, store=str(stores))
+    assert "belongs to another user" in caplog.text
+    own = next(s for s in stores_in(stores) if s != wrong)
+    assert own.read_bytes() == right.read_bytes() and wrong.read_bytes() == before
+    # What proves to be the right one is shared, whoever made it.
+    owned_by_another(right, monkeypatch)
+    load(model, store=str(right.parent))
+    assert stores_in(right.parent) == [right]
+
+
+def test_notes_of_others_are_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, notes = tmp_path / "a.safetensors", tmp_path / "notes"
+    file.write_bytes(b"x" * 1000)
+    time.sleep(0.15)
+    first = checkpoint_identity([file], notes)
+    (note,) = notes.iterdir()
+    text = json.dumps({**json.loads(note.read_text()), "digest": "planted"})
+    note.write_text(text)
+    note.chmod(0o666)
+    assert checkpoint_identity([file], notes) == first
+    note.write_text(text)
+    assert checkpoint_identity([file], notes)[0]["digest"] == "planted"
+    owned_by_another(note, monkeypatch)
+    assert checkpoint_identity([file], notes) == first
+
+
+def test_a_folder_that_may_not_be_searched(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(0o000)
+    let_all_read(model, tmp_path)
+    monkeypatch.setenv("KT_SFT_STORE", str(closed / "stores"))
+    with without_privileges(), caplog.at_level("WARNING"):
+        assert hybrid_experts_of(load(model))
+        with pytest.raises(StoreFolderError, match="Permission denied; set `store:`"):
+            load(model, store=str(closed / "stores"))
+    assert "Packing in memory for now" in caplog.text
+
+
+def test_a_user_without_a_home(
+    model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("KT_SFT_STORE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 99999)  # of no entry in passwd
+    with caplog.at_level("WARNING"):
+        assert hybrid_experts_of(load(model))
+    assert "has no home" in caplog.text and "Packing in memory for now" in caplog.text
+    with pytest.raises(StoreFolderError, match="set KT_SFT_STORE"):
+        default_folder()
+
+
+def test_a_lock_of_another_user(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder that all may write and where each owns what is its own."""
+    right = tmp_path / "right"
+    load(model, store=str(right))
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    lock = shared / f"{stores_in(right)[0].name}.lock"
+    lock.touch(0o644)
+    let_all_read(model, tmp_path)
+    if os.geteuid() == 0:
+        os.chown(lock, 12345, 12345)
+    else:
+        lock.chmod(0o444)
+    with without_privileges():
+        load(model, store=str(shared))
+    assert stores_in(shared)

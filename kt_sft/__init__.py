@@ -1,7 +1,7 @@
 """Fine-tuning of Mixture-of-Experts models whose routed experts stay in host memory.
 
-Names are imported on first use: this package is loaded in every process that imports torch, by
-the plug-in hook in `kt_sft.autoload`, and must cost nothing there.
+Names are imported on first use: `kt-sft --help` and the settings need neither torch nor
+Transformers. The plug-in hook of LLaMA-Factory is the module `kt_sft_autoload` beside this package.
 """
 
 from importlib import import_module

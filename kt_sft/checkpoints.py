@@ -14,13 +14,16 @@ import logging
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 
+from kt_sft import durable
 from kt_sft.errors import CheckpointError
 from kt_sft.store.identity import file_digest
 
@@ -29,6 +32,7 @@ logger = logging.getLogger(__name__)
 MANIFEST = "kt_sft_manifest.json"
 _VERSION = 1
 _STATE = "trainer_state.json"
+_BY_TORCH = ("optimizer.pt", "scheduler.pt")
 _LOCK = "lock"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _STAGED = re.compile(r"\.checkpoint-\d+\.tmp-.+")
@@ -72,8 +76,7 @@ class StagedCheckpoint:
         write_manifest(self.folder)
         if final.exists():
             final.rename(self.root / "replaced")
-        self.folder.rename(final)
-        _sync(self.output_dir)
+        durable.publish(self.folder, final)
         self.discard()
         return final
 
@@ -87,40 +90,58 @@ class StagedCheckpoint:
 
 def write_manifest(folder: Path) -> None:
     """Brings every file of a checkpoint to the disk, then the manifest that lists them."""
-    files = {}
-    for path in _files(folder):
-        _sync(path)
-        files[str(path.relative_to(folder))] = {
-            "size": path.stat().st_size,
-            "digest": file_digest(path),
-        }
-    for inner in [p for p in folder.rglob("*") if p.is_dir()]:
-        _sync(inner)
+    durable.sync_tree(folder)
+    files = {
+        str(path.relative_to(folder)): {"size": path.stat().st_size, "digest": file_digest(path)}
+        for path in _files(folder)
+    }
     partial = folder / f"{MANIFEST}.tmp"
     partial.write_text(json.dumps({"version": _VERSION, "files": files}, indent=1))
-    _sync(partial)
-    partial.rename(folder / MANIFEST)
-    _sync(folder)
+    durable.sync(partial)
+    durable.publish(partial, folder / MANIFEST)
 
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None.
 
-    With a manifest every byte is compared. Without one, which is how stock programs write, the
-    state must be readable and the safetensors files whole.
+    With a manifest every byte is compared, and nothing may be there beside what it lists. Without
+    one, which is how stock programs write, the state must be readable and the safetensors files
+    whole. What torch has written must be readable in any case.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
+        version = manifest["version"]
         files = {
             str(name): (int(f["size"]), str(f["digest"])) for name, f in manifest["files"].items()
         }
     except FileNotFoundError:
-        return _damage_without_manifest(folder)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return _damage_without_manifest(folder) or _unreadable(folder)
+    except (
+        OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError,
+    ) as error:  # fmt: skip
         return f"{MANIFEST}: cannot be read: {error}"
+    if version != _VERSION:
+        return f"{MANIFEST}: is of version {version!r}, this kt_sft reads {_VERSION}"
+    if _STATE not in files:
+        return f"{MANIFEST}: does not list {_STATE}"
     with ThreadPoolExecutor(_READERS) as pool:
         found = pool.map(lambda item: _differs(folder, item[0], *item[1]), files.items())
-        return next((wrong for wrong in found if wrong), None)
+        wrong = next((wrong for wrong in found if wrong), None)
+    there = (str(path.relative_to(folder)) for path in _files(folder))
+    unlisted = (f"{name}: is not in {MANIFEST}" for name in there if name not in files)
+    return wrong or next(unlisted, None) or _unreadable(folder)
+
+
+def _unreadable(folder: Path) -> str | None:
+    """Names the first of the optimizer's files that torch cannot take apart; reads no tensor."""
+    for name in _BY_TORCH:
+        path = folder / name
+        try:
+            if path.exists():
+                torch.load(path, map_location="meta", mmap=True, weights_only=True)
+        except Exception as error:  # whatever a damaged archive makes torch raise
+            return f"{name}: torch cannot load it: {str(error).splitlines()[0] or repr(error)}"
+    return None
 
 
 def _differs(folder: Path, name: str, size: int, digest: str) -> str | None:
@@ -141,7 +162,7 @@ def _differs(folder: Path, name: str, size: int, digest: str) -> str | None:
 def _damage_without_manifest(folder: Path) -> str | None:
     try:
         json.loads((folder / _STATE).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"{_STATE}: cannot be read: {error}"
     for path in folder.glob("*.safetensors"):
         try:
@@ -199,22 +220,28 @@ def rotate(newest: Path, limit: int, best: str | None) -> None:
     """Removes the oldest checkpoints beside `newest` until `limit` are left; 0 keeps all.
 
     `newest` and `best` stay in any case. A folder loses its name before its files, so that what
-    has the name of a checkpoint is whole at any time.
+    has the name of a checkpoint is whole at any time. What cannot be removed is warned of.
     """
     found = sorted(checkpoints_of(newest.parent), key=lambda path: path.stat().st_mtime_ns)
     protected = {newest, Path(best)} if best else {newest}
     surplus = len(found) - max(limit, len(protected)) if limit > 0 else 0
     removable = [path for path in found if path not in protected]
     for path in removable[: max(surplus, 0)]:
-        hidden = path.parent / f".{path.name}.tmp-removed"
-        path.rename(hidden)
+        # A name of its own: one of an interrupted removal may be there.
+        hidden = path.parent / f".{path.name}.tmp-removed-{uuid.uuid4().hex[:12]}"
+        try:
+            path.rename(hidden)
+        except OSError as error:
+            logger.warning("%s is not removed, as save_total_limit asks: %s", path, error)
+            continue
         shutil.rmtree(hidden, ignore_errors=True)
 
 
 def sweep(output_dir: Path) -> None:
     """Removes the staging folders of runs that died; those of living runs are locked."""
     for root in output_dir.iterdir() if output_dir.is_dir() else ():
-        if not (_STAGED.fullmatch(root.name) and root.is_dir()):
+        # A link would lead to somebody else's files.
+        if not _STAGED.fullmatch(root.name) or root.is_symlink() or not root.is_dir():
             continue
         with suppress(OSError):
             lock = os.open(root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -233,6 +260,19 @@ def _restore_replaced(root: Path, output_dir: Path) -> None:
     replaced = root / "replaced"
     if replaced.is_dir() and not (output_dir / name).exists():
         replaced.rename(output_dir / name)
+
+
+def require_writable(output_dir: str | Path) -> None:
+    """Raises CheckpointError where the folder cannot be made or written; makes nothing."""
+    folder = Path(output_dir).absolute()
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+        return
+    reason = "cannot be written by this user" if there.is_dir() else "is not a folder"
+    raise CheckpointError(
+        f"output_dir: {output_dir}: {there} {reason}, so that nothing would be saved; set "
+        "output_dir to a folder that can be written"
+    )
 
 
 def require_space(output_dir: Path, needed: int) -> None:
@@ -260,12 +300,3 @@ def explain(error: Exception, what: Path) -> CheckpointError:
 
 def _files(folder: Path) -> Iterator[Path]:
     return (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MANIFEST)
-
-
-def _sync(path: Path) -> None:
-    """Brings a file, or the names in a folder, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

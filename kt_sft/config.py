@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from kt_sft.cpu_budget import machine_cpus
 from kt_sft.errors import SettingsError
 
 _CHOICES = {
@@ -38,7 +40,8 @@ class HybridExpertsSettings:
         saved once per expert, as other programs read it) or false.
     activations: what gradient checkpointing does with the experts: keep (their forward is computed
         once and held in host memory until backward) or recompute (a second time, less memory).
-    threads: CPU threads for the experts, or auto (affinity, container quota, physical cores).
+    threads: CPU threads for the experts, at most as many as the machine has CPUs, or auto
+        (affinity, container quota, physical cores).
     isa: auto, or the name of an instruction set that `kt-sft doctor` lists; the environment
         variable KT_SFT_ISA overrides it.
     numa: auto (where there are several memory nodes, each holds and computes its part of the
@@ -109,6 +112,12 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
     is_count = isinstance(threads, int) and not isinstance(threads, bool) and threads >= 1
     if threads != "auto" and not is_count:
         found.append(f"threads: got {threads!r}, expected auto or a positive integer")
+    elif is_count and threads > machine_cpus() and not os.environ.get("KT_SFT_OVERSUBSCRIBE"):
+        found.append(
+            f"threads: got {threads}, this machine has {machine_cpus()} CPUs; more threads than "
+            "that wait for each other. Set auto or fewer (KT_SFT_OVERSUBSCRIBE=1 allows it, for "
+            "tests)"
+        )
     if not isinstance(values["store"], str) or not values["store"]:
         found.append(f"store: got {values['store']!r}, expected auto, memory or a folder")
     if not isinstance(values["isa"], str):
@@ -135,7 +144,7 @@ def read_section(section: Any, recipe_dir: Path | None = None) -> HybridExpertsS
     A relative path is looked up in the working directory, then beside the recipe.
     Raises SettingsError.
     """
-    if section is None or section is True:
+    if section is True:
         return HybridExpertsSettings()
     if isinstance(section, str):
         places = [Path(section), *([recipe_dir / section] if recipe_dir else [])]

@@ -28,6 +28,11 @@ def available_threads(
     return max(1, limit // (local_ranks or place_among_ranks()[1]))
 
 
+def machine_cpus() -> int:
+    """Logical CPUs of the machine, whatever this process may use of them."""
+    return os.cpu_count() or 1
+
+
 def place_among_ranks() -> tuple[int, int]:
     """(rank on this machine, ranks on this machine), as torchrun tells them; (0, 1) without."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)

@@ -33,6 +33,10 @@ class KernelArgumentError(KtSftError, ValueError):
     """A tensor handed to the kernels has the wrong dtype, shape, layout or device."""
 
 
+class ThreadsError(KtSftError, RuntimeError):
+    """The system gives fewer threads than asked for; says how many, and its limits."""
+
+
 class PeerError(KtSftError, RuntimeError):
     """A peer that a measurement should run against cannot be started or failed."""
 

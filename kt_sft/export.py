@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from kt_sft import durable
 from kt_sft.errors import AdapterMismatchError, CheckpointError, SettingsError
 from kt_sft.experts.finding import select_rows
 from kt_sft.families import Part
@@ -197,9 +198,10 @@ def export_merged(base: str | Path, adapter: str | Path | None, out: str | Path)
                 tensors[key] = (delta.apply(key, weight) if delta else weight).contiguous()
             save_file(tensors, str(partial / file.name), metadata={"format": "pt"})
         _copy_side_files(base, partial)
+        durable.sync_tree(partial)
         if out.exists():
             out.rmdir()
-        partial.rename(out)
+        durable.publish(partial, out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

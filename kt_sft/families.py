@@ -214,6 +214,17 @@ EXPERTS_CLASSES: Mapping[str, tuple[ExpertsClass, ...]] = {
     "JetMoeMoE": (_PARALLEL,),
 }
 
+# What configurations call the number of experts per token.
+TOP_K_NAMES = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+    "top_k_experts",
+    "experts_per_token",
+)
+
 DEFAULT = _default_layout(activation())
 UNGATED = ExpertsClass(
     {"up_proj": Part("up_proj"), "down_proj": Part("down_proj")}, activation(), _NO_BIAS

@@ -11,6 +11,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.pop("KT_SFT_DISABLE", None)
+# Tests ask for threads whatever the machine has.
+os.environ.setdefault("KT_SFT_OVERSUBSCRIBE", "1")
 
 import torch
 

@@ -230,6 +230,7 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "Compiled core of kt_sft: CPU kernels for routed experts.";
 
   py::register_exception<ForkedProcess>(m, "ForkedProcess", PyExc_RuntimeError);
+  py::register_exception<ThreadsUnavailable>(m, "ThreadsUnavailable", PyExc_RuntimeError);
 
   m.def(
       "isa_report",
@@ -284,6 +285,7 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly(
           "sections",
           [](const PackedExperts& self) {
+            self.require_owner();  // in a forked child the memory is not there
             std::map<std::string, std::pair<Address, int64_t>> out;
             for (size_t i = 0; i < kSectionCount; ++i)
               if (const int64_t bytes = self.layout().section_bytes(static_cast<Section>(i)))

@@ -195,7 +195,7 @@ void PackedExperts::read_scales(int64_t first, int64_t count, float* out) const 
 }
 
 float PackedExperts::code_scale(int64_t index) const {
-  float scale;
+  float scale = 0.0f;
   read_scales(index, 1, &scale);
   return scale;
 }

@@ -21,6 +21,8 @@ class PackedExperts {
                 const std::array<const uint8_t*, kSectionCount>& packed);
 
   const PackedLayout& layout() const { return layout_; }
+  // Throws ForkedProcess where memory of its own is not mapped.
+  void require_owner() const { process_.require_owner(); }
   const uint8_t* section(Section s) const { return memory_[static_cast<size_t>(s)]; }
 
   // Packs `weight` [outputs, inputs], rows `row_stride` elements apart, as one expert's projection;

@@ -50,6 +50,7 @@ struct ThreadPool::Shared {
   std::condition_variable wake, done;
   std::exception_ptr error;
 
+  void join();
   bool enter_phase(uint64_t& seen);
   void take_items(int thread);
   void work(int thread);
@@ -59,21 +60,32 @@ ThreadPool::ThreadPool(int threads) : threads_(threads) {
   if (threads < 1)
     throw std::invalid_argument("threads: got " + std::to_string(threads) + ", expected >= 1");
   shared_ = std::make_unique<Shared>();
-  for (int t = 1; t < threads; ++t)
-    shared_->workers.emplace_back([shared = shared_.get(), t] { shared->work(t); });
+  try {
+    shared_->workers.reserve(static_cast<size_t>(threads - 1));
+    for (int t = 1; t < threads; ++t)
+      shared_->workers.emplace_back([shared = shared_.get(), t] { shared->work(t); });
+  } catch (const std::exception& error) {
+    const size_t started = shared_->workers.size() + 1;
+    shared_->join();
+    throw ThreadsUnavailable("got " + std::to_string(started) + " of " + std::to_string(threads) +
+                             " threads from the system (" + error.what() + ")");
+  }
 }
 
 ThreadPool::~ThreadPool() {
-  if (!process_.is_owner()) {
+  if (process_.is_owner())
+    shared_->join();
+  else
     shared_.release();
-    return;
-  }
+}
+
+void ThreadPool::Shared::join() {
   {
-    std::lock_guard<std::mutex> lock(shared_->mutex);
-    shared_->stop = true;
+    std::lock_guard<std::mutex> lock(mutex);
+    stop = true;
   }
-  shared_->wake.notify_all();
-  for (std::thread& worker : shared_->workers) worker.join();
+  wake.notify_all();
+  for (std::thread& worker : workers) worker.join();
 }
 
 void ThreadPool::Shared::take_items(int thread) {

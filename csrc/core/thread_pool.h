@@ -4,15 +4,22 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <stdexcept>
 
 #include "process_guard.h"
 
 namespace kt {
 
+// The system gives fewer threads than asked for; those that had started are gone again.
+struct ThreadsUnavailable : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 class ThreadPool {
  public:
   using Body = std::function<void(int64_t item, int thread)>;
 
+  // Throws ThreadsUnavailable, and std::invalid_argument for less than one.
   explicit ThreadPool(int threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;

@@ -10,6 +10,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from kt_sft.cli.help_text import sentence
+
 _SHAPE = {
     "hidden": 2048,
     "intermediate": 768,
@@ -31,7 +33,7 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
         added = what.add_parser(
             name,
             help=text,
-            description=text.capitalize() + ".",
+            description=sentence(text),
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
         added.add_argument(

@@ -9,7 +9,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import kt_sft_autoload
+from kt_sft import __version__
 from kt_sft.cli.bench import add_bench, run_bench
+from kt_sft.cli.help_text import sentence
 from kt_sft.cli.pack import add_pack, run_errors, run_pack
 from kt_sft.errors import KtSftError
 
@@ -31,26 +34,30 @@ def _parser() -> argparse.ArgumentParser:
         "kt_sft section of a recipe by itself; these commands do the same where "
         "KT_SFT_DISABLE=1 switches that off.",
     )
+    parser.add_argument("--version", action="version", version=f"kt-sft {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in _RECIPE_COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text.capitalize() + ".")
+        command = commands.add_parser(name, help=text, description=sentence(text))
         command.add_argument("recipe", help="YAML recipe with a kt_sft section")
         command.add_argument(
-            "overrides", nargs="*", metavar="key=value", help="override settings of the recipe"
+            "overrides",
+            nargs="*",
+            # Without it argparse names the overrides, too, when the recipe is missing.
+            default=[],
+            metavar="key=value",
+            help="override settings of the recipe",
         )
     add_pack(commands)
     add_bench(commands)
     text = "show what this machine offers: instruction sets, threads, memory, versions"
-    commands.add_parser("doctor", help=text, description=text.capitalize() + ".")
+    commands.add_parser("doctor", help=text, description=sentence(text))
     return parser
 
 
 def _run_llamafactory(command: str, recipe: str, overrides: Sequence[str]) -> None:
     # The hooks are installed here whatever the environment says, in torchrun's workers too.
     os.environ.pop("KT_SFT_DISABLE", None)
-    from kt_sft import autoload
-
-    autoload.install()
+    kt_sft_autoload.install()
     sys.argv = ["llamafactory-cli", command, recipe, *overrides]
     from llamafactory.cli import main as llamafactory_main
 
@@ -74,15 +81,13 @@ def _doctor() -> None:
             lines.append(f"{package:<18}{version(package)}")
         except PackageNotFoundError:
             lines.append(f"{package:<18}not installed")
-    off = os.environ.get("KT_SFT_DISABLE", "")
+    off = kt_sft_autoload.plugin_disabled()
     lines.append(f"{'plug-in hook':<18}" + ("off (KT_SFT_DISABLE)" if off else "on"))
     sys.stdout.write("\n".join(lines) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; errors made on purpose are one message and exit status 2."""
-    # Read when torch loads OpenMP: its waiting threads would spin on the experts' cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     arguments = _parser().parse_args(argv)
     try:

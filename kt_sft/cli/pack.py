@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from kt_sft.cli.help_text import sentence
 from kt_sft.cpu_budget import available_threads
 from kt_sft.errors import CheckpointError, SettingsError
 from kt_sft.kernels import CodedMatrix, Engine, ExpertWeights, requested_isa
@@ -28,7 +29,7 @@ _MEASURED = (*OWN_FORMATS, "checkpoint")
 def add_pack(commands: Any) -> None:
     """Adds both commands to the parser of `kt-sft`."""
     text = "pack a checkpoint's experts ahead of time, or check and describe packed ones"
-    pack = commands.add_parser("pack", help=text, description=text.capitalize() + ".")
+    pack = commands.add_parser("pack", help=text, description=sentence(text))
     pack.add_argument("model", nargs="?", help="folder of a checkpoint")
     pack.add_argument("--weights", choices=FORMATS, default="int8", help="format (default int8)")
     pack.add_argument("--out", type=Path, help="folder of the stores (default: the user's cache)")
@@ -36,7 +37,7 @@ def add_pack(commands: Any) -> None:
     pack.add_argument("--verify", type=Path, metavar="STORE", help="read a store and check it")
     pack.add_argument("--info", type=Path, metavar="STORE", help="describe a store")
     text = "print the relative error that each format makes on a checkpoint's experts, by layer"
-    errors = commands.add_parser("errors", help=text, description=text.capitalize() + ".")
+    errors = commands.add_parser("errors", help=text, description=sentence(text))
     errors.add_argument("model", help="folder of a checkpoint")
     errors.add_argument("--experts", type=int, default=2, help="experts of each layer (default 2)")
 

@@ -114,15 +114,21 @@ def _kind_of(path: str, module: nn.Module) -> ExpertsClass | None:
         # A separate gate_proj is of experts that see every token: Inkling's shared ones.
         separate = parameter(module, "gate_proj") is not None
         if not separate and all(t is not None and t.dim() == 3 for t in tensors):
-            _refuse_unknown_behaviour(path, module)
+            _refuse_unknown_behaviour(path, module, gated=kind is DEFAULT)
             return _with_biases(path, module, kind)
     return None
 
 
-def _refuse_unknown_behaviour(path: str, module: nn.Module) -> None:
+def _refuse_unknown_behaviour(path: str, module: nn.Module, gated: bool) -> None:
     """A module of the default layout must also compute and be called in the default way."""
     name = type(module).__name__
     gate = getattr(type(module), "_apply_gate", None)
+    if gate is None and gated and type(module).__module__.startswith("transformers."):
+        # A release that has moved the gates would make every own gate look like the default one.
+        raise UnsupportedModelError(
+            f"{path} ({name}): has no _apply_gate, by which kt_sft knows what the experts of a "
+            "release of Transformers compute; use a release that kt_sft was tested with"
+        )
     if gate is not None and gate.__name__ != "_default_apply_gate":
         raise UnsupportedModelError(
             f"{path} ({name}): has a gate of its own, {name}._apply_gate, that kt_sft does not "

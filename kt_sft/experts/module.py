@@ -98,6 +98,8 @@ class HybridExperts(nn.Module):
         """The weighted sum of each token's experts, [T, D]."""
         if self.weights is None:
             raise CheckpointError(f"{self.path}: the expert weights were never loaded")
+        if self.counts_tokens:  # once in a pass
+            self.runtime.require_weights()
         layers = self.lora_layers()
         stacks = [layer.active_factors() if layer is not None else None for layer in layers]
         empty = hidden_states.new_empty(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from kt_sft.config import HybridExpertsSettings
@@ -32,6 +33,8 @@ class ExpertsRuntime:
         self.engine: Any = _engine(settings)
         # What the memory plan says that this process takes, and what it had when it was made.
         self.planned: tuple[int, int] | None = None
+        # Called before each forward pass: raises where the weights cannot be used any more.
+        self.require_weights: Callable[[], None] = lambda: None
         self.meter = ExpertsMeter()
         self.watch = FiniteWatch()
         self.kept = KeptActivations(lambda: int(_KEEPS * available_memory_bytes()) // ranks)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kt_sft.errors import SettingsError
+from kt_sft.checkpoints import newest_valid, require_writable
+from kt_sft.errors import KtSftError, SettingsError
 from kt_sft.integrations.launching import LauncherSubprocess
 from kt_sft.integrations.llamafactory_modes import (
     adjusted,
@@ -27,6 +30,44 @@ if TYPE_CHECKING:
 SECTION = "kt_sft"
 
 logger = logging.getLogger(__name__)
+
+
+def take_section(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+    """The recipe without the section, in a copy, and the section; None where it is off.
+
+    Off are a recipe without it, null and false; true means every default. Raises SettingsError for
+    a section under another name, which LLaMA-Factory would only call an unknown key.
+    """
+    for key in map(str, recipe):
+        plain = re.sub(r"[^a-z]", "", key.lower())
+        if key != SECTION and (plain == "ktsft" or get_close_matches(key, [SECTION], cutoff=0.8)):
+            raise SettingsError(f"{key}: unknown key of the recipe; did you mean {SECTION}?")
+    section = recipe.get(SECTION)
+    rest = {k: v for k, v in recipe.items() if k != SECTION}
+    return rest, None if section is None or section is False else section
+
+
+# Programs that a person runs, and what torchrun starts for them.
+_COMMANDS = ("llamafactory-cli", "lmf", "launcher.py", "cli.py", "kt-sft")
+
+
+def show_errors_in_one_message() -> None:
+    """Lets our errors end a command without a traceback; KT_SFT_TRACEBACK=1 shows it. Idempotent.
+
+    In other programs an uncaught error is theirs to show.
+    """
+    stock = sys.excepthook
+    if Path(sys.argv[0]).name not in _COMMANDS or hasattr(stock, "kt_sft_stock"):
+        return
+
+    def show(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if isinstance(error, KtSftError) and not os.environ.get("KT_SFT_TRACEBACK"):
+            sys.stderr.write(f"{error}\n")
+        else:
+            stock(kind, error, trace)
+
+    show.kt_sft_stock = stock  # type: ignore[attr-defined]
+    sys.excepthook = show
 
 
 def _recipe_dir() -> Path | None:
@@ -45,14 +86,17 @@ def hook_parser(parser_module: Any) -> None:
     @functools.wraps(stock)
     def parse_args(parser: Any, args: Any = None, allow_extra_keys: bool = False) -> Any:
         args = parser_module.read_args(args)
-        if isinstance(args, Mapping) and SECTION in args:
-            settings = _activate(args[SECTION], outline_of(args))
-            # A copy: the same recipe is parsed again, for other argument classes.
-            args = {k: v for k, v in args.items() if k != SECTION}
-            refuse_unsupported(args, settings)
-            args = adjusted(args)
-        elif isinstance(args, Mapping):
-            _deactivate()
+        if isinstance(args, Mapping):
+            show_errors_in_one_message()
+            args, section = take_section(args)
+            if section is None:
+                _deactivate()
+            else:
+                settings = _activate(section, outline_of(args))
+                refuse_unsupported(args, settings)
+                if args.get("do_train") and args.get("output_dir"):
+                    require_writable(args["output_dir"])
+                args = adjusted(args)
         return stock(parser, args, allow_extra_keys)
 
     parse_args.kt_sft_stock = stock  # type: ignore[attr-defined]
@@ -68,9 +112,11 @@ def hook_tuner(tuner_module: Any) -> None:
     @functools.wraps(stock)
     def export_model(args: Any = None) -> Any:
         args = tuner_module.read_args(args)
-        if not (isinstance(args, Mapping) and SECTION in args):
+        if not isinstance(args, Mapping):
             return stock(args)
-        return _export(args)
+        show_errors_in_one_message()
+        plain, section = take_section(args)
+        return stock(plain) if section is None else _export(args)
 
     export_model.kt_sft_stock = stock  # type: ignore[attr-defined]
     tuner_module.export_model = export_model
@@ -221,7 +267,6 @@ def _activate(section: Any, outline: TrainingOutline | None) -> HybridExpertsSet
     _warn_of_spinning_threads()
     import llamafactory.model  # noqa: F401  where functions of _SWAPPED live
 
-    from kt_sft.checkpoints import newest_valid
     from kt_sft.integrations.trainer import register
     from kt_sft.integrations.transformers import HybridExpertsConfig
 

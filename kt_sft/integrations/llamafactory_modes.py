@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -60,6 +61,12 @@ def _targets(recipe: Mapping[str, Any]) -> frozenset[str]:
 
 def refuse_unsupported(recipe: Mapping[str, Any], settings: HybridExpertsSettings) -> None:
     """Raises SettingsError that lists what cannot train, before any weight is read."""
+    if recipe.get("use_kt") or os.environ.get("USE_KT", "0").lower() in ("1", "true", "y", "yes"):
+        raise SettingsError(
+            "use_kt: is LLaMA-Factory's own way to other kernels, which needs forks of "
+            "Transformers and Accelerate and does not go together with the kt_sft section; remove "
+            "use_kt and the kt_... settings, and the environment variable USE_KT"
+        )
     if not recipe.get("do_train"):
         return
     on_experts = bool(settings.expert_lora) and bool(_targets(recipe) & _EXPERT_TARGETS)

@@ -13,6 +13,7 @@ from torch import nn
 from kt_sft.config import HybridExpertsSettings
 from kt_sft.cpu_budget import place_among_ranks
 from kt_sft.experts.finding import FoundExperts
+from kt_sft.families import TOP_K_NAMES
 from kt_sft.host import available_memory_bytes
 from kt_sft.kernels import PROJECTIONS, WeightLayout
 from kt_sft.plan import LayerNeeds, MemoryPlan, RestOfModel, Workload, plan_memory
@@ -21,16 +22,8 @@ from kt_sft.store.sources import UnreadSource
 
 logger = logging.getLogger(__name__)
 
-# What configurations call the number of experts per token.
-_TOP_K = (
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "moe_topk",
-    "moe_top_k",
-    "moe_k",
-    "top_k_experts",
-    "experts_per_token",
-)
+# Experts per token where a configuration does not tell; what most families have.
+_GUESSED_TOP_K = 8
 
 
 @dataclass(frozen=True)
@@ -72,8 +65,17 @@ class TrainingOutline:
 
 def _top_k(config: Any, experts: int) -> int:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    known = (getattr(text, name, None) for name in _TOP_K)
-    return min(experts, next((int(k) for k in known if isinstance(k, int)), 8))
+    named = (getattr(text, name, None) for name in TOP_K_NAMES)
+    known = next((k for k in named if isinstance(k, int)), None)
+    if known is None:
+        logger.warning(
+            "memory plan: the configuration of %s has no number of experts per token by a name "
+            "that kt_sft knows (%s); %d are planned for",
+            getattr(config, "model_type", type(config).__name__),
+            ", ".join(TOP_K_NAMES),
+            _GUESSED_TOP_K,
+        )
+    return min(experts, _GUESSED_TOP_K if known is None else known)
 
 
 def _layouts(

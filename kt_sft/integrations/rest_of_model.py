@@ -57,7 +57,9 @@ def refuse_loaded_misfits(model: PreTrainedModel, wanted: Shapes) -> None:
 
 def _missing(model: PreTrainedModel, wanted: Shapes, stacks: Mapping[str, Stack]) -> Iterator[str]:
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    optional = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
+    optional = [
+        re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    ]
     # A new head on a base model is meant to start from random values.
     whole = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
     prefix = f"{model.base_model_prefix}."

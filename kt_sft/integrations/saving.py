@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from transformers import Trainer, trainer_utils
-from transformers import trainer as trainer_module
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import CallbackHandler
 
@@ -29,6 +28,7 @@ from kt_sft.checkpoints import (
     newest_valid,
     require_space,
     require_valid,
+    require_writable,
     rotate,
     sweep,
 )
@@ -208,8 +208,13 @@ def _careful_train(stock: Callable) -> Callable:
         if not hybrid_experts_of(self.model):
             return stock(self, resume_from_checkpoint, *args, **kwargs)
         if self.args.should_save:
+            require_writable(self.args.output_dir)
             sweep(Path(self.args.output_dir))
-        if isinstance(resume_from_checkpoint, str | Path):
+        if resume_from_checkpoint is True:
+            # Where there is none at all, the stock function says so.
+            newest = newest_valid(self.args.output_dir)
+            resume_from_checkpoint = newest or True
+        elif isinstance(resume_from_checkpoint, str | Path):
             require_valid(resume_from_checkpoint)
         guards = [c for c in self.callback_handler.callbacks if isinstance(c, RunGuard)]
         try:
@@ -252,5 +257,3 @@ def install_safe_saving() -> None:
     _wrap(CallbackHandler, "on_save", _publishing_on_save)
     _wrap(Trainer, "train", _careful_train)
     _wrap(Trainer, "_run_epoch", _no_step_too_many)
-    # `resume_from_checkpoint: true`, which means the last one.
-    trainer_module.get_last_checkpoint = newest_valid

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+import math
+import os
+import resource
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -11,7 +14,8 @@ import torch
 from torch import Tensor
 
 import kt_sft.kernels._core as _core
-from kt_sft.errors import KernelArgumentError
+from kt_sft.cgroups import cgroup_folders
+from kt_sft.errors import KernelArgumentError, ThreadsError
 from kt_sft.kernels.formats import (
     INT8_CODING,
     PROJECTIONS,
@@ -53,6 +57,24 @@ def _check(
 
 def _round_up(n: int) -> int:
     return -(-n // 64) * 64
+
+
+def _limits_of_threads() -> Iterator[str]:
+    """What the system says that it allows."""
+    for name, number in (
+        ("processes of this user (ulimit -u)", resource.RLIMIT_NPROC),
+        ("address space (ulimit -v)", resource.RLIMIT_AS),
+    ):
+        soft = resource.getrlimit(number)[0]
+        if soft != resource.RLIM_INFINITY:
+            yield f"{name} {soft}"
+    for folder in cgroup_folders("pids"):
+        try:
+            limit = (folder / "pids.max").read_text().strip()
+        except OSError:
+            continue
+        if limit != "max":
+            yield f"{folder}/pids.max {limit}"
 
 
 def _refuse_pickling(self: object) -> tuple:
@@ -172,6 +194,8 @@ class ExpertWeights:
         groups = coding.groups(*shape)
         dtype = SCALE_DTYPES[coding.scales]
         codes = matrix.codes.contiguous()
+        if coding.bits == 4 and codes.numel() and int(codes.max()) > 15:
+            raise KernelArgumentError(f"{projection} codes: got {int(codes.max())}, expected 0..15")
         scales = matrix.scales.T.contiguous()
         addresses = [
             _check(codes, f"{projection} codes", shape, [torch.uint8]),
@@ -235,19 +259,42 @@ class LoraFactors:
         return self.a.shape[1]
 
 
-@dataclass
 class Kept:
-    """What forward keeps for backward, rows sorted by expert."""
+    """What forward keeps for backward, rows sorted by expert.
 
-    gate: Tensor  # fp32 [R, Fp]; [0] without a gate
-    up: Tensor  # fp32 [R, Fp]
-    lora_down: tuple[Tensor, Tensor, Tensor]  # fp32 [R, r] each, [0] where there is no LoRA
+    gate: fp32 [R, Fp], [0] without a gate; up: fp32 [R, Fp]; lora_down: fp32 [R, r] each, [0] where
+    there is no LoRA. In a forked child the memory is not there: ForkedProcess.
+    """
 
     COUNT: ClassVar[int] = 5
 
+    def __init__(self, gate: Tensor, up: Tensor, *lora_down: Tensor) -> None:
+        self._tensors = gate, up, *lora_down
+        self._owner = os.getpid()
+
+    @property
+    def gate(self) -> Tensor:
+        """Pre-activations of the gate."""
+        return self.tensors()[0]
+
+    @property
+    def up(self) -> Tensor:
+        """Outputs of up."""
+        return self.tensors()[1]
+
+    @property
+    def lora_down(self) -> tuple[Tensor, ...]:
+        """x A^T of each projection."""
+        return self.tensors()[2:]
+
     def tensors(self) -> tuple[Tensor, ...]:
         """COUNT of them, for autograd; Engine.kept is the way back."""
-        return self.gate, self.up, *self.lora_down
+        if os.getpid() != self._owner:
+            raise _core.ForkedProcess(
+                f"kept activations belong to process {self._owner} and are not in its forked child "
+                f"{os.getpid()}; run backward in the parent"
+            )
+        return self._tensors
 
 
 @dataclass
@@ -270,8 +317,17 @@ class Engine:
     def __init__(
         self, threads: int, isa: str = "auto", *, cpu_flags: Mapping[str, bool] | None = None
     ) -> None:
-        """`cpu_flags` stands in for the machine's own, in tests."""
-        self.handle = _core.Engine(threads, isa, None if cpu_flags is None else dict(cpu_flags))
+        """`cpu_flags` stands in for the machine's own, in tests.
+
+        Raises ThreadsError where the system does not give so many.
+        """
+        try:
+            self.handle = _core.Engine(threads, isa, None if cpu_flags is None else dict(cpu_flags))
+        except _core.ThreadsUnavailable as error:
+            raise ThreadsError(
+                f"threads: {error}; limits: {', '.join(_limits_of_threads()) or 'none that show'}. "
+                "Set threads: to a smaller number, or raise the limit"
+            ) from error
 
     def __deepcopy__(self, memo: dict) -> Engine:
         return self
@@ -304,8 +360,7 @@ class Engine:
     @staticmethod
     def kept(tensors: Sequence[Tensor]) -> Kept:
         """From Kept.tensors()."""
-        gate, up, *lora_down = tensors
-        return Kept(gate, up, tuple(lora_down))  # type: ignore[arg-type]
+        return Kept(*tensors)
 
     def empty(self, *shape: int) -> Tensor:
         """An fp32 tensor from the engine's reusable memory; contents undefined."""
@@ -358,11 +413,9 @@ class Engine:
         if keep:
             rows, width = index_TK.numel(), _round_up(weights.intermediate)
             kept = Kept(
-                gate=self.empty(rows, width) if weights.gated else torch.empty(0),
-                up=self.empty(rows, width),
-                lora_down=tuple(  # type: ignore[arg-type]
-                    torch.empty(rows, f.rank) if f else torch.empty(0) for f in lora
-                ),
+                self.empty(rows, width) if weights.gated else torch.empty(0),
+                self.empty(rows, width),
+                *(torch.empty(rows, f.rank) if f else torch.empty(0) for f in lora),
             )
             addresses = self._kept_addresses(kept, weights, rows, lora)
         report = self.handle.forward(*call, out_TD.data_ptr(), *addresses)
@@ -437,6 +490,8 @@ class Engine:
         # In fp32, as the kernels see it, a little less than 1 would be 1.
         if not 0.0 <= dropout <= 1.0 - 2.0**-24:
             raise KernelArgumentError(f"dropout: got {dropout}, expected 0 <= p < 1")
+        if first_channel < 0:
+            raise KernelArgumentError(f"first_channel: got {first_channel}, expected at least 0")
         tokens, top_k = index_TK.shape
         hidden = _check(hidden_TD, "hidden", (tokens, weights.hidden), list(_FLOATS))
         index = _check(index_TK, "index", (tokens, top_k), [torch.int64])
@@ -451,6 +506,8 @@ class Engine:
                 raise KernelArgumentError(
                     f"{projection}: got rank {f.rank}, expected 1 to {MAX_RANK}"
                 )
+            if not math.isfinite(f.scaling):
+                raise KernelArgumentError(f"{projection}: got scaling {f.scaling}")
             a = _check(
                 f.a, f"{projection} lora_A", (weights.experts, f.rank, inputs), [torch.float32]
             )

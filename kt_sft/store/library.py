@@ -20,6 +20,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from kt_sft import durable
 from kt_sft.errors import StoreError, StoreFolderError
 from kt_sft.store.identity import is_foreign
 from kt_sft.store.packed_file import (
@@ -163,15 +164,10 @@ class StoreLibrary:
         try:
             build(writer, layers)
             writer.finish()
-            partial.rename(path)
+            durable.publish(partial, path)
         except BaseException:
             writer.abandon()
             raise
-        folder = os.open(self.folder, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
     @contextmanager
     def _locked(self, path: Path) -> Iterator[None]:

@@ -256,6 +256,14 @@ class PackedFile:
                 return ExpertWeights(layer.layout, dict(self._sections(layer)))
         raise self._error(f"has no layer {path}")
 
+    def require_whole(self) -> None:
+        """Raises StoreError for a file that was cut short since, whose use would be a SIGBUS."""
+        if self._map.size() < len(self._map):
+            raise self._error(
+                f"has {self._map.size()} bytes, {len(self._map)} when it was opened: another "
+                "program has cut it short"
+            )
+
     @property
     def nbytes(self) -> int:
         """Bytes of the whole file."""

@@ -120,6 +120,8 @@ def place_experts(modules: Mapping[str, HybridExperts], experts: CheckpointExper
             logger.warning("%s. Packing in memory for now", error)
         else:
             resident = _copy(settings.resident, packed, engine)
+            if not resident:
+                runtime.require_weights = packed.require_whole
             for path, module in modules.items():
                 mapped = packed.weights(path)
                 module.weights = mapped

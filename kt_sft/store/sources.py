@@ -43,7 +43,7 @@ class Stack:
     pieces: lists of keys, one list for each part that is concatenated along the outputs (gate,
         then up, or both in one). per_expert: a list has a key for each expert; otherwise one key
         of a tensor over all experts. first: the number in the keys of expert 0. conversion:
-        operations that we cannot follow. converted: Transformers does more than rename the one tensor.
+        operations that we cannot follow. converted: Transformers does more than rename one tensor.
     """
 
     pieces: tuple[tuple[str, ...], ...]

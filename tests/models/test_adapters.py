@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -377,3 +378,28 @@ def test_export_refuses_an_adapter_of_another_base(saved: Path, tmp_path: Path) 
         export_merged(tmp_path / "other", saved, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_an_export_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file and the folder are synced, then renamed, then the name itself is synced."""
+    make_model("qwen3_moe").save_pretrained(tmp_path / "base")
+    events: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def note_sync(handle: int) -> None:
+        events.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        fsync(handle)
+
+    def note_rename(self: Path, target: Path) -> Path:
+        events.append(f"-> {target.name}")
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(Path, "rename", note_rename)
+    out = export_merged(tmp_path / "base", None, tmp_path / "out")
+    *before, published, after = events
+    written = {p.name for p in out.iterdir()}
+    assert published == "-> out" and after == tmp_path.name
+    assert written | {before[-1]} == set(before) and before[-1].startswith("out.partial")

@@ -31,6 +31,7 @@ def test_every_family_is_tested_or_refused() -> None:
     tested = {family.model_type for family in TINY_FAMILIES.values()}
     refused = {name for name, (state, _) in verdicts.items() if state == "refused"}
     dense = {name for name, (state, _) in verdicts.items() if state == "dense"} - tested
+    assert tested & refused == set()
     if _PINNED:
         assert refused == {"doge", "switch_transformers", "nllb-moe"} & set(verdicts)
         assert set(verdicts) - refused - dense - _INSIDE - tested == set()
@@ -139,3 +140,21 @@ def test_an_unknown_class_of_the_default_layout_needs_no_row() -> None:
 def test_unknown_behaviour_is_refused_and_named(module: type[nn.Module], message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
         find_experts(nn.Sequential(module()))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [("deleted", "has no _apply_gate"), ("renamed", "a gate of its own")],
+)
+def test_a_release_that_moves_the_gates_is_refused(
+    change: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rename must not make every gate look like the default one."""
+    model = build("qwen3_moe")
+    cls = type(find_experts(model)[0].module)
+    if change == "deleted":
+        monkeypatch.delattr(cls, "_apply_gate")
+    else:
+        monkeypatch.setattr(cls, "_apply_gate", lambda self, gate_up: gate_up)
+    with pytest.raises(UnsupportedModelError, match=message):
+        find_experts(model)

@@ -87,17 +87,19 @@ def test_family_equals_stock(name: str, tmp_path: Path) -> None:
     take_effective_weights(stock, ours)
 
     # bf16 and int8 rounding may tip a router's close decision, which changes a whole expert,
-    # rightly; an error of ours would show with every input.
+    # rightly. An error of ours would show with more than one input of three.
     bound = 2 * tolerance("exact", 6.0, 6)
-    failures = []
-    for seed in range(5):
+    failures: list[str] = []
+    agreed = 0
+    for seed in range(3):
         try:
             gradients_match(name, ours, stock, seed, bound)
-            break
+            agreed += 1
         except AssertionError as error:
             failures.append(str(error))
-    else:
-        raise AssertionError("no input of 5 agrees:\n" + "\n".join(failures))
+        if agreed == 2:
+            break
+    assert agreed == 2, "two inputs of three do not agree:\n" + "\n".join(failures)
 
     ours.save_pretrained(tmp_path / "adapter")
     inputs = text_inputs(name, stock)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from llamafactory.hparams import DataArguments, FinetuningArguments, ModelArguments
 from llamafactory_runs import RECIPE, Workplace, effective_workplace, run, serve
 from quantized_checkpoints import QUANTIZED_FORMATS
 from safetensors.torch import load_file
@@ -20,7 +22,10 @@ from tiny_models import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kt_sft import HybridExpertsConfig
+from kt_sft import HybridExpertsConfig, HybridExpertsSettings
+from kt_sft.errors import SettingsError
+from kt_sft.integrations.llamafactory import take_section
+from kt_sft.integrations.llamafactory_modes import refuse_unsupported
 
 EXPERTS = {"weights": "int8", "compute": "exact"}
 # Shared by the run that is resumed and the one that resumes it.
@@ -302,8 +307,52 @@ def test_section_as_a_file_and_overrides(place: Workplace) -> None:
     assert "3 layers of 8 experts as bf16" in text
 
 
+@pytest.mark.parametrize(
+    ("value", "section"),
+    [(None, None), (False, None), (True, True), ({}, {}), ("a.yaml", "a.yaml")],
+)
+def test_what_switches_the_section_on(value: object, section: object) -> None:
+    recipe = {"stage": "sft", "kt_sft": value}
+    assert take_section(recipe) == ({"stage": "sft"}, section)
+    assert take_section({"stage": "sft"}) == ({"stage": "sft"}, None)
+    assert "kt_sft" in recipe
+
+
+@pytest.mark.parametrize("name", ["kt-sft", "ktsft", "KT_SFT", "Kt-Sft", "kt_stf", "kt_sfts"])
+def test_a_section_by_another_name_is_named(name: str) -> None:
+    with pytest.raises(SettingsError, match=f"{name}.*did you mean kt_sft"):
+        take_section({name: {}, "stage": "sft"})
+
+
+def test_keys_of_llamafactory_are_no_section() -> None:
+    fields = [f.name for kind in (ModelArguments, DataArguments, FinetuningArguments)
+              for f in dataclasses.fields(kind)]  # fmt: skip
+    assert "use_kt" in fields
+    assert take_section(dict.fromkeys(fields)) == (dict.fromkeys(fields), None)
+
+
+def test_the_section_is_switched_on_the_command_line(place: Workplace) -> None:
+    recipe = str(place.recipe("switched", kt_sft=EXPERTS, max_steps=1))
+    for word, on in (("null", False), ("false", False), ("true", True), ("{}", True)):
+        text = run(["llamafactory-cli", "train", recipe, f"kt_sft={word}"])
+        assert ("layers of 8 experts as int8" in text) == on, word
+
+
+@pytest.mark.parametrize("by_environment", [False, True])
+def test_llamafactorys_own_kt_is_refused(by_environment: bool) -> None:
+    settings = HybridExpertsSettings()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("USE_KT", "1" if by_environment else "0")
+        with pytest.raises(SettingsError, match=r"needs forks.*remove use_kt"):
+            refuse_unsupported({} if by_environment else {"use_kt": True}, settings)
+
+
 def test_wrong_settings_end_the_run_before_it_starts(place: Workplace) -> None:
     text = place.train("wrong", check=False, kt_sft={"weihgts": "int8", "compute": "fast"})
+    assert "Traceback" not in text and text.count("2 problems") == 1
+    recipe = place.recipe("wrong", kt_sft={"weihgts": "int8"}, max_steps=1)
+    environment = {"KT_SFT_TRACEBACK": "1"}
+    assert "Traceback" in run(["llamafactory-cli", "train", str(recipe)], environment, check=False)
     assert "2 problems in the settings" in text and "did you mean weights?" in text
     assert not (place.folder / "wrong").exists()
 

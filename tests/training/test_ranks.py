@@ -100,7 +100,7 @@ def test_ranks_equal_one(mode: str, ranks: int, place: Workplace) -> None:
         assert float((one[key] - several[key]).norm() / one[key].norm()) < 0.2, key
     # One store, mapped by all of them, and no rank takes the others' cores.
     threads = [int(n) for n in re.findall(r"(\d+) threads", text)]
-    assert all(n <= max(1, (os.cpu_count() or 1) // ranks) for n in threads)
+    assert threads and all(n <= max(1, (os.cpu_count() or 1) // ranks) for n in threads)
 
 
 def test_zero3_is_refused_with_the_reason(place: Workplace) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import random
 import resource
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,7 +28,16 @@ from tiny_training import (
 from torch import nn
 from transformers import Trainer
 
-from kt_sft.checkpoints import MANIFEST, checkpoints_of, damage, newest_valid, rotate, sweep
+from kt_sft.checkpoints import (
+    MANIFEST,
+    checkpoints_of,
+    damage,
+    newest_valid,
+    require_writable,
+    rotate,
+    sweep,
+    write_manifest,
+)
 from kt_sft.errors import CheckpointError
 
 SAVING = "kt_sft.integrations.saving"
@@ -41,8 +52,8 @@ CRASHES = {
     ),
     "random state written": CrashAt("transformers.trainer", "Trainer._save_rng_state", after=True),
     "all written": CrashAt(FILES, "StagedCheckpoint.publish"),
-    "first file synced": CrashAt(FILES, "_sync", after=True),
-    "before the manifest": CrashAt(FILES, "_sync", after=True),
+    "first file synced": CrashAt("kt_sft.durable", "sync", after=True),
+    "before the manifest": CrashAt("kt_sft.durable", "sync", after=True),
     "manifest written": CrashAt(FILES, "write_manifest", after=True),
     "before the name": CrashAt(FILES, "Path.rename", count=2),
     "named": CrashAt(FILES, "Path.rename", count=2, after=True),
@@ -80,9 +91,9 @@ def test_killed_at_each_point_of_saving(name: str, whole: Path, tmp_path: Path) 
     """At the third checkpoint, so that the rotation of the first one is part of it."""
     point = CRASHES[name]
     files = len(list((whole / "checkpoint-8").iterdir())) - 1
-    # Synced are each file, the manifest, its folder and the run's folder.
+    # Synced are each file and their folder, the manifest and its folder, the run's folder.
     # The third save is the first one that rotates.
-    per_save = {"Path.rename": 2, "_sync": files + 3}
+    per_save = {"Path.rename": 2, "sync": files + 4}
     in_save = files if name == "before the manifest" else point.count
     count = 2 * per_save.get(point.function, 1) + in_save
     crash = CrashAt(point.module, point.function, point.after, count)
@@ -162,7 +173,24 @@ def damaged_copies(whole: Path, folder: Path) -> list[tuple[str, Path]]:
     file.write_bytes(content[:-512] + bytes(512))
     (copy("missing") / "optimizer.pt").unlink()
     (copy("manifest cut") / MANIFEST).write_text("{")
+    (copy("manifest nested") / MANIFEST).write_text('{"a":' * 100_000)
+    (copy("state nested") / MANIFEST).unlink()
+    (copies[-1][1] / "checkpoint-8" / "trainer_state.json").write_text("[" * 100_000)
+    change_manifest(copy("manifest of the future"), lambda m: m.update(version=2))
+    change_manifest(copy("manifest without version"), lambda m: m.pop("version"))
+    change_manifest(copy("manifest of nothing"), lambda m: m.update(files={}))
+    change_manifest(copy("a file that is not listed"), lambda m: m["files"].pop("scheduler.pt"))
+    # What was saved badly has the digest that was taken of it.
+    bad = copy("optimizer that cannot be loaded")
+    os.truncate(bad / "optimizer.pt", 3000)
+    write_manifest(bad)
     return copies
+
+
+def change_manifest(checkpoint: Path, change: Callable[[dict], object]) -> None:
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    change(manifest)
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
 
 
 def test_damage_is_named_and_passed_over(
@@ -172,6 +200,75 @@ def test_damage_is_named_and_passed_over(
         caplog.clear()
         assert newest_valid(run) == str(run / "checkpoint-6"), name
         assert "checkpoint-8 is damaged and is passed over" in caplog.text
+
+
+def test_a_pickle_in_place_of_the_optimizer_runs_nothing(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    with (run / "checkpoint-8" / "optimizer.pt").open("wb") as file:
+        pickle.dump(_Bomb(str(tmp_path / "exploded")), file)
+    write_manifest(run / "checkpoint-8")
+    assert newest_valid(run) == str(run / "checkpoint-6")
+    assert not (tmp_path / "exploded").exists()
+
+
+class _Bomb:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (Path(self.path),)
+
+
+def test_an_interrupted_removal_does_not_stop_the_next(whole: Path, tmp_path: Path) -> None:
+    """Its left-over has files in it, which a rename does not replace."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    left = run / ".checkpoint-6.tmp-removed"
+    left.mkdir()
+    (left / "optimizer.pt").touch()
+    rotate(run / "checkpoint-8", 1, None)
+    assert [p.name for p in checkpoints_of(run)] == ["checkpoint-8"]
+    sweep(run)
+    assert not list(run.glob(".checkpoint*"))
+
+
+def test_what_cannot_be_removed_is_warned_of(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+
+    def refuse(self: Path, target: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    rotate(run / "checkpoint-8", 1, None)
+    assert len(checkpoints_of(run)) == 2
+    assert "checkpoint-6 is not removed, as save_total_limit asks" in caplog.text
+
+
+def test_sweeping_does_not_follow_links(tmp_path: Path) -> None:
+    other, run = tmp_path / "other", tmp_path / "run"
+    (other / "replaced").mkdir(parents=True)
+    run.mkdir()
+    (run / ".checkpoint-8.tmp-x").symlink_to(other)
+    sweep(run)
+    assert [p.name for p in other.iterdir()] == ["replaced"]
+    assert not (run / "checkpoint-8").exists()
+
+
+def test_an_output_folder_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_writable(tmp_path / "a" / "b")
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"file is not a folder, so that nothing would be"):
+        require_writable(tmp_path / "file" / "run")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(CheckpointError, match=r"cannot be written by this user.*set output_dir"):
+        require_writable(tmp_path / "a" / "b")
 
 
 def test_a_damaged_checkpoint_that_is_named_is_refused(whole: Path, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
-"""The plug-in hook: loaded at the end of `import torch`, standard library only, never raises.
+"""The plug-in hook of kt_sft: loaded at the end of `import torch`, standard library only.
 
-It waits for LLaMA-Factory to be imported and then hands over to `kt_sft.integrations`. With
-KT_SFT_DISABLE=1 it does nothing.
+A module beside the package, so that nothing of the package is imported with torch: whatever has
+happened to the package, `import torch` works. It waits for LLaMA-Factory to be imported and then
+hands over to `kt_sft.integrations`. With KT_SFT_DISABLE=1 it does nothing.
 """
 
 import importlib.abc
@@ -31,9 +32,13 @@ class _AfterImport(importlib.abc.Loader):
     def exec_module(self, module):  # type: ignore[no-untyped-def]
         module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        from kt_sft.integrations.llamafactory import HOOKS
+        try:
+            from kt_sft.integrations.llamafactory import HOOKS
 
-        HOOKS[module.__name__](module)
+            HOOKS[module.__name__](module)
+        except (Exception, SystemExit) as error:
+            # LLaMA-Factory goes on, and refuses a recipe with our section as unknown.
+            _say(error)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -53,13 +58,24 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
+def _say(error):  # type: ignore[no-untyped-def]
+    sys.stderr.write(f"kt_sft: the plug-in hook is off: {error!r}\n")
+
+
+def plugin_disabled() -> bool:
+    """Whether KT_SFT_DISABLE switches the hook off; 0, false, no, off and nothing do not."""
+    return os.environ.get("KT_SFT_DISABLE", "").strip().lower() not in (
+        "", "0", "false", "no", "off",
+    )  # fmt: skip
+
+
 def install() -> None:
     """Entry point of the group `torch.backends`. Safe to call more than once."""
     try:
-        if os.environ.get("KT_SFT_DISABLE", "").lower() in ("1", "true", "yes"):
+        if plugin_disabled():
             return
         if not any(isinstance(f, _Finder) for f in sys.meta_path):
             sys.meta_path.insert(0, _Finder())
     except Exception as error:
         # Anything raised here would break `import torch` for every program of this environment.
-        sys.stderr.write(f"kt_sft: the plug-in hook is off: {error!r}\n")
+        _say(error)

@@ -230,6 +230,18 @@ UNGATED = ExpertsClass(
     {"up_proj": Part("up_proj"), "down_proj": Part("down_proj")}, activation(), _NO_BIAS
 )
 
+# Names of routed experts' tensors in the stock models and in their checkpoints. A hybrid model has
+# none by these names: who asks for LoRA on them means its projections.
+STOCK_EXPERT_NAMES = frozenset(
+    {
+        name
+        for row in (DEFAULT, UNGATED, *(r for rows in EXPERTS_CLASSES.values() for r in rows))
+        for part in row.parts.values()
+        for name in part.tensor.removesuffix(".weight").split(".")[-1:]
+    }
+    | {"experts", "w1", "w2", "w3"}
+) - {"up_proj", "down_proj"}
+
 # Families that have experts which cannot be computed here, with the reason.
 REFUSED: Mapping[str, str] = {
     "switch_transformers": "its experts drop activations between their two layers while training",

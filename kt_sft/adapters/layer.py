@@ -9,16 +9,36 @@ For a module that already is a `LoraLayer`, PEFT calls `update_layer` instead of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from kt_sft.errors import SettingsError
 from kt_sft.kernels.engine import MAX_RANK
+
+_PLAIN = "the kernels compute plain LoRA"
+# Settings of LoraConfig that ask for another LoRA than W + BA, of any release.
+_VARIANTS = {
+    "use_dora": "DoRA needs the norms of the frozen experts' weights",
+    "lora_bias": "experts have no bias to train",
+    **dict.fromkeys(
+        (
+            "use_qalora", "use_bdlora", "arrow_config", "alora_invocation_tokens", "kasa_config",
+            "velora_config", "monteclora_config",
+        ),
+        _PLAIN,
+    ),
+}  # fmt: skip
+
+
+def variants_without_kernels(settings: Mapping[str, Any]) -> list[str]:
+    """The settings of a LoraConfig that routed experts cannot follow, each with the reason."""
+    return [f"{name}: {why}" for name, why in _VARIANTS.items() if settings.get(name)]
 
 
 @dataclass(frozen=True)
@@ -87,26 +107,24 @@ class HybridExpertsLinear(nn.Module, LoraLayer):
         adapter_name: str,
         r: int,
         lora_alpha: float,
-        lora_dropout: float,
-        init_lora_weights: bool | str,
-        use_rslora: bool,
-        use_dora: bool = False,
-        lora_bias: bool = False,
-        inference_mode: bool = False,
-        **unused: Any,
+        config: LoraConfig | None = None,
+        **settings: Any,
     ) -> None:
-        """Creates an adapter's factors in fp32; SettingsError for variants without kernels."""
+        """Creates an adapter's factors in fp32; SettingsError for variants without kernels.
+
+        PEFT hands over the settings of LoraConfig one by one up to 0.18, and all in `config` later.
+        """
+        given = vars(config) if config is not None else settings
+        lora_dropout, use_rslora = given["lora_dropout"], given["use_rslora"]
+        init_lora_weights = given["init_lora_weights"]
         problems = []
         if not 1 <= r <= MAX_RANK:
             problems.append(f"lora_rank: got {r}, expected 1 to {MAX_RANK}")
-        if use_dora:
-            problems.append("use_dora: DoRA needs the norms of the frozen experts' weights")
-        if lora_bias:
-            problems.append("lora_bias: experts have no bias to train")
         if init_lora_weights not in (True, False, "gaussian"):
             problems.append(
                 f"init_lora_weights: got {init_lora_weights!r}, expected true, false or gaussian"
             )
+        problems += variants_without_kernels(given)
         if problems:
             raise SettingsError(
                 "LoRA on hybrid experts:\n"
@@ -134,7 +152,7 @@ class HybridExpertsLinear(nn.Module, LoraLayer):
                 nn.init.uniform_(b, -1 / math.sqrt(r), 1 / math.sqrt(r))
         self.lora_A[adapter_name] = nn.Parameter(a)
         self.lora_B[adapter_name] = nn.Parameter(b)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        self.set_adapter(self.active_adapters, inference_mode=given.get("inference_mode", False))
 
     def active_factors(self) -> ActiveFactors | None:
         """The factors of the active and the merged adapters, or None where there are none.

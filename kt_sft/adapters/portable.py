@@ -17,7 +17,8 @@ from kt_sft.errors import AdapterMismatchError
 from kt_sft.kernels import PROJECTIONS
 
 _STACKED = re.compile(rf"({'|'.join(PROJECTIONS)})\.(lora_[AB])\.([^.]+)$")
-_PER_EXPERT = re.compile(rf"(\d+)\.({'|'.join(PROJECTIONS)})\.(lora_[AB])\.([^.]+)\.weight$")
+# Without an adapter's name where PEFT knows no parameter of this model for the key (0.21 on).
+_PER_EXPERT = re.compile(rf"(\d+)\.({'|'.join(PROJECTIONS)})\.(lora_[AB])(?:\.([^.]+))?\.weight$")
 
 
 def spread_expert_factors(
@@ -52,13 +53,18 @@ def collect_expert_factors(
 
     Raises AdapterMismatchError that lists what does not fit this layer.
     """
-    groups: dict[tuple[str, str, str], dict[int, Tensor]] = {}
+    groups: dict[tuple[str, str, str | None], dict[int, Tensor]] = {}
     for key in [k for k in state_dict if k.startswith(prefix)]:
         match = _PER_EXPERT.fullmatch(key[len(prefix) :])
         if match is None:
             continue
         expert, projection, factor, adapter = match.groups()
         groups.setdefault((projection, factor, adapter), {})[int(expert)] = state_dict.pop(key)
+    for projection, factor, adapter in [key for key in groups if key[2] is None]:
+        # Experts that this model does not have, beside those that it has.
+        others = [key for key in groups if key[:2] == (projection, factor) and key[2]]
+        if len(others) == 1:
+            groups[others[0]].update(groups.pop((projection, factor, adapter)))
     problems: list[str] = []
     for (projection, factor, adapter), matrices in groups.items():
         problems.extend(_misfits(module, projection, factor, adapter, matrices))
@@ -107,12 +113,16 @@ def refuse_other_layers(
 
 
 def _misfits(
-    module: nn.Module, projection: str, factor: str, adapter: str, matrices: dict[int, Tensor]
+    module: nn.Module,
+    projection: str,
+    factor: str,
+    adapter: str | None,
+    matrices: dict[int, Tensor],
 ) -> list[str]:
     layer = getattr(module, projection, None)
     if layer is None:
         return [f"{projection}: the adapter has expert LoRA, the model has expert_lora: false"]
-    if adapter not in layer.lora_A:
+    if adapter is None or adapter not in layer.lora_A:
         return [f"{projection}: the adapter has factors, its target_modules do not name it"]
     name = f"{projection} {factor}"
     problems = []

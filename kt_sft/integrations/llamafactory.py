@@ -21,6 +21,8 @@ from kt_sft.integrations.llamafactory_modes import (
     as_unquantized,
     outline_of,
     refuse_unsupported,
+    resizing_as_unquantized,
+    with_packed_experts,
 )
 
 if TYPE_CHECKING:
@@ -236,6 +238,8 @@ _SWAPPED = (
     ("llamafactory.model.patcher", "configure_quantization"),
     ("llamafactory.hparams.parser", "get_last_checkpoint"),
     ("llamafactory.model.loader", "init_adapter"),
+    ("llamafactory.model.loader", "count_parameters"),
+    ("llamafactory.model.patcher", "resize_embedding_layer"),
 )
 
 
@@ -292,6 +296,8 @@ def _activate(section: Any, outline: TrainingOutline | None) -> HybridExpertsSet
         hybrid_configuration,
         lambda stock: lambda folder: newest_valid(folder),
         as_unquantized,
+        with_packed_experts,
+        resizing_as_unquantized,
     )
     for place, make in zip(_SWAPPED, makers, strict=True):
         _swap(place, make)

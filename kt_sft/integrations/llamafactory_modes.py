@@ -152,3 +152,27 @@ def as_unquantized(stock: Callable) -> Callable:
             return stock(config, model, model_args, finetuning_args, is_trainable)
 
     return init_adapter
+
+
+def with_packed_experts(stock: Callable) -> Callable:
+    """`count_parameters` whose total holds the packed experts, which are no parameters."""
+
+    @functools.wraps(stock)
+    def count_parameters(model: Any) -> tuple[int, int]:
+        from kt_sft.integrations.trained import packed_weights
+
+        trainable, total = stock(model)
+        return trainable, total + packed_weights(model)
+
+    return count_parameters
+
+
+def resizing_as_unquantized(stock: Callable) -> Callable:
+    """`resize_embedding_layer` for hybrid models, whose embeddings are not quantized."""
+
+    @functools.wraps(stock)
+    def resize_embedding_layer(model: Any, *args: Any, **kwargs: Any) -> None:
+        with _unquantized(model):
+            stock(model, *args, **kwargs)
+
+    return resize_embedding_layer

@@ -12,7 +12,7 @@ from transformers import trainer as trainer_module
 
 from kt_sft.experts import ExpertsMeter, hybrid_experts_of
 from kt_sft.host import host_memory_bytes, machine_description, peak_memory_bytes
-from kt_sft.integrations import wandb_run
+from kt_sft.integrations import trained, wandb_run
 from kt_sft.integrations.guard import RunGuard
 from kt_sft.integrations.saving import install_safe_saving
 from kt_sft.integrations.transformers import HybridExpertsConfig, hybridize
@@ -33,6 +33,19 @@ class HybridExpertsMetrics(TrainerCallback):
         self._meter: ExpertsMeter | None = None
         self._last_step = 0
         self._described = False
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Says what will train, by kind."""
+        trains = model is not None and any(p.requires_grad for p in model.parameters())
+        if model is not None and trains and hybrid_experts_of(model):
+            logger.info("%s", trained.summary(model))
 
     def on_train_begin(
         self,

@@ -29,6 +29,7 @@ from kt_sft.experts.conventions import redirect_block
 from kt_sft.experts.finding import FoundExperts, find_experts
 from kt_sft.families import attribute
 from kt_sft.host import host_memory_bytes
+from kt_sft.integrations import peft_injection
 from kt_sft.integrations.checkpoint_keys import ModelKeys
 from kt_sft.integrations.memory import TrainingOutline, check_memory, plan_of
 from kt_sft.integrations.rest_of_model import (
@@ -45,6 +46,8 @@ from kt_sft.store.published import COMPANION_KEYS, PublishedCheckpoint, own_quan
 from kt_sft.store.sources import CheckpointSource, ModuleSource, Stack
 
 METHOD = "kt_sft"
+
+peft_injection.install()
 
 
 @register_quantization_config(METHOD)
@@ -124,6 +127,7 @@ def _swap_experts(
         parent._is_hf_initialized = True
         swapped[path] = (hybrid, layer)
     model.register_load_state_dict_pre_hook(refuse_other_layers)
+    model.save_pretrained = _refuse_saving
     if runtime.settings.activations == "keep":
         keep_activations(model)
     # PEFT takes our empty LoRA layers for an adapter that is already there.
@@ -131,6 +135,15 @@ def _swap_experts(
         "ignore", message="You are trying to modify a model with PEFT for a second time"
     )
     return swapped
+
+
+def _refuse_saving(*args: Any, **kwargs: Any) -> None:
+    """Stands for save_pretrained, which would write a checkpoint without experts."""
+    raise UnsupportedModelError(
+        "save_pretrained: the packed experts of a hybrid model are not written to a checkpoint. "
+        "Save the adapter, with save_pretrained of the PeftModel; merge it into the original "
+        "checkpoint with `kt-sft export recipe.yaml`"
+    )
 
 
 @register_quantizer(METHOD)
@@ -249,7 +262,7 @@ class HybridExpertsQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self) -> bool:
-        """The packed experts are not written by save_pretrained; `kt-sft export` writes a model."""
+        """The packed experts are not written; `save_pretrained` is replaced by what says so."""
         return False
 
     @property
@@ -325,11 +338,6 @@ def _adapt_new_experts(peft_model: Any, modules: list[HybridExperts]) -> None:
                     adapter,
                     config.rank_pattern.get(rank_key, config.r),
                     config.alpha_pattern.get(alpha_key, config.lora_alpha),
-                    config.lora_dropout,
-                    config.init_lora_weights,
-                    config.use_rslora,
-                    use_dora=config.use_dora,
-                    lora_bias=config.lora_bias,
-                    inference_mode=config.inference_mode,
+                    config=config,
                 )
                 layer.set_adapter(peft_model.active_adapters, inference_mode=config.inference_mode)

@@ -81,3 +81,17 @@ def test_newest_peft_reads_the_adapter(
     got = torch.load(tmp_path / "out", weights_only=True)
     assert float((got["plain"] - want).norm() / want.norm()) > 0.05, "LoRA must matter"
     assert float((got["adapted"] - want).norm() / want.norm()) < 1e-3, versions
+
+
+@pytest.mark.slow
+def test_hybrid_models_on_the_newest_peft(newest: Path) -> None:
+    """Adapters made, refused, saved, loaded, switched and exported as on the pinned release."""
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+         *(str(here / name) for name in ("test_adapters.py", "test_peft_injection.py"))],
+        env={**os.environ, "PYTHONPATH": str(newest), "DISABLE_VERSION_CHECK": "1"},
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]

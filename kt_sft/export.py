@@ -35,6 +35,7 @@ from kt_sft.store.sources import CheckpointSource
 logger = logging.getLogger(__name__)
 
 _PREFIX = "base_model.model."
+_WRAPPED = re.compile(r"(.*)\.(modules_to_save|original_module)\.(\w+)")
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)$")
 
 
@@ -89,9 +90,18 @@ class LoraDelta:
         }
         self._lora: dict[str, list[tuple[_Target, str]]] = {}
         self._replaced: dict[str, str] = {}
+        self._resizable = {self._single(name) for name in base.vocabulary}
+        # Tensors that a checkpoint with tied embeddings does not have: name -> key in the adapter,
+        # or of the base's tensor that it was tied to.
+        self._untied: dict[str, tuple[str, bool]] = {}
         lost = []
         for key in self._tensors:
             path = key.removeprefix(_PREFIX)
+            if (wrapped := _WRAPPED.fullmatch(path)) is not None:
+                # With a resized vocabulary PEFT also saves what its wrapper holds inside.
+                path = f"{wrapped[1]}.{wrapped[3]}"
+                if wrapped[2] == "original_module" or f"{_PREFIX}{path}" in self._tensors:
+                    continue
             if path.endswith(".lora_A.weight"):
                 module = path.removesuffix(".lora_A.weight")
                 target = self._target(module)
@@ -102,6 +112,8 @@ class LoraDelta:
             elif not path.endswith(".lora_B.weight"):
                 if (on_disk := self._single(path)) is not None:
                     self._replaced[on_disk] = key
+                elif path in base.tied:
+                    self._untied[path] = key, True
                 else:
                     lost.append(path)
         if lost:
@@ -110,14 +122,49 @@ class LoraDelta:
                 f"the first is {lost[0]}; export it with the base it was trained on"
             )
 
+        # Where only one side of a tied pair was trained, the other is as it was.
+        for name, source in base.tied.items():
+            on_disk = self._single(source)
+            if name not in self._untied and on_disk is not None and on_disk in self._replaced:
+                self._untied[name] = on_disk, False
+        self._checkpoint, self._tied = checkpoint, base.tied
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Rows of the trained embedding or head, which may be more than the base has."""
+        rows = {
+            self._tensors.shape(key)[0]
+            for on_disk, key in self._replaced.items()
+            if on_disk in self._resizable
+        } | {self._tensors.shape(key)[0] for key, trained in self._untied.values() if trained}
+        if len(rows) > 1:
+            raise AdapterMismatchError(
+                f"the adapter's embedding and head have {sorted(rows)} rows; train both, by "
+                "additional_target, where the vocabulary grows"
+            )
+        return next(iter(rows), None)
+
+    def untied(self) -> dict[str, Tensor]:
+        """Tensors to write beside those of the base, whose embeddings are tied no more."""
+        found = {}
+        for name, (key, trained) in self._untied.items():
+            source = self._single(self._tied[name])
+            assert source is not None
+            like = self._checkpoint.get(source)
+            tensor = self._tensors.get(key) if trained else self._checkpoint.get(key)
+            assert isinstance(tensor, Tensor) and isinstance(like, Tensor)
+            found[name] = tensor.to(like.dtype)
+        return found
+
     def apply(self, key: str, weight: Tensor) -> Tensor:
         """The merged tensor for `key`, in the dtype of `weight`."""
         if key in self._replaced:
             trained = self._tensors.get(self._replaced[key])
-            if trained.shape != weight.shape:
+            same = trained.shape[1:] == weight.shape[1:] and key in self._resizable
+            if trained.shape != weight.shape and not same:
                 raise AdapterMismatchError(
                     f"{key}: the adapter has shape {tuple(trained.shape)}, the base "
-                    f"{tuple(weight.shape)}; a resized vocabulary cannot be exported"
+                    f"{tuple(weight.shape)}; export it with the base it was trained on"
                 )
             return trained.to(weight.dtype)
         if key not in self._lora:
@@ -189,6 +236,7 @@ def export_merged(base: str | Path, adapter: str | Path | None, out: str | Path)
     delta = LoraDelta(adapter, checkpoint, BaseModel.of(base)) if adapter else None
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
     partial.mkdir()
+    added: dict[str, Tensor] = {}
     try:
         for file in tqdm(files, desc="Merging", unit="shard"):
             shard = SafetensorsCheckpoint([file])
@@ -196,8 +244,14 @@ def export_merged(base: str | Path, adapter: str | Path | None, out: str | Path)
             for key in shard:
                 weight = shard.get(key)
                 tensors[key] = (delta.apply(key, weight) if delta else weight).contiguous()
+            if delta is not None and file == files[-1]:
+                added = {name: t.contiguous() for name, t in delta.untied().items()}
+                tensors.update(added)
             save_file(tensors, str(partial / file.name), metadata={"format": "pt"})
         _copy_side_files(base, partial)
+        if delta is not None:
+            _update_config(partial, delta.vocabulary, untied=bool(added))
+            _update_index(partial, files[-1].name, added)
         durable.sync_tree(partial)
         if out.exists():
             out.rmdir()
@@ -207,6 +261,31 @@ def export_merged(base: str | Path, adapter: str | Path | None, out: str | Path)
         raise
     logger.info("merged %s and %s into %s", base, adapter, out)
     return out
+
+
+def _update_config(folder: Path, vocabulary: int | None, untied: bool) -> None:
+    """The size of the vocabulary and that embeddings are tied no more, wherever it says so."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    for part in (config, *(v for v in config.values() if isinstance(v, dict))):
+        if vocabulary is not None and "vocab_size" in part:
+            part["vocab_size"] = vocabulary
+        if untied and (part is config or "tie_word_embeddings" in part):
+            part["tie_word_embeddings"] = False
+    file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _update_index(folder: Path, shard: str, added: dict[str, Tensor]) -> None:
+    """Lists the tensors that the base has none of."""
+    file = folder / INDEX_NAME
+    if not added or not file.exists():
+        return
+    index = json.loads(file.read_text())
+    index["weight_map"].update(dict.fromkeys(added, shard))
+    total = index.get("metadata", {}).get("total_size")
+    if isinstance(total, int):
+        index["metadata"]["total_size"] = total + sum(t.nbytes for t in added.values())
+    file.write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _copy_side_files(base: Path, out: Path) -> None:

@@ -6,7 +6,7 @@ Transformers' conversion table tells which. It is read here, and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,8 @@ class BaseModel:
     keys: ModelKeys
     layers: list[FoundExperts]
     published: dict[str, Any]  # its quantization_config
+    tied: dict[str, str]  # parameter -> the one that it is the same as
+    vocabulary: frozenset[str]  # parameters with a row for each token
 
     @classmethod
     def of(cls, folder: str | Path) -> BaseModel:
@@ -59,7 +61,23 @@ class BaseModel:
             del config.quantization_config
         with torch.device("meta"):
             model = model_class._from_config(config)
-        return cls(ModelKeys(model), find_experts(model), own_quantization(published))
+        return cls(
+            ModelKeys(model),
+            find_experts(model),
+            own_quantization(published),
+            dict(getattr(model, "all_tied_weights_keys", None) or {}),
+            frozenset(_vocabulary(model)),
+        )
+
+
+def _vocabulary(model: PreTrainedModel) -> Iterator[str]:
+    """The parameters of the embedding and of the head."""
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    paths = {id(module): path for path, module in model.named_modules()}
+    for module in modules:
+        if module is not None:
+            for name, _ in module.named_parameters(recurse=False):
+                yield f"{paths[id(module)]}.{name}"
 
 
 def checkpoint_experts(folder: str | Path) -> CheckpointExperts:

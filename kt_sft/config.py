@@ -138,16 +138,23 @@ def _report(problems: list[str]) -> str:
     return f"kt_sft: {count} in the settings\n" + "\n".join(f"  - {p}" for p in problems)
 
 
+def shipped_folder() -> Path:
+    """Where recipes/ and configs/ are: in the package of a wheel, beside it in a clone."""
+    package = Path(__file__).parent
+    return package if (package / "configs").is_dir() else package.parent
+
+
 def read_section(section: Any, recipe_dir: Path | None = None) -> HybridExpertsSettings:
     """Settings from the value of `kt_sft:` in a recipe: a mapping, or the path of a YAML file.
 
-    A relative path is looked up in the working directory, then beside the recipe.
-    Raises SettingsError.
+    A relative path is looked up in the working directory, then beside the recipe, then among the
+    settings that come with the package, as `configs/experts_int8.yaml`. Raises SettingsError.
     """
     if section is True:
         return HybridExpertsSettings()
     if isinstance(section, str):
         places = [Path(section), *([recipe_dir / section] if recipe_dir else [])]
+        places.append(shipped_folder() / section)
         path = next((p for p in places if p.is_file()), None)
         if path is None:
             raise SettingsError(

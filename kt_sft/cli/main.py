@@ -14,6 +14,7 @@ from kt_sft import __version__
 from kt_sft.cli.bench import add_bench, run_bench
 from kt_sft.cli.help_text import sentence
 from kt_sft.cli.pack import add_pack, run_errors, run_pack
+from kt_sft.config import shipped_folder
 from kt_sft.errors import KtSftError
 
 _RECIPE_COMMANDS = {
@@ -81,6 +82,7 @@ def _doctor() -> None:
             lines.append(f"{package:<18}{version(package)}")
         except PackageNotFoundError:
             lines.append(f"{package:<18}not installed")
+    lines.append(f"{'recipes':<18}{shipped_folder() / 'recipes'}")
     off = kt_sft_autoload.plugin_disabled()
     lines.append(f"{'plug-in hook':<18}" + ("off (KT_SFT_DISABLE)" if off else "on"))
     sys.stdout.write("\n".join(lines) + "\n")

@@ -28,6 +28,7 @@ from kt_sft.store.checkpoint import SafetensorsCheckpoint, checkpoint_files
 from kt_sft.store.placing import CheckpointExperts
 from kt_sft.store.published import PublishedCheckpoint, own_quantization
 from kt_sft.store.sources import CheckpointSource, Stack
+from kt_sft.store.untrusted import read_json, reading, refuse_absurd, refuse_more_layers
 
 # The conversions that gather experts. Transpose is settled by shapes, which must be known anyway.
 _GATHERING = {"MergeModulelist", "Concatenate", "Transpose", "_IdentityOp"}
@@ -47,24 +48,29 @@ class BaseModel:
 
     @classmethod
     def of(cls, folder: str | Path) -> BaseModel:
-        """From config.json alone. Raises UnsupportedModelError."""
-        config = AutoConfig.from_pretrained(folder)
-        names = getattr(config, "architectures", None) or ["none"]
-        model_class = getattr(transformers, names[0], None)
+        """From config.json alone. Raises UnsupportedModelError, CheckpointError."""
+        file = Path(folder) / "config.json"
+        refuse_absurd(read_json(file), str(file))
+        with reading(str(file)):
+            # A model's own code is never run: what Transformers has is what can be read here.
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        names = getattr(config, "architectures", None)
+        names = names if isinstance(names, list) and names else ["none"]
+        model_class = getattr(transformers, names[0], None) if isinstance(names[0], str) else None
         if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
             raise UnsupportedModelError(
                 f"{folder}: config.json names the architecture {names[0]!r}, which the installed "
                 f"transformers {transformers.__version__} does not have; upgrade it"
             )
-        published = getattr(config, "quantization_config", None) or {}
-        if published:
+        published = own_quantization(getattr(config, "quantization_config", None))
+        if hasattr(config, "quantization_config"):
             del config.quantization_config
-        with torch.device("meta"):
+        with reading(str(file)), torch.device("meta"):
             model = model_class._from_config(config)
         return cls(
             ModelKeys(model),
             find_experts(model),
-            own_quantization(published),
+            published,
             dict(getattr(model, "all_tied_weights_keys", None) or {}),
             frozenset(_vocabulary(model)),
         )
@@ -84,7 +90,10 @@ def checkpoint_experts(folder: str | Path) -> CheckpointExperts:
     """The experts of a checkpoint's folder. Raises CheckpointError, UnsupportedModelError."""
     if not (Path(folder) / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json there; give the folder of a checkpoint")
-    base, files = BaseModel.of(folder), checkpoint_files(folder)
+    files = checkpoint_files(folder)
+    config = Path(folder) / "config.json"
+    refuse_more_layers(read_json(config), len(list(SafetensorsCheckpoint(files))), str(config))
+    base = BaseModel.of(folder)
 
     def sources() -> dict[str, CheckpointSource]:
         checkpoint = PublishedCheckpoint(SafetensorsCheckpoint(files), base.published)
@@ -114,6 +123,10 @@ class ModelKeys:
 
         Raises CheckpointError for a conversion of expert weights that is not known here.
         """
+        with reading("the checkpoint's keys"):
+            return self._stacks(keys)
+
+    def _stacks(self, keys: Iterable[str]) -> dict[str, Stack]:
         gathered: dict[str, dict[str | None, list[str]]] = {}
         for key in keys:
             name, pattern = self._rename(key)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +38,12 @@ from kt_sft.integrations.rest_of_model import (
     shapes_of,
 )
 from kt_sft.kernels import PROJECTIONS
-from kt_sft.store.checkpoint import SafetensorsCheckpoint
+from kt_sft.store.checkpoint import SafetensorsCheckpoint, checkpoint_files
 from kt_sft.store.packing import new_layer
 from kt_sft.store.placing import CheckpointExperts, place_experts
 from kt_sft.store.published import COMPANION_KEYS, PublishedCheckpoint, own_quantization
 from kt_sft.store.sources import CheckpointSource, ModuleSource, Stack
+from kt_sft.store.untrusted import refuse_absurd, refuse_more_layers
 
 METHOD = "kt_sft"
 
@@ -90,9 +90,7 @@ def _merge_configs(cls: type, found: Any, given: Any) -> Any:
     """A checkpoint that is quantized already: ours reads it, so ours is the one in force."""
     if not isinstance(given, HybridExpertsConfig):
         return _merge_stock(found, given)
-    given.published = own_quantization(
-        dict(found) if isinstance(found, Mapping) else found.to_dict()
-    )
+    given.published = own_quantization(found)
     return given
 
 
@@ -163,6 +161,18 @@ class HybridExpertsQuantizer(HfQuantizer):
         self._stacks: dict[str, Stack] = {}
         self._layers: list[FoundExperts] = []
         self._shapes: Shapes = {}
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """Asked before anything is built: sizes that no model has would take minutes and memory.
+
+        Raises CheckpointError.
+        """
+        sizes, where = config.to_dict(), str(getattr(config, "_name_or_path", "") or "config.json")
+        refuse_absurd(sizes, where)
+        if Path(where).is_dir():
+            tensors = SafetensorsCheckpoint(checkpoint_files(where))
+            refuse_more_layers(sizes, len(list(tensors)), where)
+        return super().update_tp_plan(config)
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any

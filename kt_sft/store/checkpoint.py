@@ -87,13 +87,15 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
             "give the folder of a safetensors checkpoint"
         )
     try:
-        names = set(json.loads(index.read_text())["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError, OSError) as error:
         raise CheckpointError(f"{index}: not a shard index: {error!r}") from error
+    if not all(isinstance(name, str) for name in names) or not names:
+        raise CheckpointError(f"{index}: not a shard index: expected names of files, some at least")
     files = []
-    for name in sorted(map(str, names)):
+    for name in sorted(names):
         file = folder / name
-        if Path(name).name != name or "\\" in name or "\0" in name:
+        if Path(name).name != name or "\\" in name or "\0" in name or len(name) > 255:
             raise CheckpointError(f"{index}: shard name {name!r} is not a plain file name")
         if not file.is_file():
             raise CheckpointError(f"{index}: shard {name} is missing in {folder}")

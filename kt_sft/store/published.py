@@ -19,6 +19,7 @@ from torch import Tensor
 from kt_sft.errors import CheckpointError
 from kt_sft.kernels import CodedMatrix, Coding
 from kt_sft.store.checkpoint import SafetensorsCheckpoint
+from kt_sft.store.untrusted import reading
 
 _SCALE_NAMES = {
     torch.float32: "float32",
@@ -50,11 +51,33 @@ class PublishedFormat:
 _METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors", "mxfp4", "gptq", "awq")
 
 
-def own_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint's own quantization_config, also from a config.json that we have written."""
+def own_quantization(config: Any) -> dict[str, Any]:
+    """A checkpoint's own quantization_config, also from a config.json that we have written.
+
+    Raises CheckpointError for what is no mapping.
+    """
+    if hasattr(config, "to_dict"):
+        config = config.to_dict()
+    if config is None:
+        return {}
+    if not isinstance(config, Mapping):
+        raise CheckpointError(
+            f"config.json: quantization_config: got {type(config).__name__}, expected a mapping"
+        )
     if config.get("quant_method") == "kt_sft":
-        return dict(config.get("published") or {})
+        return own_quantization(config.get("published"))
     return dict(config)
+
+
+def _setting(config: Mapping[str, Any], *names: str, default: int) -> int:
+    """A whole number of quantization_config, by the first of its names that is there."""
+    name = next((n for n in names if n in config), None)
+    value = default if name is None else config[name]
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise CheckpointError(
+            f"config.json: quantization_config: {name}: got {value!r}, expected a whole number"
+        )
+    return value
 
 
 def _unpack(words: Tensor, bits: int, dim: int) -> Tensor:
@@ -76,6 +99,8 @@ def _grouped(
 ) -> CodedMatrix:
     """Codes [outputs, inputs] whose scales' shape tells the groups: one, per output, or blocks."""
     outputs, inputs = codes.shape
+    # A block that is larger than the weights is one that holds them.
+    block = min(block[0], max(outputs, 1)), min(block[1], max(inputs, 1))
     name = _scale_name(scales, stem)
     if scales.numel() == 1:
         scales = scales.reshape(1, 1).expand(outputs, 1)
@@ -86,7 +111,7 @@ def _grouped(
         coding = Coding(kind, name, 1, 0)
     elif (rows, columns) == blocks:
         coding = Coding(kind, name, *block)
-    elif rows == outputs and inputs % columns == 0:
+    elif rows == outputs and columns and inputs % columns == 0:
         coding = Coding(kind, name, 1, inputs // columns)
     else:
         raise CheckpointError(
@@ -97,8 +122,16 @@ def _grouped(
 
 
 def _block(config: Mapping[str, Any]) -> tuple[int, int]:
-    found = config.get("weight_block_size") or (128, 128)
-    return int(found[0]), int(found[1])
+    found = config.get("weight_block_size")
+    if found is None:
+        return 128, 128
+    sizes = list(found) if isinstance(found, list | tuple) else []
+    if len(sizes) != 2 or not all(type(n) is int and n > 0 for n in sizes):
+        raise CheckpointError(
+            f"config.json: quantization_config: weight_block_size: got {found!r}, expected two "
+            "positive numbers"
+        )
+    return sizes[0], sizes[1]
 
 
 def _eight_bits(
@@ -138,17 +171,24 @@ def _read_packed(
     file: SafetensorsCheckpoint, stem: str, expert: int | None, config: Mapping[str, Any]
 ) -> CodedMatrix:
     """compressed-tensors' packed integers; values and zero points have 2^(b-1) added."""
-    outputs, inputs = (int(n) for n in file.get(f"{stem}.weight_shape"))
+    outputs, inputs = _packed_shape(file, stem)
     words, scales = file.get(f"{stem}.weight_packed"), file.get(f"{stem}.weight_scale")
-    bits = 32 // -(-inputs // words.shape[1])
-    if bits not in (4, 8) or words.shape[0] != outputs:
+    # With 4 bits a word holds 8 weights, with 8 bits 4; the last one may hold fewer.
+    bits = next(
+        (b for b in (4, 8) if words.dim() == 2 and -(-inputs * b // 32) == words.shape[1]), 0
+    )
+    if not bits or words.shape[0] != outputs:
         raise CheckpointError(
             f"{stem}: got {tuple(words.shape)} words for weights {(outputs, inputs)}, expected "
             "4 or 8 bits a weight"
         )
     codes = _unpack(words, bits, 1)[:, :inputs]
+    if scales.dim() not in (1, 2) or scales.shape[0] != outputs:
+        raise CheckpointError(
+            f"{stem}.weight_scale: got {tuple(scales.shape)}, expected {outputs} rows"
+        )
     groups = scales.reshape(outputs, -1)
-    if inputs % groups.shape[1]:
+    if not groups.shape[1] or inputs % groups.shape[1]:
         raise CheckpointError(f"{stem}: {groups.shape[1]} groups do not divide {inputs} inputs")
     size = inputs // groups.shape[1]
     zeros = None
@@ -170,6 +210,14 @@ def _by_order(file: SafetensorsCheckpoint, key: str, matrix: CodedMatrix) -> Cod
         return matrix
     group_of, size = file.get(key).long(), matrix.coding.group_inputs
     unused = bool((group_of < 0).all())
+    groups = matrix.scales.shape[1]
+    if group_of.shape != matrix.shape[1:] or (
+        not unused and not 0 <= int(group_of.min()) <= int(group_of.max()) < groups
+    ):
+        raise CheckpointError(
+            f"{key}: got {tuple(group_of.shape)} groups up to {int(group_of.max())}, expected one "
+            f"of 0 to {groups - 1} for each of {matrix.shape[1]} inputs"
+        )
     if unused or torch.equal(group_of, torch.arange(matrix.shape[1]) // size):
         return matrix
     return CodedMatrix(
@@ -180,14 +228,21 @@ def _by_order(file: SafetensorsCheckpoint, key: str, matrix: CodedMatrix) -> Cod
     )
 
 
-def _packed_shape(file: SafetensorsCheckpoint, stem: str) -> tuple[int, ...]:
-    return tuple(int(n) for n in file.get(f"{stem}.weight_shape"))
+def _packed_shape(file: SafetensorsCheckpoint, stem: str) -> tuple[int, int]:
+    found = file.get(f"{stem}.weight_shape")
+    sizes = [int(n) for n in found.flatten()[:3]]
+    if found.is_floating_point() or len(sizes) != 2 or not all(0 < n < 1 << 24 for n in sizes):
+        raise CheckpointError(f"{stem}.weight_shape: got {sizes}, expected two positive numbers")
+    return sizes[0], sizes[1]
 
 
 def _read_mxfp4(
     file: SafetensorsCheckpoint, stem: str, expert: int | None, config: Mapping[str, Any]
 ) -> CodedMatrix:
     """[outputs, groups, 16] bytes, the even input of a pair in the low nibble."""
+    shapes = file.shape(f"{stem}_blocks"), file.shape(f"{stem}_scales")
+    if shapes[0][:-1] != shapes[1]:
+        raise CheckpointError(f"{stem}_scales: got {shapes[1]}, expected {shapes[0][:-1]}")
     blocks, scales = file.part(f"{stem}_blocks", expert), file.part(f"{stem}_scales", expert)
     codes = torch.stack((blocks & 15, blocks >> 4), -1).flatten(1)
     return CodedMatrix(Coding("e2m1", "e8m0", 1, 32), codes, scales)
@@ -199,7 +254,7 @@ def _mxfp4_shape(file: SafetensorsCheckpoint, stem: str) -> tuple[int, ...]:
 
 
 def _four_bits_only(stem: str, config: Mapping[str, Any]) -> None:
-    bits = config.get("bits", config.get("w_bit", 4))
+    bits = _setting(config, "bits", "w_bit", default=4)
     if bits != 4:
         raise CheckpointError(f"{stem}: got {bits} bits a weight, expected 4")
 
@@ -221,9 +276,9 @@ def _read_gptq(
 
 def _group_size(stem: str, config: Mapping[str, Any], inputs: int, groups: int) -> int:
     """As config.json says, -1 for whole rows; the last group may be shorter."""
-    said = int(config.get("group_size", config.get("q_group_size", -(-inputs // groups))))
-    size = inputs if said <= 0 else said
-    if -(-inputs // size) != groups:
+    said = _setting(config, "group_size", "q_group_size", default=-(-inputs // max(groups, 1)))
+    size = inputs if said <= 0 else min(said, inputs)
+    if groups < 1 or -(-inputs // size) != groups:
         raise CheckpointError(
             f"{stem}: got {groups} groups of scales for {inputs} inputs, expected groups of {size}"
         )
@@ -330,6 +385,18 @@ COMPANION_KEYS = (
 _LONELY = (".weight_packed", ".weight_scale", ".weight_scale_inv", ".qweight", "_blocks")
 
 
+def _require_groups(key: str, matrix: CodedMatrix) -> None:
+    """Raises CheckpointError where scales or zero points are not those of the codes' groups."""
+    coding, codes = matrix.coding, matrix.codes
+    want = coding.groups(*codes.shape)[::-1] if codes.dim() == 2 and codes.numel() else None
+    for name, found in (("scales", matrix.scales), ("zero points", matrix.zeros)):
+        if found is not None and tuple(found.shape) != want:
+            raise CheckpointError(
+                f"{key}: got {name} of shape {tuple(found.shape)} for codes {tuple(codes.shape)}, "
+                f"expected {want}"
+            )
+
+
 class PublishedCheckpoint:
     """A checkpoint by the names of its weights, whatever form each is stored in."""
 
@@ -390,15 +457,19 @@ class PublishedCheckpoint:
         """The shape of the weight, [..., outputs, inputs]."""
         if key in self._quantized:
             known, stem = self._quantized[key]
-            return known.shape(self._file, stem)
+            with reading(f"{key} as {known.name}"):
+                return known.shape(self._file, stem)
         return self._file.shape(key)
 
     def get(self, key: str, index: int | None = None) -> Tensor | CodedMatrix:
         """A tensor, or one expert of it, as it is stored."""
-        if key in self._quantized:
-            known, stem = self._quantized[key]
-            return known.read(self._file, stem, index, self._config)
-        return self._file.part(key, index)
+        if key not in self._quantized:
+            return self._file.part(key, index)
+        known, stem = self._quantized[key]
+        with reading(f"{key} as {known.name}"):
+            matrix = known.read(self._file, stem, index, self._config)
+            _require_groups(key, matrix)
+        return matrix
 
     def get_rows(self, key: str, block: int, rows: int) -> Tensor:
         """Rows `block * rows` to `(block + 1) * rows` of a plain tensor."""

@@ -17,6 +17,7 @@ from kt_sft.experts.finding import FoundExperts, select_rows
 from kt_sft.families import Part, parameter
 from kt_sft.kernels import CodedMatrix
 from kt_sft.store.published import PublishedCheckpoint
+from kt_sft.store.untrusted import reading
 
 # The numbers in a key; the last is the expert's.
 _NUMBER = re.compile(r"(?<=\.)(\d+)(?=\.)")
@@ -84,12 +85,13 @@ class CheckpointSource(_Biased):
     ) -> None:
         """`stacks` by parameter name. Raises CheckpointError naming what lacks or does not fit."""
         self._checkpoint, self._found = checkpoint, found
-        self._stacks = {
-            part.tensor: self._stack(part, stacks)
-            for part in (*found.kind.parts.values(), *found.kind.biases.values())
-        }
-        self._transposed = self._is_transposed()
-        self._check()
+        with reading(f"{found.path}: its tensors on disk"):
+            self._stacks = {
+                part.tensor: self._stack(part, stacks)
+                for part in (*found.kind.parts.values(), *found.kind.biases.values())
+            }
+            self._transposed = self._is_transposed()
+            self._check()
 
     def read(self, expert: int, projection: str) -> Tensor | CodedMatrix:
         """One expert's projection, [outputs, inputs], as it is stored."""
@@ -196,16 +198,16 @@ class CheckpointSource(_Biased):
         if settled:
             return settled
         tensors: dict[str, bool] = {}
-        for reading in (False, True):
+        for transposed in (False, True):
             fits = True
             for projection, part in parts.items():
                 outputs, inputs = shape.of(projection)
                 if part.rows != "all" and len(self._stacks[part.tensor].pieces) == 1:
                     outputs *= 2
-                want = (inputs, outputs) if reading else (outputs, inputs)
+                want = (inputs, outputs) if transposed else (outputs, inputs)
                 fits = fits and self._one_shape(part) == want
             if fits:
-                tensors = {part.tensor: reading for part in parts.values()}
+                tensors = {part.tensor: transposed for part in parts.values()}
                 break
         return tensors or {part.tensor: False for part in parts.values()}
 

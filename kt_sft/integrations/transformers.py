@@ -38,7 +38,12 @@ from kt_sft.integrations.rest_of_model import (
     shapes_of,
 )
 from kt_sft.kernels import PROJECTIONS
-from kt_sft.store.checkpoint import SafetensorsCheckpoint, checkpoint_files
+from kt_sft.store.checkpoint import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    SafetensorsCheckpoint,
+    checkpoint_files,
+)
 from kt_sft.store.packing import new_layer
 from kt_sft.store.placing import CheckpointExperts, place_experts
 from kt_sft.store.published import COMPANION_KEYS, PublishedCheckpoint, own_quantization
@@ -169,7 +174,7 @@ class HybridExpertsQuantizer(HfQuantizer):
         """
         sizes, where = config.to_dict(), str(getattr(config, "_name_or_path", "") or "config.json")
         refuse_absurd(sizes, where)
-        if Path(where).is_dir():
+        if any((Path(where) / name).is_file() for name in (INDEX_NAME, SINGLE_NAME)):
             tensors = SafetensorsCheckpoint(checkpoint_files(where))
             refuse_more_layers(sizes, len(list(tensors)), where)
         return super().update_tp_plan(config)

@@ -334,5 +334,7 @@ def test_shards_of_several_folders_are_refused(folder: Path, tmp_path: Path) -> 
     names = dict.fromkeys(keys, "other.safetensors") | {keys[0]: "../outside/model.safetensors"}
     index = {"metadata": {}, "weight_map": names}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="files in 2 folders"):
+    with pytest.raises(
+        CheckpointError, match=r"outside/model\.safetensors' is not a plain file name"
+    ):
         load(model)

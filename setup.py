@@ -48,11 +48,10 @@ COMMON_FLAGS = [
 
 # Folders at the top of the repository that users of the wheel need, too.
 SHIPPED = ("recipes", "configs")
-# What the newest instruction sets need of a compiler.
+# Some compilers take a flag and lack the header that belongs to it.
 PROBE = """
 #include <immintrin.h>
 void probe() { _tile_release(); }
-__m512 round_to(__m512 x) { return _mm512_add_ps(x, x); }
 """
 
 
@@ -67,7 +66,7 @@ def refuse_other_machines(system: str, machine: str) -> None:
 
 
 def refuse_old_compilers(compiler) -> None:
-    """Raises SystemExit where the compiler does not know an instruction set."""
+    """Raises SystemExit where the compiler is missing or does not know an instruction set."""
     flags = sorted({flag for own in ISA_FLAGS.values() for flag in own if flag.startswith("-m")})
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "probe.cpp"
@@ -75,10 +74,10 @@ def refuse_old_compilers(compiler) -> None:
         try:
             compiler.compile([str(source)], output_dir=folder, extra_postargs=flags)
         except CompileError as error:
-            used = " ".join(getattr(compiler, "compiler_cxx", None) or ["the compiler"])
             raise SystemExit(
-                f"kt_sft: {used} cannot build for AVX-VNNI and AMX ({error}); expected g++ 11 or "
-                "clang++ 12, or later. Install one, and set CC and CXX to it"
+                "kt_sft: got a compiler that cannot build for AVX-VNNI, AVX-512 and AMX "
+                f"({error}), expected g++ 11 or clang++ 12, or later. Install one (Debian: apt-get "
+                "install g++), or name one: CC=gcc-12 CXX=g++-12"
             ) from None
 
 
@@ -133,7 +132,8 @@ if __name__ == "__main__":
                     *sorted(map(str, Path("csrc/core").glob("*.cpp"))),
                     *sorted(map(str, Path("csrc/bindings").glob("*.cpp"))),
                 ],
-                depends=HEADERS,
+                # Without this file here a change of flags would not get as far as needs_recompile.
+                depends=[*HEADERS, "setup.py"],
                 cxx_std=17,
                 extra_compile_args=COMMON_FLAGS,
             )

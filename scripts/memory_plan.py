@@ -1,22 +1,23 @@
 """Memory that a training takes against what its plan says, on models made here.
 
     python scripts/memory_plan.py
+    python scripts/memory_plan.py --shape long_batch
 
-Each shape is trained in a process of its own. Measured is the largest anonymous memory above what
-the process had before the model, looked at every 2 ms, with the experts packed in its memory and
-the C library told to give freed memory back at once.
+Each shape is trained in a process of its own, on the CPU, with the C library's settings as they
+are. Measured is the largest anonymous memory above what the process had before the model, looked
+at every 2 ms, with the experts packed in its memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,17 +29,62 @@ from kt_sft.host import anonymous_memory_bytes
 from kt_sft.integrations import transformers as loading
 from kt_sft.integrations.memory import TrainingOutline
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# hidden, intermediate, experts, layers, sequences, length, activations, rank
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+EXPERTS = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and a training of it."""
+
+    hidden: int = 512
+    intermediate: int = 512
+    experts: int = 8
+    layers: int = 4
+    sequences: int = 1
+    length: int = 512
+    rank: int = 8
+    top_k: int = 2
+    vocabulary: int = 512
+    weights: str = "int8"
+    activations: str = "keep"
+    checkpointing: bool = True
+    expert_lora: bool | str = True
+    targets: tuple[str, ...] = (*ATTENTION, *EXPERTS)
+    trained: tuple[str, ...] = ()
+
+    def config(self) -> Qwen3MoeConfig:
+        """The model's configuration."""
+        return Qwen3MoeConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            moe_intermediate_size=self.intermediate,
+            num_experts=self.experts,
+            num_experts_per_tok=self.top_k,
+            num_hidden_layers=self.layers,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            head_dim=self.hidden // 8,
+        )
+
+
 SHAPES = {
-    "activations": (512, 768, 16, 6, 4, 512, "keep", 8),
-    "recomputed": (512, 768, 16, 6, 4, 512, "recompute", 8),
-    "lora": (512, 768, 64, 4, 1, 256, "keep", 32),
-    "weights": (1024, 1024, 32, 6, 1, 128, "keep", 4),
-    "tokens": (1024, 512, 8, 4, 4, 1024, "keep", 8),
+    "one_sequence": Shape(length=4096),
+    "many_sequences": Shape(sequences=8, layers=6),
+    "long_batch": Shape(sequences=8, length=2048, layers=3, intermediate=256),
+    "recomputed": Shape(sequences=4, layers=6, top_k=4, activations="recompute"),
+    "not_checkpointed": Shape(sequences=4, layers=3, checkpointing=False),
+    "wide": Shape(hidden=2048, intermediate=256, layers=2, length=1024),
+    "deep": Shape(hidden=256, intermediate=256, layers=24, sequences=2),
+    "lora": Shape(experts=64, rank=32, top_k=4, length=256),
+    "shared_lora": Shape(experts=32, rank=64, expert_lora="shared", length=1024),
+    "no_expert_lora": Shape(experts=32, sequences=2, expert_lora=False, targets=ATTENTION),
+    "weights": Shape(hidden=1024, intermediate=2048, experts=32, rank=4, length=128),
+    "int4": Shape(hidden=1024, intermediate=1024, experts=32, weights="int4", length=1024),
+    "bf16": Shape(hidden=768, experts=24, weights="bf16", sequences=3, length=384),
+    "vocabulary": Shape(vocabulary=32_000, length=1024, trained=("lm_head",)),
+    "top_k": Shape(experts=16, top_k=8, intermediate=768, sequences=2, length=1024),
 }
-# glibc keeps what is freed in blocks of less than 32 MB; planned is what is in use.
-_GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "1048576"}
 
 
 class Peak:
@@ -60,31 +106,26 @@ class Peak:
         return self.largest - self.start
 
 
-def config_of(name: str) -> Qwen3MoeConfig:
-    """The configuration of a shape."""
-    hidden, intermediate, experts, layers, *_ = SHAPES[name]
-    return Qwen3MoeConfig(
-        vocab_size=512,
-        hidden_size=hidden,
-        moe_intermediate_size=intermediate,
-        num_experts=experts,
-        num_experts_per_tok=4,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=hidden // 8,
-    )
-
-
 def measure(name: str) -> dict[str, float]:
     """Planned and measured bytes of one shape, in this process."""
-    *_, sequences, length, activations, rank = SHAPES[name]
-    config = config_of(name)
+    shape = SHAPES[name]
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         subprocess.run([sys.executable, __file__, "--make", name, "--folder", folder], check=True)
-        quantization = HybridExpertsConfig(store="memory", activations=activations)
-        quantization.outline = TrainingOutline(sequences * length, rank, frozenset(TARGETS))
+        quantization = HybridExpertsConfig(
+            store="memory",
+            weights=shape.weights,
+            activations=shape.activations,
+            expert_lora=shape.expert_lora,
+        )
+        quantization.outline = TrainingOutline(
+            shape.sequences * shape.length,
+            shape.rank,
+            frozenset(shape.targets),
+            frozenset(shape.trained),
+            checkpointing=shape.checkpointing,
+            on_host=True,
+        )
         plans = []
         check = loading.check_memory
         loading.check_memory = lambda plan, settings: plans.append(plan) or check(plan, settings)
@@ -93,16 +134,22 @@ def measure(name: str) -> dict[str, float]:
         torch.ones(64, 64, requires_grad=True).matmul(torch.ones(64, 64)).sum().backward()
         peak = Peak()
         model = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, quantization_config=quantization, dtype=torch.bfloat16
+            folder, config=shape.config(), quantization_config=quantization, dtype=torch.bfloat16
         )
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model = get_peft_model(model, LoraConfig(r=rank, target_modules=TARGETS)).train()
+        if shape.checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        lora = LoraConfig(
+            r=shape.rank,
+            target_modules=list(shape.targets),
+            modules_to_save=list(shape.trained) or None,
+        )
+        model = get_peft_model(model, lora).train()
         trained = [p for p in model.parameters() if p.requires_grad]
         for parameter in trained:
             parameter.data = parameter.data.float()
         optimizer = torch.optim.AdamW(trained, foreach=False)
         for _ in range(3):
-            ids = torch.randint(0, 512, (sequences, length))
+            ids = torch.randint(0, shape.vocabulary, (shape.sequences, shape.length))
             with torch.autocast("cpu", torch.bfloat16):
                 model(input_ids=ids, labels=ids).loss.backward()
             optimizer.step()
@@ -113,7 +160,8 @@ def measure(name: str) -> dict[str, float]:
 
 def make(name: str, folder: str) -> None:
     """Writes the model of a shape; a process of its own, so that its memory is not counted."""
-    AutoModelForCausalLM.from_config(config_of(name), dtype=torch.bfloat16).save_pretrained(folder)
+    config = SHAPES[name].config()
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
 
 
 def main() -> None:
@@ -134,13 +182,15 @@ def main() -> None:
         done = subprocess.run(
             [sys.executable, __file__, "--shape", name],
             stdout=subprocess.PIPE,
-            env={**os.environ, **_GIVE_BACK},
             text=True,
             check=True,
         )
         got = json.loads(done.stdout.splitlines()[-1])
         planned, measured = got["planned"], got["measured"]
-        print(f"| {name} | {planned / 1e6:.0f} | {measured / 1e6:.0f} | {measured / planned:.2f} |")
+        print(
+            f"| {name} | {planned / 1e6:.0f} | {measured / 1e6:.0f} | {measured / planned:.2f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kt_sft.errors import MemoryPlanError
-from kt_sft.kernels import WeightLayout
+from kt_sft.kernels import PROJECTIONS, WeightLayout
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +45,21 @@ class Workload:
 
 @dataclass(frozen=True)
 class LayerNeeds:
-    """One layer of experts: its packed form, experts per token, whether its LoRA is shared."""
+    """One layer of experts: its packed form, experts per token, and its LoRA.
+
+    adapted: the projections that get LoRA where the workload has a rank. shared_lora: one pair of
+    factors for all experts.
+    """
 
     layout: WeightLayout
     top_k: int
     shared_lora: bool = False
+    adapted: tuple[str, ...] = PROJECTIONS
+
+    @property
+    def factors(self) -> tuple[str, ...]:
+        """The adapted ones of the projections that these experts have."""
+        return tuple(p for p in self.layout.projections if p in self.adapted)
 
 
 @dataclass(frozen=True)
@@ -142,13 +152,13 @@ def lora_parameters(layer: LayerNeeds, rank: int) -> int:
     """Parameters of the LoRA of one layer of experts."""
     layout = layer.layout
     copies = 1 if layer.shared_lora else layout.experts
-    return copies * rank * sum(sum(layout.shape(p)) for p in layout.projections)
+    return copies * rank * sum(sum(layout.shape(p)) for p in layer.factors)
 
 
 def kept_bytes(layer: LayerNeeds, work: Workload, element_bytes: int) -> int:
     """What one layer holds between forward and backward."""
     rows = work.tokens * layer.top_k
-    factors = len(layer.layout.projections) * work.rank
+    factors = len(layer.factors) * work.rank
     routing = rows * 8  # indices
     output = work.tokens * layer.layout.hidden * element_bytes
     return rows * _FLOAT * (_gate_and_up(layer.layout) + factors) + routing + output
@@ -162,10 +172,10 @@ def workspace_bytes(layer: LayerNeeds, work: Workload, compute: str) -> int:
     element = _ACTIVATION_BYTES[layout.arithmetic or compute]
     floats = rows * (wide + deep) + 2 * work.tokens * deep
     stacked = 0
-    if work.rank:
-        floats += rows * (_padded(layout.intermediate) + len(layout.projections) * work.rank)
+    if work.rank and layer.factors:
+        floats += rows * (_padded(layout.intermediate) + len(layer.factors) * work.rank)
         # Factors and gradients of every expert on the host, of one layer at a time.
-        per_expert = LayerNeeds(layout, layer.top_k)
+        per_expert = replace(layer, shared_lora=False)
         stacked = 2 * lora_parameters(per_expert, work.rank)
     return rows * element * (deep + wide) + _FLOAT * (floats + stacked)
 

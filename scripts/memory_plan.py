@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 from kt_sft import HybridExpertsConfig
 from kt_sft.host import anonymous_memory_bytes
 from kt_sft.integrations import transformers as loading
+from kt_sft.integrations.lora_targets import LoraTargets
 from kt_sft.integrations.memory import TrainingOutline
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -121,7 +122,7 @@ def measure(name: str) -> dict[str, float]:
         quantization.outline = TrainingOutline(
             shape.sequences * shape.length,
             shape.rank,
-            frozenset(shape.targets),
+            LoraTargets.of(*shape.targets),
             frozenset(shape.trained),
             checkpointing=shape.checkpointing,
             on_host=True,

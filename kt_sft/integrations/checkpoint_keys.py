@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -24,6 +24,7 @@ from transformers.core_model_loading import (
 
 from kt_sft.errors import CheckpointError, UnsupportedModelError
 from kt_sft.experts.finding import FoundExperts, find_experts
+from kt_sft.integrations.configuration import read_config
 from kt_sft.store.checkpoint import SafetensorsCheckpoint, checkpoint_files
 from kt_sft.store.placing import CheckpointExperts
 from kt_sft.store.published import PublishedCheckpoint, own_quantization
@@ -52,8 +53,7 @@ class BaseModel:
         file = Path(folder) / "config.json"
         refuse_absurd(read_json(file), str(file))
         with reading(str(file)):
-            # A model's own code is never run: what Transformers has is what can be read here.
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            config = read_config(str(folder))
         names = getattr(config, "architectures", None)
         names = names if isinstance(names, list) and names else ["none"]
         model_class = getattr(transformers, names[0], None) if isinstance(names[0], str) else None
@@ -118,13 +118,15 @@ class ModelKeys:
         self._parameters: dict[str, Any] = dict(model.state_dict())
         self._by_pattern = {p: c for c in self._converters for p in c.source_patterns}
 
-    def stacks(self, keys: Iterable[str]) -> dict[str, Stack]:
+    def stacks(self, checkpoint: PublishedCheckpoint) -> dict[str, Stack]:
         """Parameter name -> the tensors on disk that make it up; keys of no parameter are left out.
 
-        Raises CheckpointError for a conversion of expert weights that is not known here.
+        Raises CheckpointError for a conversion of expert weights that is not known here, and for
+        a parameter in a form that cannot be read.
         """
         with reading("the checkpoint's keys"):
-            return self._stacks(keys)
+            checkpoint.refuse_unreadable(lambda key: self._rename(key)[0] in self._parameters)
+            return self._stacks(checkpoint)
 
     def _stacks(self, keys: Iterable[str]) -> dict[str, Stack]:
         gathered: dict[str, dict[str | None, list[str]]] = {}

@@ -27,7 +27,6 @@ from kt_sft.integrations.llamafactory_modes import (
 
 if TYPE_CHECKING:
     from kt_sft.config import HybridExpertsSettings
-    from kt_sft.integrations.memory import TrainingOutline
 
 SECTION = "kt_sft"
 
@@ -94,7 +93,7 @@ def hook_parser(parser_module: Any) -> None:
             if section is None:
                 _deactivate()
             else:
-                settings = _activate(section, outline_of(args))
+                settings = _activate(section, args)
                 refuse_unsupported(args, settings)
                 if args.get("do_train") and args.get("output_dir"):
                     require_writable(args["output_dir"])
@@ -197,6 +196,10 @@ def _export(recipe: Mapping[str, Any]) -> Path:
         problems.append(f"adapter_name_or_path: got {len(adapters)} adapters, expected one")
     if problems:
         raise SettingsError("export:\n" + "\n".join(f"  - {p}" for p in problems))
+    # The tokenizer as LLaMA-Factory saves it: with the template's chat format and stop tokens.
+    # Loading it turns the name on another hub into that of a local folder.
+    tokenizer = load_tokenizer(model_args)["tokenizer"]
+    template = get_template_and_fix_tokenizer(tokenizer, data_args)
     base = Path(model_args.model_name_or_path)
     if not base.is_dir():
         from huggingface_hub import snapshot_download
@@ -209,9 +212,6 @@ def _export(recipe: Mapping[str, Any]) -> Path:
                 token=model_args.hf_hub_token,
             )
         )
-    # The tokenizer as LLaMA-Factory saves it: with the template's chat format and stop tokens.
-    tokenizer = load_tokenizer(model_args)["tokenizer"]
-    template = get_template_and_fix_tokenizer(tokenizer, data_args)
     out = export_merged(base, adapters[0] if adapters else None, model_args.export_dir)
     tokenizer.padding_side = "left"  # for generation, as the stock command leaves it
     tokenizer.init_kwargs["padding_side"] = "left"
@@ -237,6 +237,7 @@ def _copy_value_head(source: Path, out: Path) -> None:
 _SWAPPED = (
     ("llamafactory.model.patcher", "configure_quantization"),
     ("llamafactory.hparams.parser", "get_last_checkpoint"),
+    ("llamafactory.model.loader", "load_config"),
     ("llamafactory.model.loader", "init_adapter"),
     ("llamafactory.model.loader", "count_parameters"),
     ("llamafactory.model.patcher", "resize_embedding_layer"),
@@ -262,7 +263,18 @@ def _deactivate() -> None:
             setattr(module, name, stock)
 
 
-def _activate(section: Any, outline: TrainingOutline | None) -> HybridExpertsSettings:
+def _load_config(model_args: Any) -> Any:
+    """The configuration by Transformers' own class, `trust_remote_code` or not."""
+    from llamafactory.model.loader import _get_init_kwargs
+
+    from kt_sft.integrations.configuration import read_config
+
+    hub = _get_init_kwargs(model_args)  # which names a local folder where another hub is used
+    del hub["trust_remote_code"]
+    return read_config(model_args.model_name_or_path, **hub)
+
+
+def _activate(section: Any, recipe: Mapping[str, Any]) -> HybridExpertsSettings:
     """Checks the section and makes every model that LLaMA-Factory loads a hybrid one."""
     from kt_sft.config import read_section
 
@@ -287,7 +299,7 @@ def _activate(section: Any, outline: TrainingOutline | None) -> HybridExpertsSet
                 stock(config, tokenizer, model_args, is_trainable, init_kwargs)
             ours = HybridExpertsConfig(**settings.as_dict())
             # A reference or reward model only computes forwards.
-            ours.outline = outline if is_trainable else None
+            ours.outline = outline_of(recipe, config.model_type) if is_trainable else None
             init_kwargs["quantization_config"] = ours
 
         return configure_quantization
@@ -295,6 +307,7 @@ def _activate(section: Any, outline: TrainingOutline | None) -> HybridExpertsSet
     makers = (
         hybrid_configuration,
         lambda stock: lambda folder: newest_valid(folder),
+        lambda stock: _load_config,
         as_unquantized,
         with_packed_experts,
         resizing_as_unquantized,

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from kt_sft.errors import SettingsError
+from kt_sft.integrations.lora_targets import LoraTargets
 
 if TYPE_CHECKING:
     from kt_sft.config import HybridExpertsSettings
@@ -46,7 +47,12 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], bool, str], ...] = (
         "experts are frozen; set expert_lora: false to train PiSSA on the rest",
     ),
 )
-_EXPERT_TARGETS = {"all", "gate_proj", "up_proj", "down_proj"}
+# Parts of a model of several parts that get no adapter -> (the recipe's setting, its default).
+_FROZEN_PARTS = {
+    "vision_model_keys": ("freeze_vision_tower", True),
+    "projector_keys": ("freeze_multi_modal_projector", True),
+    "language_model_keys": ("freeze_language_model", False),
+}
 
 
 def _names(value: Any) -> list[str]:
@@ -55,8 +61,21 @@ def _names(value: Any) -> list[str]:
     return [str(part).strip() for part in parts]
 
 
-def _targets(recipe: Mapping[str, Any]) -> frozenset[str]:
-    return frozenset(n.rpartition(".")[2] for n in _names(recipe.get("lora_target", "all")))
+def _targets(recipe: Mapping[str, Any], model_type: str = "") -> LoraTargets:
+    """As LLaMA-Factory's `patch_target_modules` settles them for a type of model."""
+    from llamafactory.model.model_utils.visual import COMPOSITE_MODELS
+
+    names = frozenset(_names(recipe.get("lora_target", "all")))
+    composite = COMPOSITE_MODELS.get(model_type)
+    if composite is None:
+        return LoraTargets(names)
+    frozen = {
+        part
+        for keys, (setting, default) in _FROZEN_PARTS.items()
+        if recipe.get(setting, default)
+        for part in getattr(composite, keys)
+    }
+    return LoraTargets(names, frozenset({*frozen, *composite.lora_conflict_keys}), anywhere=True)
 
 
 def refuse_unsupported(recipe: Mapping[str, Any], settings: HybridExpertsSettings) -> None:
@@ -69,7 +88,7 @@ def refuse_unsupported(recipe: Mapping[str, Any], settings: HybridExpertsSetting
         )
     if not recipe.get("do_train"):
         return
-    on_experts = bool(settings.expert_lora) and bool(_targets(recipe) & _EXPERT_TARGETS)
+    on_experts = bool(settings.expert_lora) and _targets(recipe).may_mean_experts()
     problems = [
         f"{name}: {recipe[name] if not isinstance(recipe[name], bool) else 'true'}: {reason}"
         for name, values, for_experts, reason in _REFUSED
@@ -85,7 +104,7 @@ def refuse_unsupported(recipe: Mapping[str, Any], settings: HybridExpertsSetting
 _PAIRED = ("rm", "dpo", "kto")
 
 
-def outline_of(recipe: Mapping[str, Any]) -> TrainingOutline | None:
+def outline_of(recipe: Mapping[str, Any], model_type: str = "") -> TrainingOutline | None:
     """What the memory plan needs to know, with LLaMA-Factory's defaults; None without training."""
     if not recipe.get("do_train"):
         return None
@@ -97,7 +116,7 @@ def outline_of(recipe: Mapping[str, Any]) -> TrainingOutline | None:
     return TrainingOutline(
         tokens=sequences * int(recipe.get("cutoff_len", 2048)),
         rank=int(recipe.get("lora_rank", 8)),
-        targets=_targets(recipe),
+        targets=_targets(recipe, model_type),
         trained=frozenset(_names(recipe.get("additional_target"))),
         checkpointing=not recipe.get("disable_gradient_checkpointing"),
         on_host=bool(recipe.get("use_cpu")),

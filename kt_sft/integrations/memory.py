@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from kt_sft.adapters.layer import HybridExpertsLinear
 from kt_sft.config import HybridExpertsSettings
 from kt_sft.cpu_budget import place_among_ranks
 from kt_sft.experts.finding import FoundExperts
 from kt_sft.families import TOP_K_NAMES
 from kt_sft.host import available_memory_bytes
-from kt_sft.kernels import PROJECTIONS, WeightLayout
+from kt_sft.integrations.lora_targets import LoraTargets
+from kt_sft.kernels import WeightLayout
 from kt_sft.plan import LayerNeeds, MemoryPlan, RestOfModel, Workload, plan_memory
 from kt_sft.store.packing import layout_of
 from kt_sft.store.sources import UnreadSource
@@ -30,36 +32,43 @@ _GUESSED_TOP_K = 8
 class TrainingOutline:
     """What a recipe says about a training before its model exists.
 
-    tokens: of one micro batch at most. targets: names of layers that get LoRA, or `all`; trained:
-    names of modules that train in full. on_host: the training runs without an accelerator.
-    frozen_models: reference and reward models that are loaded after this one.
+    tokens: of one micro batch at most. targets: the layers that get LoRA; trained: names of
+    modules that train in full. on_host: the training runs without an accelerator. frozen_models:
+    reference and reward models that are loaded after this one.
     """
 
     tokens: int
     rank: int
-    targets: frozenset[str]
+    targets: LoraTargets
     trained: frozenset[str] = frozenset()
     checkpointing: bool = True
     on_host: bool = False
     frozen_models: int = 0
 
-    def workload(self, model: Any, expert_lora: bool) -> Workload:
+    def adapted(self, model: nn.Module) -> dict[str, tuple[str, ...]]:
+        """Path of a block of experts -> its projections that get LoRA."""
+        found: dict[str, tuple[str, ...]] = {}
+        for path, module in self.targets.modules(model):
+            if isinstance(module, HybridExpertsLinear):
+                block, _, name = path.rpartition(".")
+                found[block] = (*found.get(block, ()), name)
+        return found
+
+    def workload(self, model: nn.Module) -> Workload:
         """With the parameters that train beside the experts counted."""
-        everything = "all" in self.targets
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        other = 0
-        for path, module in model.named_modules():
-            name = path.rpartition(".")[2]
-            if name in self.trained:
-                other += sum(p.numel() for p in module.parameters())
-            elif (
-                isinstance(module, nn.Linear)
-                and module is not head
-                and (everything or name in self.targets)
-            ):
+        other = sum(
+            p.numel()
+            for path, module in model.named_modules()
+            if path.rpartition(".")[2] in self.trained
+            for p in module.parameters()
+        )
+        on_experts = False
+        for path, module in self.targets.modules(model):
+            if isinstance(module, HybridExpertsLinear):
+                on_experts = True
+            elif isinstance(module, nn.Linear) and path.rpartition(".")[2] not in self.trained:
                 other += self.rank * (module.in_features + module.out_features)
-        adapted = expert_lora and (everything or bool(self.targets & set(PROJECTIONS)))
-        rank = self.rank if adapted else 0
+        rank = self.rank if on_experts else 0
         return Workload(self.tokens, rank, self.checkpointing, other, self.frozen_models)
 
 
@@ -117,14 +126,22 @@ def plan_of(
         element_bytes=max((p.element_size() for p in parameters), default=2),
         on_host=on_host,
     )
+    adapted = outline.adapted(model) if outline else {}
     needs = [
-        LayerNeeds(layout, _top_k(model.config, layout.experts), settings.expert_lora == "shared")
-        for layout in _layouts(layers, open_source, settings.weights)
+        LayerNeeds(
+            layout,
+            _top_k(model.config, layout.experts),
+            settings.expert_lora == "shared",
+            adapted.get(layer.hybrid_path, ()),
+        )
+        for layer, layout in zip(
+            layers, _layouts(layers, open_source, settings.weights), strict=True
+        )
     ]
     return plan_memory(
         needs,
         rest,
-        outline.workload(model, bool(settings.expert_lora)) if outline else None,
+        outline.workload(model) if outline else None,
         compute=settings.compute,
         keeps=settings.activations == "keep",
         mapped=settings.store != "memory" and settings.resident is not True,

@@ -15,7 +15,7 @@ import importlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from peft import PeftType
+from peft import LoraConfig, LoraModel, PeftType
 from peft.tuners import tuners_utils
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
@@ -24,6 +24,7 @@ from kt_sft.adapters.layer import HybridExpertsLinear, variants_without_kernels
 from kt_sft.errors import SettingsError
 from kt_sft.experts import HybridExperts, hybrid_experts_of
 from kt_sft.families import STOCK_EXPERT_NAMES
+from kt_sft.integrations.lora_targets import LoraTargets
 
 _PREFIXES = "_get_tuner_state_dict_key_prefixes"
 _CONVERSIONS = "peft.utils.transformers_weight_conversion"
@@ -55,23 +56,41 @@ def _problems(
     for name in sorted(n for n in names if n.rpartition(".")[2] in STOCK_EXPERT_NAMES):
         if not any(key == name or key.endswith(f".{name}") for key, _ in matched):
             yield f"target_modules: {name}: no module of a hybrid model has that name; {instead}"
-    blocks = {path.rpartition(".")[0] for path in experts}
-    for key, module in matched:
-        if isinstance(module, HybridExpertsLinear):
-            if method != "LORA":
-                yield (
-                    f"{method}: routed experts take LoRA only; set peft_type LORA, or name only "
-                    "layers beside the experts"
-                )
-                return
+    if any(isinstance(module, HybridExpertsLinear) for _, module in matched):
+        if method == "LORA":
             yield from variants_without_kernels(vars(config))
-            return
-        elif key.rpartition(".")[0] in blocks and _is_router(module):
+        else:
             yield (
-                f"target_modules: {key} is a router, which PEFT has no {method} for; train it in "
-                f"full by modules_to_save: {key.rpartition('.')[2]} (additional_target in a recipe)"
+                f"{method}: routed experts take LoRA only; set peft_type LORA, or name only "
+                "layers beside the experts"
             )
-            return
+    blocks = {path.rpartition(".")[0] for path in experts}
+    routers = {
+        key.rpartition(".")[2]: key
+        for key, module in reversed(matched)
+        if key.rpartition(".")[0] in blocks and _is_router(module)
+    }
+    for name, key in sorted(routers.items()):
+        yield (
+            f"target_modules: {key} is a router, which PEFT has no {method} for; train it in "
+            f"full by modules_to_save: {name} (additional_target in a recipe)"
+        )
+
+
+def _refuse(problems: Iterator[str]) -> None:
+    listed = "\n".join(f"  - {p}" for p in problems)
+    if listed:
+        raise SettingsError(f"the adapter does not go with hybrid experts:\n{listed}")
+
+
+def refuse_targets(model: nn.Module, targets: LoraTargets, rank: int) -> None:
+    """Raises SettingsError for LoRA that a hybrid model without weights could not be given.
+
+    The same as is said where the adapter is made, hours of packing earlier.
+    """
+    if not targets.everything and not targets.anywhere:
+        config = LoraConfig(r=rank, target_modules=sorted(targets.names))
+        _refuse(_problems(LoraModel, config, model, hybrid_experts_of(model)))
 
 
 def _is_router(module: nn.Module) -> bool:
@@ -101,12 +120,7 @@ def _checked(stock: Callable) -> Callable:
             named = resolved.target_modules
             lora = config.peft_type == PeftType.LORA
             config.target_modules = {*named, *(_projections(experts) if lora else ())}
-        problems = list(_problems(self, config, model, experts))
-        if problems:
-            raise SettingsError(
-                "the adapter does not go with hybrid experts:\n"
-                + "\n".join(f"  - {p}" for p in problems)
-            )
+        _refuse(_problems(self, config, model, experts))
         asked = [
             (key, module)
             for key, module in _matched(self, config, model)

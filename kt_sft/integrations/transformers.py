@@ -206,9 +206,10 @@ class HybridExpertsQuantizer(HfQuantizer):
         _swap_experts(model, self._layers, runtime)
         self._shapes = shapes_of(model)
         refuse_misfits(model, self._shapes, self._stacks, self._checkpoint)
-        plan = plan_of(
-            model, self._layers, self._source, settings, self.quantization_config.outline
-        )
+        outline = self.quantization_config.outline
+        if outline is not None:
+            peft_injection.refuse_targets(model, outline.targets, outline.rank)
+        plan = plan_of(model, self._layers, self._source, settings, outline)
         check_memory(plan, settings)
         runtime.planned = plan.of("machine") + plan.of("host"), host_memory_bytes()
         # The experts' keys have no parameter any more; they are not an accident to warn of.

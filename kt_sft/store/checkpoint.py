@@ -77,17 +77,18 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
     files inside the folder are accepted. Raises CheckpointError.
     """
     folder = Path(folder)
-    index = folder / INDEX_NAME
+    index, single = folder / INDEX_NAME, folder / SINGLE_NAME
+    if single.is_file():
+        # As Transformers takes them: an index beside it is left over from another saving.
+        return [single]
     if not index.is_file():
-        single = folder / SINGLE_NAME
-        if single.is_file():
-            return [single]
         raise CheckpointError(
             f"{folder}: neither {SINGLE_NAME} nor {INDEX_NAME} is there; "
             "give the folder of a safetensors checkpoint"
         )
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        found = json.loads(index.read_text(encoding="utf-8"))
+        names = set(found["weight_map"].values())
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError, OSError) as error:
         raise CheckpointError(f"{index}: not a shard index: {error!r}") from error
     if not all(isinstance(name, str) for name in names) or not names:
@@ -100,4 +101,8 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
         if not file.is_file():
             raise CheckpointError(f"{index}: shard {name} is missing in {folder}")
         files.append(file)
+    if "metadata" not in found:
+        raise CheckpointError(
+            f'{index}: has no "metadata", which Transformers looks for; add "metadata": {{}} to it'
+        )
     return files

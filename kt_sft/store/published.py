@@ -48,7 +48,19 @@ class PublishedFormat:
 
 
 # Values of quant_method whose tensors are those of FORMATS.
-_METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors", "mxfp4", "gptq", "awq")
+_METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors", "mxfp4", "gptq", "awq", "auto-round")
+# How AutoRound packs, after the "auto_round:" of its packing_format -> the method that packs so.
+_PACKED_AS = {"gptq": "gptq", "auto_gptq": "gptq", "awq": "awq", "auto_awq": "awq"}
+# Formats that are not read: name, a suffix of a key, what lies beside it or "", its dtypes or none.
+_UNREAD: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
+    ("NVFP4", ".weight_packed", ".weight_global_scale", ()),
+    ("NVFP4", ".weight", ".weight_scale_2", ("U8",)),
+    ("MXFP4 of compressed-tensors", ".weight_packed", ".weight_scale", ("U8",)),
+    ("MXFP4 of DeepSeek-V4", ".weight", ".scale", ("I8", "U8")),
+    ("FP8 with scales that are powers of two", ".weight", ".scale", ("F8_E4M3",)),
+    ("MXFP8", ".weight_scale_inv", ".weight", ("U8",)),
+    ("MXFP8", ".weight_scale", ".weight", ("U8",)),
+)
 
 
 def own_quantization(config: Any) -> dict[str, Any]:
@@ -67,6 +79,37 @@ def own_quantization(config: Any) -> dict[str, Any]:
     if config.get("quant_method") == "kt_sft":
         return own_quantization(config.get("published"))
     return dict(config)
+
+
+def _method(config: Mapping[str, Any]) -> str | None:
+    """Whose tensors these are, by quantization_config. Raises CheckpointError."""
+    found = config.get("quant_method")
+    method = None if found is None else str(getattr(found, "value", found))
+    if method == "auto-round":
+        packing = str(config.get("packing_format"))
+        method = _PACKED_AS.get(packing.rpartition(":")[2])
+        if method is None:
+            raise CheckpointError(
+                f"config.json: quantization_config: packing_format: got {packing}, expected one of "
+                f"{', '.join(f'auto_round:{p}' for p in _PACKED_AS)}"
+            )
+    if method is not None and method not in _METHODS:
+        raise CheckpointError(
+            f"the checkpoint is quantized with {method!r}, which kt_sft does not read; "
+            f"it reads {', '.join(_METHODS)}"
+        )
+    return method
+
+
+def _unread(file: SafetensorsCheckpoint, key: str) -> str | None:
+    """The name of the format that a key is of, where it is one that is not read."""
+    for name, own, beside, dtypes in _UNREAD:
+        stem = key.removesuffix(own)
+        if stem == key or f"{stem}{beside}" not in file:
+            continue
+        if not dtypes or file.dtype(key) in dtypes:
+            return name
+    return None
 
 
 def _setting(config: Mapping[str, Any], *names: str, default: int) -> int:
@@ -385,6 +428,12 @@ COMPANION_KEYS = (
 _LONELY = (".weight_packed", ".weight_scale", ".weight_scale_inv", ".qweight", "_blocks")
 
 
+def _weight_of(key: str) -> str:
+    """The name of the weight that a part of it belongs to."""
+    own = next((suffix for suffix in _LONELY if key.endswith(suffix)), "")
+    return f"{key.removesuffix(own)}{'.weight' if own.startswith('.') else ''}"
+
+
 def _require_groups(key: str, matrix: CodedMatrix) -> None:
     """Raises CheckpointError where scales or zero points are not those of the codes' groups."""
     coding, codes = matrix.coding, matrix.codes
@@ -405,23 +454,27 @@ class PublishedCheckpoint:
     ) -> None:
         """`config`: the quantization_config of config.json. Raises CheckpointError."""
         self._file, self._config = file, dict(config or {})
-        method = self._config.get("quant_method")
-        if method is not None and getattr(method, "value", method) not in _METHODS:
-            raise CheckpointError(
-                f"the checkpoint is quantized with {method!r}, which kt_sft does not read; "
-                f"it reads {', '.join(_METHODS)}"
-            )
+        method = _method(self._config)
+        if method is not None:
+            self._config["quant_method"] = method
+        # Name of a weight -> why it cannot be read. Only what the model has is a reason to refuse:
+        # layers for multi-token prediction may lie beside in any form.
+        self.unreadable: dict[str, str] = {}
+        for key in file:
+            if unread := _unread(file, key):
+                self.unreadable[_weight_of(key)] = f"{key}: {unread}, which kt_sft does not read"
         self._quantized: dict[str, tuple[PublishedFormat, str]] = {}
         hidden: set[str] = set()
         for key in file:
             for known in FORMATS:
                 own = next(iter(known.companions))
                 stem = key.removesuffix(own)
-                if not key.endswith(own) or key in hidden:
+                weight = f"{stem}{known.weight}"
+                if not key.endswith(own) or key in hidden or weight in self.unreadable:
                     continue
                 needed = [f"{stem}{s}" for s, must in known.companions.items() if must]
                 if all(k in file for k in needed) and known.applies(file, stem, self._config):
-                    self._quantized[f"{stem}{known.weight}"] = (known, stem)
+                    self._quantized[weight] = (known, stem)
                     hidden.update(f"{stem}{s}" for s in known.companions)
                     break
         self._plain = [key for key in file if key not in hidden]
@@ -431,11 +484,18 @@ class PublishedCheckpoint:
                 dtype in ("I8", "U8") and key.endswith("weight")
             )
             if codes or key.endswith(_LONELY):
-                raise CheckpointError(
+                self.unreadable.setdefault(
+                    _weight_of(key),
                     f"{key}: {dtype} that goes with no scales, or scales with no weight, that "
-                    f"kt_sft knows; formats are {', '.join(f.name for f in FORMATS)}"
+                    "kt_sft knows",
                 )
         self.hidden_keys = frozenset(hidden)
+
+    def refuse_unreadable(self, is_needed: Callable[[str], bool]) -> None:
+        """Raises CheckpointError for the first weight that is needed and cannot be read."""
+        for weight, why in self.unreadable.items():
+            if is_needed(weight):
+                raise CheckpointError(f"{why}; formats are {', '.join(f.name for f in FORMATS)}")
 
     def __iter__(self) -> Iterator[str]:
         yield from self._plain

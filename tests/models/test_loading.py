@@ -20,6 +20,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from kt_sft import HybridExpertsConfig
 from kt_sft.errors import CheckpointError, UnsupportedModelError
 from kt_sft.experts import hybrid_experts_of
+from kt_sft.integrations.checkpoint_keys import checkpoint_experts
+from kt_sft.integrations.configuration import read_config
 from kt_sft.store.checkpoint import checkpoint_files
 
 
@@ -230,6 +232,97 @@ def test_broken_index_is_a_named_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(CheckpointError, match="not a shard index"):
         checkpoint_files(tmp_path)
+
+
+def sharded(folder: Path, to: Path, **index: object) -> Path:
+    """A copy in one shard of another name, with an index."""
+    shutil.copytree(folder, to)
+    (to / "model.safetensors").rename(to / "shard.safetensors")
+    names = dict.fromkeys(load_file(to / "shard.safetensors"), "shard.safetensors")
+    (to / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names, **index}))
+    return to
+
+
+def test_an_index_without_metadata_is_named(folder: Path, tmp_path: Path) -> None:
+    load(sharded(folder, tmp_path / "with", metadata={}))
+    for read in (load, checkpoint_experts):
+        with pytest.raises(CheckpointError, match=r'index.json: has no "metadata".*add'):
+            read(sharded(folder, tmp_path / read.__name__))
+
+
+def test_a_left_over_index_is_passed_over(folder: Path, tmp_path: Path) -> None:
+    """As by Transformers, whose files and ours are the same ones then."""
+    model = sharded(folder, tmp_path / "model", metadata={})
+    (model / "shard.safetensors").rename(model / "model.safetensors")
+    assert checkpoint_files(model) == [model / "model.safetensors"]
+    load(model)
+    checkpoint_experts(model)
+
+
+def test_files_without_metadata(folder: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(folder, model)
+    save_file(load_file(model / "model.safetensors"), model / "model.safetensors")
+    load(model)
+    checkpoint_experts(model)
+
+
+_MODELLING = """
+from torch import nn
+from transformers import DeepseekV3Config, PreTrainedModel
+
+class DeepseekV3ForCausalLM(PreTrainedModel):
+    config_class = DeepseekV3Config
+    def __init__(self, config):
+        raise RuntimeError("remote code")
+"""
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "kimi_k2"])
+def test_a_checkpoint_with_its_own_modelling_file(tmp_path: Path, model_type: str) -> None:
+    """Transformers' own class computes it, whatever the recipe says of remote code."""
+    make_model("deepseek_v3").save_pretrained(tmp_path)
+    plain = load(tmp_path)
+    (tmp_path / "modeling_deepseek.py").write_text(_MODELLING)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model_type"] = model_type
+    config["auto_map"] = {
+        "AutoConfig": "configuration_deepseek.DeepseekV3Config",
+        "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path,
+        config=read_config(str(tmp_path)),
+        quantization_config=HybridExpertsConfig(),
+        dtype=torch.float32,
+        trust_remote_code=True,
+    )
+    ids = torch.arange(12).view(1, -1)
+    assert torch.equal(model(ids).logits, plain(ids).logits) and hybrid_experts_of(model)
+    assert checkpoint_experts(tmp_path).layers
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        ("kimi_k25", r"got 'kimi_k25'.*transformers 5\.\S+ does not have.*from 5\.17 on"),
+        ("kimi_k9", r"got 'kimi_k9'.*does not have: upgrade it.*modelling code is never used"),
+        (None, "got None"),
+        ([1], r"got \[1\]"),
+    ],
+)
+def test_a_type_that_transformers_does_not_have(
+    folder: Path, tmp_path: Path, model_type: object, message: str
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(folder, model)
+    config = json.loads((model / "config.json").read_text())
+    config["model_type"] = model_type
+    (model / "config.json").write_text(json.dumps(config))
+    for read in (read_config, checkpoint_experts):
+        with pytest.raises(UnsupportedModelError, match=message):
+            read(str(model))
 
 
 _MEMORY_PROBE = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,11 +20,13 @@ from peft import (
 from tiny_configs import build
 from tiny_models import make_model
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from kt_sft import HybridExpertsCallback, HybridExpertsConfig, hybridize
 from kt_sft.errors import SettingsError, UnsupportedModelError
 from kt_sft.experts import hybrid_experts_of
+from kt_sft.integrations.lora_targets import LoraTargets
+from kt_sft.integrations.memory import TrainingOutline
 from kt_sft.integrations.trained import packed_weights, trained_by_kind
 
 EXPERTS = ["gate_proj", "up_proj", "down_proj"]
@@ -60,6 +63,23 @@ def test_names_of_the_stock_experts(targets: list[str]) -> None:
 def test_a_name_of_no_experts_is_passed_over_as_ever() -> None:
     model = get_peft_model(hybrid(), LoraConfig(target_modules=["q_proj", "wqkv", *EXPERTS]))
     assert all(m.gate_proj.lora_A for m in hybrid_experts_of(model).values())
+
+
+@pytest.mark.parametrize(
+    "names", [["q_proj", "gate"], [*EXPERTS, "gate"], ["mlp.experts.up_proj", "gate"]]
+)
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_router_among_the_targets(names: list[str], loaded: bool, tmp_path: Path) -> None:
+    """Before the experts are packed where a recipe says what it trains."""
+    message = "gate is a router.*modules_to_save: gate"
+    if loaded:
+        refused(hybrid(), LoraConfig(target_modules=names), message)
+        return
+    build("qwen3_moe").save_pretrained(tmp_path)
+    config = HybridExpertsConfig()
+    config.outline = TrainingOutline(64, 8, LoraTargets.of(*names))
+    with pytest.raises(SettingsError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
 
 
 @pytest.mark.parametrize(

@@ -8,16 +8,23 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from llamafactory.model.model_utils.misc import find_all_linear_modules
+from llamafactory.model.model_utils.visual import patch_target_modules
+from peft import LoraConfig, get_peft_model
+from tiny_configs import build
 from tiny_models import make_model
 from transformers import AutoModelForCausalLM
 
-from kt_sft import HybridExpertsConfig
+from kt_sft import HybridExpertsConfig, hybridize
 from kt_sft.errors import MemoryPlanError
+from kt_sft.experts import hybrid_experts_of
 from kt_sft.integrations import memory, transformers
 from kt_sft.integrations.llamafactory_modes import outline_of
+from kt_sft.integrations.lora_targets import LoraTargets
 from kt_sft.integrations.memory import TrainingOutline
 from kt_sft.kernels import WeightLayout
 from kt_sft.plan import (
@@ -120,9 +127,9 @@ def test_loading_asks_before_it_reads(
 def test_outline_of_a_recipe() -> None:
     assert outline_of({"do_train": False}) is None
     recipe = {"do_train": True, "per_device_train_batch_size": 2, "cutoff_len": 512}
-    assert outline_of(recipe) == TrainingOutline(1024, 8, frozenset({"all"}))
+    assert outline_of(recipe) == TrainingOutline(1024, 8, LoraTargets.of("all"))
     preference = outline_of({**recipe, "stage": "dpo", "lora_target": "q_proj, experts.up_proj"})
-    assert preference == TrainingOutline(2048, 8, frozenset({"q_proj", "up_proj"}))
+    assert preference == TrainingOutline(2048, 8, LoraTargets.of("q_proj", "experts.up_proj"))
     reference = outline_of({**recipe, "stage": "dpo", "ref_model": "other"})
     assert reference is not None and reference.frozen_models == 1
     other = outline_of(
@@ -132,15 +139,78 @@ def test_outline_of_a_recipe() -> None:
 
 
 def test_parameters_beside_the_experts_are_counted() -> None:
-    model = make_model("qwen3_moe")
+    model = hybridize(make_model("qwen3_moe"))
     attention = model.model.layers[0].self_attn.q_proj
-    outline = TrainingOutline(64, 4, frozenset({"q_proj"}), frozenset({"lm_head"}))
-    work = outline.workload(model, expert_lora=True)
-    layers = len(model.model.layers)
-    lora = layers * 4 * (attention.in_features + attention.out_features)
-    assert work == Workload(64, 0, True, lora + model.lm_head.weight.numel())
-    assert replace(outline, targets=frozenset({"all"})).workload(model, True).rank == 4
-    assert replace(outline, targets=frozenset({"all"})).workload(model, False).rank == 0
+    outline = TrainingOutline(64, 4, LoraTargets.of("q_proj"), frozenset({"lm_head"}))
+    lora = len(model.model.layers) * 4 * (attention.in_features + attention.out_features)
+    assert outline.workload(model) == Workload(64, 0, True, lora + model.lm_head.weight.numel())
+    everything = replace(outline, targets=LoraTargets.of("all"))
+    assert everything.workload(model).rank == 4
+    without = hybridize(make_model("qwen3_moe"), HybridExpertsConfig(expert_lora=False))
+    assert everything.workload(without).rank == 0
+
+
+# The targets of a recipe, and whether they are of routed experts for what is known before loading.
+TARGETS = (
+    (("all",), True),
+    (("gate_proj", "up_proj", "down_proj"), True),
+    (("mlp.experts.up_proj",), True),
+    (("experts.gate_proj", "experts.down_proj"), True),
+    (("model.layers.1.mlp.experts.up_proj",), True),
+    (("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"), False),
+    (("self_attn.q_a_proj", "o_proj"), False),
+)
+
+
+@pytest.mark.parametrize(("names", "of_experts"), TARGETS, ids=lambda v: str(v))
+def test_targets_are_those_of_peft(names: tuple[str, ...], of_experts: bool) -> None:
+    """What is planned for is what trains: modules by the ends of their paths."""
+    model = hybridize(make_model("deepseek_v3"))
+    targets = LoraTargets.of(*names)
+    assert targets.may_mean_experts() == of_experts
+    outline = TrainingOutline(64, 4, targets)
+    work, adapted = outline.workload(model), outline.adapted(model)
+    planned = work.other_trained + sum(
+        lora_parameters(
+            LayerNeeds(module.weights.layout, 2, adapted=adapted.get(path, ())), work.rank
+        )
+        for path, module in hybrid_experts_of(model).items()
+    )
+    modules = "all-linear" if names == ("all",) else list(names)
+    peft = get_peft_model(model, LoraConfig(r=4, target_modules=modules))
+    assert planned == sum(p.numel() for p in peft.parameters() if p.requires_grad) > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "tower", "experts"),
+    [
+        ({}, False, True),
+        ({"freeze_language_model": True, "freeze_vision_tower": False}, True, False),
+        ({"freeze_vision_tower": False, "lora_target": "q_proj,qkv"}, True, False),
+        ({"lora_target": "experts"}, False, True),
+    ],
+)
+def test_targets_of_a_model_with_a_vision_tower(
+    settings: dict[str, object], tower: bool, experts: bool
+) -> None:
+    """The same modules that LLaMA-Factory's own functions name, which take whole paths."""
+    model = hybridize(build("qwen3_vl_moe"))
+    recipe = {"do_train": True, "lora_target": "all", **settings}
+    outline = outline_of(recipe, model.config.model_type)
+    assert outline is not None
+    got = {path for path, _ in outline.targets.modules(model)}
+    arguments = SimpleNamespace(
+        freeze_vision_tower=recipe.get("freeze_vision_tower", True),
+        freeze_multi_modal_projector=True,
+        freeze_language_model=recipe.get("freeze_language_model", False),
+    )
+    names = str(recipe["lora_target"]).split(",")
+    if names == ["all"]:
+        names = find_all_linear_modules(model, arguments.freeze_vision_tower)
+    stock = patch_target_modules(model, arguments, names)
+    assert got == {n for n in stock if "Linear" in type(model.get_submodule(n)).__name__}
+    assert any("visual" in path for path in got) == tower
+    assert any(".experts." in path for path in got) == experts
 
 
 SLOW = pytest.mark.slow

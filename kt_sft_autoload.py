@@ -11,6 +11,7 @@ import os
 import sys
 
 HOOKED = (
+    "llamafactory.api.app",
     "llamafactory.launcher",
     "llamafactory.hparams.parser",
     "llamafactory.train.tuner",

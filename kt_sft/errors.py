@@ -41,6 +41,10 @@ class PeerError(KtSftError, RuntimeError):
     """A peer that a measurement should run against cannot be started or failed."""
 
 
+class RequestError(KtSftError, ValueError):
+    """A request to the API that the model cannot serve; says what was got and expected."""
+
+
 class MemoryPlanError(KtSftError, MemoryError):
     """A run would need more memory than there is; lists every part of its plan."""
 

@@ -180,6 +180,8 @@ EXPERTS_CLASSES: Mapping[str, tuple[ExpertsClass, ...]] = {
     "DeepseekV4Experts": (_default_layout(_clamped("limit")),),
     "Glm5NextTextExperts": (_default_layout(_clamped("swiglu_limit")),),
     "HYV4Experts": (_default_layout(_clamped("swiglu_limit")),),
+    # Liger's stand-in for families with SiLU, which has the activation in its kernel.
+    "LigerExperts": (_default_layout(lambda module: ACTIVATIONS["silu"]),),
     "BeamExperts": (_default_layout(activation()),),
     "LongcatFlashExperts": (
         ExpertsClass(

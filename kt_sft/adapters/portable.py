@@ -81,6 +81,10 @@ def collect_expert_factors(
         )
 
 
+# In the path of what PEFT trains in full.
+_IN_FULL = ".modules_to_save."
+
+
 def refuse_other_layers(
     model: nn.Module, state_dict: dict[str, Any], prefix: str, *unused: Any
 ) -> None:
@@ -109,6 +113,28 @@ def refuse_other_layers(
             + "".join(f"\n  - {p}" for p in problems[:8])
             + ("\n  - ..." if len(problems) > 8 else "")
             + "\nLoad it on the base model it was trained on."
+        )
+
+
+def refuse_other_vocabulary(
+    model: nn.Module, state_dict: dict[str, Any], prefix: str, *unused: Any
+) -> None:
+    """Load hook of a hybrid model: what was trained in full must have the shapes of this model.
+
+    Raises AdapterMismatchError where torch would list sizes without what to do.
+    """
+    own = {prefix + name: p.shape for name, p in model.named_parameters() if _IN_FULL in f".{name}"}
+    problems = [
+        f"{key}: got {tuple(state_dict[key].shape)}, this model has {tuple(shape)}"
+        for key, shape in own.items()
+        if key in state_dict and state_dict[key].shape != shape
+    ]
+    if problems:
+        raise AdapterMismatchError(
+            "the adapter holds layers of other sizes than this model:"
+            + "".join(f"\n  - {p}" for p in problems)
+            + "\nWhere the vocabulary grew in training, give every later command the same "
+            "add_tokens, add_special_tokens and resize_vocab"
         )
 
 

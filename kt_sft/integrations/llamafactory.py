@@ -22,6 +22,7 @@ from kt_sft.integrations.llamafactory_modes import (
     outline_of,
     refuse_unsupported,
     resizing_as_unquantized,
+    warn_of_quantized_base,
     with_packed_experts,
 )
 
@@ -129,7 +130,32 @@ def hook_launcher(launcher_module: Any) -> None:
         launcher_module.subprocess = LauncherSubprocess()
 
 
+def hook_api(api_module: Any) -> None:
+    """Puts a guard before the API where it serves a hybrid model. Idempotent."""
+    stock = api_module.create_app
+    if hasattr(stock, "kt_sft_stock"):
+        return
+
+    @functools.wraps(stock)
+    def create_app(chat_model: Any) -> Any:
+        from kt_sft.experts import hybrid_experts_of
+        from kt_sft.integrations.api_guard import ApiGuard, context_of, guarded_arguments
+
+        app = stock(chat_model)
+        engine = chat_model.engine
+        model = getattr(engine, "model", None)
+        if model is not None and engine.can_generate and hybrid_experts_of(model):
+            if not hasattr(engine._process_args, "kt_sft_stock"):
+                type(engine)._process_args = staticmethod(guarded_arguments(engine._process_args))
+            app.add_middleware(ApiGuard, tokenizer=engine.tokenizer, context=context_of(model))
+        return app
+
+    create_app.kt_sft_stock = stock  # type: ignore[attr-defined]
+    api_module.create_app = create_app
+
+
 HOOKS: Mapping[str, Callable[[Any], None]] = {
+    "llamafactory.api.app": hook_api,
     "llamafactory.launcher": hook_launcher,
     "llamafactory.hparams.parser": hook_parser,
     "llamafactory.train.tuner": hook_tuner,
@@ -297,6 +323,8 @@ def _activate(section: Any, recipe: Mapping[str, Any]) -> HybridExpertsSettings:
             # which we do without.
             if not getattr(config, "quantization_config", None):
                 stock(config, tokenizer, model_args, is_trainable, init_kwargs)
+            elif is_trainable:
+                warn_of_quantized_base(config)
             ours = HybridExpertsConfig(**settings.as_dict())
             # A reference or reward model only computes forwards.
             ours.outline = outline_of(recipe, config.model_type) if is_trainable else None

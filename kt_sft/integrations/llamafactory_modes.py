@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kt_sft.errors import SettingsError
 from kt_sft.integrations.lora_targets import LoraTargets
+from kt_sft.store.published import own_quantization
 
 if TYPE_CHECKING:
     from kt_sft.config import HybridExpertsSettings
@@ -45,6 +46,13 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], bool, str], ...] = (
         True,
         "PiSSA moves the principal part of W into the adapter, which changes W, and the packed "
         "experts are frozen; set expert_lora: false to train PiSSA on the rest",
+    ),
+    (
+        "use_muon",
+        (True,),
+        True,
+        "LLaMA-Factory hands Muon matrices and everything else to AdamW, the stacked factors of "
+        "the experts included; leave use_muon out, or set expert_lora: false to use it on the rest",
     ),
 )
 # Parts of a model of several parts that get no adapter -> (the recipe's setting, its default).
@@ -124,6 +132,17 @@ def outline_of(recipe: Mapping[str, Any], model_type: str = "") -> TrainingOutli
     )
 
 
+def warn_of_quantized_base(config: Any) -> None:
+    """Of what a training on such a base ends with, before it begins."""
+    method = own_quantization(getattr(config, "quantization_config", None)).get("quant_method")
+    if method is not None:
+        logger.warning(
+            "the base is quantized (%s), and export merges into full-precision checkpoints only: "
+            "serve the adapter beside the base, or merge it into the bf16 checkpoint of the model",
+            getattr(method, "value", method),
+        )
+
+
 def adjusted(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe with what would silently train something else put right, and said."""
     changed = dict(recipe)
@@ -135,6 +154,15 @@ def adjusted(recipe: Mapping[str, Any]) -> dict[str, Any]:
         logger.warning(
             "moe_aux_loss_coef: under reentrant gradient checkpointing the auxiliary loss has no "
             "gradient; use_reentrant_gc is set to false"
+        )
+    adapters = _names(recipe.get("adapter_name_or_path"))
+    if recipe.get("do_train") and (
+        len(adapters) > 1 or (adapters and recipe.get("create_new_adapter"))
+    ):
+        logger.warning(
+            "this adapter is trained on top of others, and export merges one adapter into a "
+            "checkpoint: keep all of them and load them together, or continue the last one "
+            "(create_new_adapter: false)"
         )
     return changed
 

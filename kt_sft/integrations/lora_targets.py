@@ -60,4 +60,3 @@ class LoraTargets:
 def _names_experts(target: str) -> bool:
     path, _, name = target.rpartition(".")
     return name in PROJECTIONS and path.rpartition(".")[2] in ("", "experts")
-

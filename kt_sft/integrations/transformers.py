@@ -19,7 +19,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from kt_sft.adapters.portable import refuse_other_layers
+from kt_sft.adapters.portable import refuse_other_layers, refuse_other_vocabulary
 from kt_sft.config import HybridExpertsSettings
 from kt_sft.errors import CheckpointError, UnsupportedModelError
 from kt_sft.experts import ExpertsRuntime, HybridExperts, hybrid_experts_of
@@ -130,6 +130,7 @@ def _swap_experts(
         parent._is_hf_initialized = True
         swapped[path] = (hybrid, layer)
     model.register_load_state_dict_pre_hook(refuse_other_layers)
+    model.register_load_state_dict_pre_hook(refuse_other_vocabulary)
     model.save_pretrained = _refuse_saving
     if runtime.settings.activations == "keep":
         keep_activations(model)

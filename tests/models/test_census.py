@@ -18,6 +18,7 @@ from family_census import census, moe_types, verdict
 
 from kt_sft.errors import UnsupportedModelError
 from kt_sft.experts.finding import find_experts, select_rows
+from kt_sft.families import ACTIVATIONS
 
 # The version that the tiny configurations were written for: all of its families have one.
 _PINNED = transformers.__version__.startswith("5.6.")
@@ -125,6 +126,14 @@ class _Misfit(_Gated):
 def test_an_unknown_class_of_the_default_layout_needs_no_row() -> None:
     (layer,) = find_experts(nn.Sequential(_Gated()))
     assert (layer.shape.experts, layer.shape.hidden, layer.shape.intermediate) == (4, 8, 8)
+
+
+def test_the_experts_of_liger_have_silu() -> None:
+    """They hold no activation to look at: it is in their kernel."""
+    liger = type("LigerExperts", (_Gated,), {})()
+    del liger.act_fn
+    (layer,) = find_experts(nn.Sequential(liger))
+    assert layer.shape.gate == ACTIVATIONS["silu"]
 
 
 @pytest.mark.parametrize(

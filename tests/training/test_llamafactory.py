@@ -5,10 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 import socket
+import time
+import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -197,10 +201,31 @@ def test_predicts_with_the_adapter(place: Workplace, trained: str) -> None:
     assert all({"prompt", "predict", "label"} <= json.loads(line).keys() for line in lines)
 
 
+# A change of a request, and what the error says.
+WRONG_REQUESTS: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"max_tokens": -1}, "max_tokens: got -1, expected 1 to 32768"),
+    ({"max_tokens": 10**9}, "max_tokens: got 1000000000"),
+    ({"n": 10_000}, "n: got 10000, expected 1 to 16"),
+    ({"temperature": float("nan")}, "temperature: got nan, expected 0.0 to 2.0"),
+    ({"top_p": 0}, "top_p: got 0, expected more than 0.0"),
+    ({"presence_penalty": -1}, "presence_penalty: got -1"),
+    ({"messages": [{"role": "user", "content": None}]}, r"messages\.0\.content: got null"),
+    ({"messages": [{"role": "user", "content": "a b " * 2_500_000}]}, "got 10000000 characters"),
+    ({"messages": [{"role": "user", "content": "a b " * 100_000}]}, r"got \d{5,} tokens"),
+    ({"messages": [{"role": "nobody", "content": "x"}]}, r"messages\.0\.role: Input should be"),
+    ({"messages": []}, "Invalid length"),
+    ({"stream": True, "n": 2}, "n: does not go together with stream"),
+)
+
+
 def test_api_serves_the_adapter(place: Workplace, trained: str) -> None:
     """An OpenAI-style request to a server on loopback, answered on the hybrid path."""
+    served = place.folder / "served"
+    shutil.copytree(place.folder / "model", served)
+    config = json.loads((served / "config.json").read_text())
+    (served / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 32768}))
     recipe = place.recipe(
-        "serving", kt_sft=EXPERTS, adapter_name_or_path=str(place.folder / "trained"),
+        "serving", model_name_or_path=str(served), kt_sft=EXPERTS, adapter_name_or_path=str(place.folder / "trained"),
         infer_backend="huggingface", max_new_tokens=5, do_sample=False,
         **{k: None for k in (*RECIPE, "output_dir", "dataset_dir") if k not in ("template",)},
     )  # fmt: skip
@@ -218,6 +243,27 @@ def test_api_serves_the_adapter(place: Workplace, trained: str) -> None:
         with urllib.request.urlopen(request, timeout=60) as response:
             answer = json.load(response)
         assert "3 layers of 8 experts as int8" in log.read_text()
+        for change, message in WRONG_REQUESTS:
+            request.data = json.dumps({**body, **change}).encode()
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(request, timeout=60)
+            error = json.load(refused.value)["error"]
+            assert refused.value.code == 400 and re.search(message, error["message"]), error
+            assert error["type"] == "invalid_request_error"
+        # Who has gone is not computed for: the next one in line has the model.
+        long = {**body, "max_tokens": 30_000, "presence_penalty": 0, "stop": ["never"]}
+        for stream in (False, True):
+            data = json.dumps({**long, "stream": stream}).encode()
+            with socket.create_connection(("127.0.0.1", port)) as cut:
+                cut.sendall(
+                    b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+                    b"Content-Type: application/json\r\n"
+                    b"Content-Length: %d\r\n\r\n%s" % (len(data), data)
+                )
+                time.sleep(2)
+            request.data = json.dumps({**body, "max_tokens": 2}).encode()
+            with urllib.request.urlopen(request, timeout=20) as response:
+                assert json.load(response)["usage"]["completion_tokens"] >= 1
     assert answer["usage"]["completion_tokens"] >= 1
     assert "content" in answer["choices"][0]["message"]
 

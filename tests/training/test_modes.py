@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ MODES: dict[str, dict[str, Any]] = {
 BESIDE_EXPERTS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "pissa": {"pissa_init": True},
+    "muon": {"use_muon": True, "lora_target": "q_proj,v_proj"},
     "oft": {"finetuning_type": "oft", "oft_block_size": 16, "oft_rank": 0, "lora_target": "q_proj"},
 }
 
@@ -261,6 +263,28 @@ def test_a_new_adapter_on_a_frozen_one(place: Workplace, first: Path) -> None:
     assert rows[0][1] < 1e-4, "the reference is not what training began with"
 
 
+def test_a_modelling_file_of_the_checkpoint_is_not_used(place: Workplace) -> None:
+    """`trust_remote_code: true`, which every DeepSeek and Kimi recipe has."""
+    plain = train(place, "own code", kt_sft=EXPERTS)
+    remote = place.folder / "remote"
+    shutil.copytree(place.folder / "model", remote)
+    config = json.loads((remote / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling.Qwen3MoeForCausalLM"}
+    (remote / "config.json").write_text(json.dumps(config))
+    (remote / "modeling.py").write_text('raise RuntimeError("the code of the checkpoint ran")')
+    with_code = train(
+        place, "remote code", kt_sft=EXPERTS, model_name_or_path=str(remote), trust_remote_code=True
+    )
+    assert [x.hex() for x in with_code] == [x.hex() for x in plain]
+
+
+def test_export_is_spoken_of_before_training(place: Workplace, first: Path) -> None:
+    settings = {"adapter_name_or_path": str(first), "create_new_adapter": True, **NEXT}
+    recipe = Recipe(str(place.folder), values(place, "warned", max_steps=1, **settings))
+    code, text = finish(recipe)
+    assert code == 0 and "export merges one adapter" in text
+
+
 def test_the_value_head_of_a_reward_model_is_exported(place: Workplace) -> None:
     train(place, "reward", kt_sft=EXPERTS, stage="rm", lora_target="all", **PAIRS)
     out = place.folder / "reward-merged"
@@ -369,6 +393,10 @@ def test_added_tokens_resume_predict_and_export(place: Workplace, tmp_path: Path
     )  # fmt: skip
     code, text = finish(Recipe(str(place.folder / "grown-predicted"), train_file))
     assert code == 0, text[-4000:]
+    for line in ADDED:
+        del train_file[line]
+    code, text = finish(Recipe(str(place.folder / "grown-forgotten"), train_file))
+    assert code == 1 and "add_tokens, add_special_tokens and resize_vocab" in text
     export = {
         "model_name_or_path": str(place.folder / "model"), "adapter_name_or_path": adapter,
         "template": "qwen3_nothink", "finetuning_type": "lora", "export_dir": str(tmp_path / "out"),

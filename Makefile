@@ -11,6 +11,8 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STATE = .cache/make
 PACKAGING = .cache/packaging
+# Most tests wait for a child or use one core; a file's tests share what it has prepared.
+AT_ONCE = -n 2 --dist loadfile
 SOURCES = $(shell find csrc -type f) setup.py pyproject.toml
 
 export HF_HUB_OFFLINE ?= 1
@@ -40,10 +42,10 @@ demo: install
 	$(BIN)/python scripts/demo/run.py
 
 test: install lint
-	$(BIN)/python -m pytest -q -m "not slow" --durations=10
+	$(BIN)/python -m pytest -q -m "not slow" --durations=10 $(AT_ONCE)
 
 test-full: install lint
-	$(BIN)/python -m pytest -q --durations=20
+	$(BIN)/python -m pytest -q --durations=20 $(AT_ONCE)
 
 lint: install
 	$(BIN)/ruff check .

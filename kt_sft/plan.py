@@ -18,9 +18,10 @@ logger = logging.getLogger(__name__)
 _BLOCK = 64  # channels are padded to multiples of it
 _FLOAT = 4
 _STATES = 4  # of a trained parameter in fp32: itself, its gradient, two of Adam
-# Tensors of [T, D] that a layer's attention, norms and shared parts hold for backward, about.
-_LAYER_TENSORS = 24
-_LOGIT_COPIES = 3  # logits, their fp32 copy or softmax, their gradient
+# Tensors of [T, D] that a layer's attention, norms and shared parts hold for backward, and those
+# that come and go within its backward; and fp32 copies of the logits. By scripts/memory_plan.py.
+_HELD_TENSORS, _PASSING_TENSORS = 13, 11
+_LOGIT_COPIES = 2
 # Not handed out: what the system and the allocator's slack take.
 _MARGIN_BYTES = 512 << 20
 _MARGIN_SHARE = 0.03
@@ -208,9 +209,10 @@ def plan_memory(
         held = sum(kept) if keeps or not work.checkpointing else max(kept, default=0)
         tensor = work.tokens * rest.hidden * rest.element_bytes
         # With checkpointing: the input of every layer, and all of one.
-        tensors = rest.layers + _LAYER_TENSORS
+        held_tensors = rest.layers + _HELD_TENSORS
         if not work.checkpointing:
-            tensors = rest.layers * _LAYER_TENSORS
+            held_tensors = rest.layers * _HELD_TENSORS
+        tensors = held_tensors + _PASSING_TENSORS
         logits = _LOGIT_COPIES * work.tokens * rest.vocabulary * _FLOAT
         parts += [
             Component("frozen models' experts", shared, work.frozen_models * experts),
@@ -218,6 +220,12 @@ def plan_memory(
             Component("expert LoRA and its optimizer", there, _STATES * _FLOAT * trained),
             Component("other trained parameters", there, _STATES * _FLOAT * work.other_trained),
             Component("experts' activations", "host", held),
+            # Copies on the host live until backward; with checkpointing, one layer's at a time.
+            Component(
+                "staged expert LoRA",
+                "host",
+                0 if rest.on_host or work.checkpointing else _FLOAT * trained,
+            ),
             Component(
                 "kernels' workspace",
                 "host",

@@ -3,9 +3,9 @@
     python scripts/memory_plan.py
     python scripts/memory_plan.py --shape long_batch
 
-Each shape is trained in a process of its own, on the CPU, with the C library's settings as they
-are. Measured is the largest anonymous memory above what the process had before the model, looked
-at every 2 ms, with the experts packed in its memory.
+Each shape is trained in a process of its own, on the CPU. Measured is the largest anonymous memory
+above what the process had before the model, with the experts packed in its memory. The C library
+is told what kt_sft tells it where memory is short, to hand back what is freed.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +22,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-from kt_sft import HybridExpertsConfig
-from kt_sft.host import anonymous_memory_bytes
+from kt_sft import HybridExpertsConfig, allocator
+from kt_sft.host import anonymous_memory_bytes, host_memory_bytes, peak_memory_bytes
 from kt_sft.integrations import transformers as loading
 from kt_sft.integrations.lora_targets import LoraTargets
 from kt_sft.integrations.memory import TrainingOutline
@@ -75,7 +73,7 @@ SHAPES = {
     "long_batch": Shape(sequences=8, length=2048, layers=3, intermediate=256),
     "recomputed": Shape(sequences=4, layers=6, top_k=4, activations="recompute"),
     "not_checkpointed": Shape(sequences=4, layers=3, checkpointing=False),
-    "wide": Shape(hidden=2048, intermediate=256, layers=2, length=1024),
+    "wide": Shape(hidden=2048, layers=2, length=2048),
     "deep": Shape(hidden=256, intermediate=256, layers=24, sequences=2),
     "lora": Shape(experts=64, rank=32, top_k=4, length=256),
     "shared_lora": Shape(experts=32, rank=64, expert_lora="shared", length=1024),
@@ -89,22 +87,22 @@ SHAPES = {
 
 
 class Peak:
-    """The largest anonymous memory of this process, followed by a thread."""
+    """The most anonymous memory of this process from here on, as the system records it."""
 
     def __init__(self) -> None:
-        self.start = self.largest = anonymous_memory_bytes()
-        self._thread = threading.Thread(target=self._follow, daemon=True)
-        self._thread.start()
+        self._start = anonymous_memory_bytes()
+        self._loading = 0
 
-    def _follow(self) -> None:
-        while True:
-            self.largest = max(self.largest, anonymous_memory_bytes())
-            time.sleep(0.002)
+    def loaded(self) -> None:
+        """After the model was read from mapped files, which are no memory of the process."""
+        self._loading = anonymous_memory_bytes()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is what it is now
 
     @property
     def grown(self) -> int:
         """Bytes above the start."""
-        return self.largest - self.start
+        mapped = host_memory_bytes() - anonymous_memory_bytes()
+        return max(self._loading, peak_memory_bytes() - mapped) - self._start
 
 
 def measure(name: str) -> dict[str, float]:
@@ -131,12 +129,14 @@ def measure(name: str) -> dict[str, float]:
         check = loading.check_memory
         loading.check_memory = lambda plan, settings: plans.append(plan) or check(plan, settings)
         torch.set_num_threads(1)
+        allocator.return_freed_blocks()
         # What the first use of every library takes is not the model's.
         torch.ones(64, 64, requires_grad=True).matmul(torch.ones(64, 64)).sum().backward()
         peak = Peak()
         model = AutoModelForCausalLM.from_pretrained(
             folder, config=shape.config(), quantization_config=quantization, dtype=torch.bfloat16
         )
+        peak.loaded()
         if shape.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         lora = LoraConfig(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kt_sft.errors import NonFiniteError
@@ -60,9 +63,12 @@ class RunGuard(TrainerCallback):
         """Raises NonFiniteError; in fp16 the loss scaler deals with it."""
         if self._watch is None or model is None or args.fp16:
             return
-        bad = next((n for n, p in model.named_parameters() if not _gradient_is_finite(p)), None)
-        if bad is not None:
-            raise _poisoned(state.global_step + 1, self._watch.first, f"in the gradient of {bad}")
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        poisoned = not _all_finite(list(gradients.values()))
+        if _largest_of_ranks(int(poisoned), args.device):
+            bad = next((n for n, g in gradients.items() if not _all_finite([g])), None)
+            where = f"in the gradient of {bad}" if bad else "on another rank"
+            raise _poisoned(state.global_step + 1, self._watch.first, where)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -83,10 +89,10 @@ class RunGuard(TrainerCallback):
         self._signals.restore()
 
 
-def _gradient_is_finite(parameter: nn.Parameter) -> bool:
-    # One reduction; the norm of a sharded gradient is that of all its shards.
-    gradient = parameter.grad
-    return gradient is None or bool(torch.isfinite(torch.linalg.vector_norm(gradient.float())))
+def _all_finite(gradients: list[torch.Tensor]) -> bool:
+    """In one wait for the device; of sharded gradients, this rank's parts."""
+    parts = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    return bool(torch.isfinite(get_total_norm(parts, norm_type=math.inf)))
 
 
 def _poisoned(step: int, first: str | None, otherwise: str) -> NonFiniteError:

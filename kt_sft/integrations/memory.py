@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kt_sft import allocator
 from kt_sft.adapters.layer import HybridExpertsLinear
 from kt_sft.config import HybridExpertsSettings
 from kt_sft.cpu_budget import place_among_ranks
@@ -152,5 +153,8 @@ def plan_of(
 def check_memory(plan: MemoryPlan, settings: HybridExpertsSettings) -> None:
     """Prints the plan. Raises MemoryPlanError where it does not fit and is to be enforced."""
     logger.info("%s", plan.text())
-    device_free = torch.cuda.mem_get_info()[0] if plan.of("device") else None
-    plan.require(available_memory_bytes(), device_free, settings.memory_check)
+    on_device = plan.of("device")
+    free = available_memory_bytes()
+    plan.require(free, torch.cuda.mem_get_info()[0] if on_device else None, settings.memory_check)
+    if not on_device:
+        allocator.settle(plan.host_bytes, free)

@@ -225,7 +225,8 @@ def test_api_serves_the_adapter(place: Workplace, trained: str) -> None:
     config = json.loads((served / "config.json").read_text())
     (served / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 32768}))
     recipe = place.recipe(
-        "serving", model_name_or_path=str(served), kt_sft=EXPERTS, adapter_name_or_path=str(place.folder / "trained"),
+        "serving", model_name_or_path=str(served), kt_sft=EXPERTS,
+        adapter_name_or_path=str(place.folder / "trained"),
         infer_backend="huggingface", max_new_tokens=5, do_sample=False,
         **{k: None for k in (*RECIPE, "output_dir", "dataset_dir") if k not in ("template",)},
     )  # fmt: skip

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from kt_sft_autoload import plugin_disabled
+
 
 def python(code: str, cwd: str | None = None, **env: str) -> subprocess.CompletedProcess:
     """A program of its own; modules in `cwd` come first."""
@@ -31,7 +33,13 @@ def test_import_torch_installs_the_hook_and_loads_nothing_of_ours() -> None:
     [("1", True), ("true", True), ("yes please", True)]
     + [(v, False) for v in ("", "0", "false", "No", "off")],
 )
-def test_switched_off(value: str, off: bool, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_switches_off(value: str, off: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KT_SFT_DISABLE", value)
+    assert plugin_disabled() == off
+
+
+@pytest.mark.parametrize(("value", "off"), [("yes please", True), ("No", False)])
+def test_switched_off(value: str, off: bool) -> None:
     """The hook and `kt-sft doctor` read the variable alike."""
     done = python(
         "import torch, sys\n"

@@ -181,7 +181,7 @@ def test_one_rank_ends_all(name: str, place: Workplace, tmp_path: Path) -> None:
 SAVES = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 3, "max_steps": 6}
 
 
-@pytest.mark.parametrize("mode", ["ddp", "zero2"])
+@pytest.mark.parametrize("mode", ["ddp", pytest.param("zero2", marks=pytest.mark.slow)])
 def test_a_killed_run_of_two_ranks_resumes_to_the_bit(
     mode: str, place: Workplace, tmp_path: Path
 ) -> None:

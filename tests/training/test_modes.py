@@ -47,6 +47,7 @@ MODES: dict[str, dict[str, Any]] = {
     "non-reentrant": {"use_reentrant_gc": False},
     "no checkpointing": {"disable_gradient_checkpointing": True},
     "packing": {"packing": True},
+    "batch size found": {"auto_find_batch_size": True},
     "neat packing": {"neat_packing": True},
     "accumulation": {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 2},
     "clipping": {"max_grad_norm": 0.05},
@@ -261,6 +262,26 @@ def test_a_new_adapter_on_a_frozen_one(place: Workplace, first: Path) -> None:
     rows = json.loads(file.read_text())
     assert min(from_base for from_base, _ in rows) > 0.05, "the reference lost the first adapter"
     assert rows[0][1] < 1e-4, "the reference is not what training began with"
+
+
+def test_the_best_checkpoint_is_what_stays(place: Workplace) -> None:
+    """With the largest loss called the best, the first of the checkpoints is."""
+    train(
+        place, "best", kt_sft=EXPERTS, lora_target="all", max_steps=6, val_size=8,
+        save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2,
+        load_best_model_at_end=True, save_total_limit=1, metric_for_best_model="eval_loss",
+        greater_is_better=True,
+    )  # fmt: skip
+    folder = place.folder / "best"
+    state = json.loads((folder / "trainer_state.json").read_text())
+    losses = {e["step"]: e["eval_loss"] for e in state["log_history"] if "eval_loss" in e}
+    best = Path(state["best_model_checkpoint"])
+    assert best == folder / f"checkpoint-{max(losses, key=losses.__getitem__)}" and best.is_dir()
+    assert best.name != "checkpoint-6"
+    name = "adapter_model.safetensors"
+    assert (best / name).read_bytes() == (folder / name).read_bytes()
+    last = folder / "checkpoint-6" / name
+    assert not last.exists() or last.read_bytes() != (best / name).read_bytes()
 
 
 def test_a_modelling_file_of_the_checkpoint_is_not_used(place: Workplace) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -374,17 +375,25 @@ def test_padding_on_either_side(side: str) -> None:
 
 def compare_with_stock(ids: torch.Tensor, mask: torch.Tensor | None) -> None:
     """Loss and the gradient of the embeddings, hybrid against stock."""
+    labels = ids if mask is None else ids.masked_fill(mask == 0, -100)
+    follows_stock(
+        make_model("qwen3_moe"), make_model("qwen3_moe"), ids, labels, attention_mask=mask
+    )
+
+
+def follows_stock(
+    stock: Any, other: Any, ids: torch.Tensor, labels: torch.Tensor, **inputs: Any
+) -> None:
     from tiny_models import take_effective_weights
 
     from kt_sft import HybridExpertsConfig, hybridize
 
-    stock = make_model("qwen3_moe")
-    hybrid = hybridize(make_model("qwen3_moe"), HybridExpertsConfig(threads=1))
+    hybrid = hybridize(other, HybridExpertsConfig(threads=1))
     take_effective_weights(stock, hybrid)
     results = []
     for model in (stock, hybrid):
-        labels = ids if mask is None else ids.masked_fill(mask == 0, -100)
-        logits = model(input_ids=ids, attention_mask=mask).logits
+        torch.manual_seed(3)
+        logits = model(input_ids=ids, **inputs).logits
         # A sequence of one token has no next one to predict.
         loss = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), labels.flatten(), ignore_index=-100
@@ -394,6 +403,34 @@ def compare_with_stock(ids: torch.Tensor, mask: torch.Tensor | None) -> None:
     (a, grad_a), (b, grad_b) = results
     assert abs(a - b) < 1e-3
     assert float((grad_a - grad_b).norm() / grad_a.norm()) < 1e-2
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_noise_before_the_router(reentrant: bool | None) -> None:
+    """Mixtral's jitter is drawn again, and the same, when a checkpointed layer is recomputed."""
+    models = []
+    for _ in range(2):
+        model = make_model("mixtral").train()
+        for layer in model.model.layers:
+            layer.mlp.jitter_noise = 0.3
+        if reentrant is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        models.append(model)
+    ids = torch.randint(0, 300, (2, 33), generator=torch.Generator().manual_seed(1))
+    follows_stock(*models, ids, ids)
+
+
+def test_two_trainings_at_once(place: Workplace) -> None:
+    """On one machine, with one store: neither waits for the other or changes it."""
+    alone = train(place, "alone", kt_sft=EXPERTS, lora_target="all")
+    with ThreadPoolExecutor(2) as pool:
+        runs = [
+            pool.submit(train, place, f"beside-{i}", kt_sft=EXPERTS, lora_target="all")
+            for i in range(2)
+        ]
+    for run in runs:
+        assert [x.hex() for x in run.result()] == [x.hex() for x in alone]
 
 
 def test_added_tokens_resume_predict_and_export(place: Workplace, tmp_path: Path) -> None:

@@ -213,6 +213,8 @@ INDICES = {
 def test_indices(bases: dict[str, Path], tmp_path: Path, name: str) -> None:
     folder = copy(bases["plain"], tmp_path)
     (folder / "sub").mkdir()
+    # Beside a model.safetensors an index is passed over.
+    (folder / "model.safetensors").rename(folder / "shard.safetensors")
     (folder / "model.safetensors.index.json").write_text(INDICES[name])
     with bounded(), pytest.raises(CheckpointError, match="index"):
         read_all(folder)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import llamafactory.hparams.parser as parser
+import llamafactory.model.loader as loader
 import llamafactory.train.tuner as tuner
 import torch
 from llamafactory.train.dpo.trainer import CustomDPOTrainer
@@ -38,6 +39,24 @@ class Recipe:
 def allow_pure_bf16() -> None:
     """LLaMA-Factory admits it with an accelerator only; everything behind that runs without."""
     parser.is_torch_bf16_gpu_available = lambda: True
+
+
+@dataclass
+class OtherHub:
+    """LLaMA-Factory's download from ModelScope or Openmind, which is not reached: a name's folder.
+
+    Only what asks by the name finds it.
+    """
+
+    name: str
+    folder: str
+
+    def __call__(self) -> None:
+        def found(model_args: Any) -> str:
+            return self.folder if model_args.model_name_or_path == self.name else stock(model_args)
+
+        stock = loader.try_download_model_from_other_hub
+        loader.try_download_model_from_other_hub = found
 
 
 @dataclass

@@ -17,7 +17,7 @@ import pytest
 import torch
 from children import finish
 from llamafactory_runs import RECIPE, Workplace, effective_workplace
-from recipe_runs import STEPS, CompareReference, Recipe, allow_pure_bf16
+from recipe_runs import STEPS, CompareReference, OtherHub, Recipe, allow_pure_bf16
 from safetensors.torch import load_file
 from tiny_models import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -263,6 +263,20 @@ def test_a_new_adapter_on_a_frozen_one(place: Workplace, first: Path) -> None:
     rows = json.loads(file.read_text())
     assert min(from_base for from_base, _ in rows) > 0.05, "the reference lost the first adapter"
     assert rows[0][1] < 1e-4, "the reference is not what training began with"
+
+
+def test_a_model_of_another_hub(place: Workplace, first: Path, tmp_path: Path) -> None:
+    """Trained and exported by its name there; Hugging Face's has no such model."""
+    hub = OtherHub("somebody/model", str(place.folder / "model"))
+    name = {"model_name_or_path": hub.name}
+    losses = train(place, "by name", hub, kt_sft=EXPERTS, **name)
+    assert losses == train(place, "by folder", kt_sft=EXPERTS)
+    export = {
+        **name, "adapter_name_or_path": str(first), "template": "qwen3_nothink",
+        "finetuning_type": "lora", "export_dir": str(tmp_path / "out"), "kt_sft": EXPERTS,
+    }  # fmt: skip
+    code, text = finish(Recipe(str(tmp_path), export, hub, "export"))
+    assert code == 0 and (tmp_path / "out" / "model.safetensors").is_file(), text[-3000:]
 
 
 def test_the_best_checkpoint_is_what_stays(place: Workplace) -> None:

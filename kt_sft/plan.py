@@ -165,6 +165,12 @@ def kept_bytes(layer: LayerNeeds, work: Workload, element_bytes: int) -> int:
     return rows * _FLOAT * (_gate_and_up(layer.layout) + factors) + routing + output
 
 
+def staged_bytes(layer: LayerNeeds, work: Workload, element_bytes: int) -> int:
+    """Hidden states, indices and routing weights of one layer, copied from an accelerator."""
+    hidden = work.tokens * layer.layout.hidden * element_bytes
+    return hidden + work.tokens * layer.top_k * (8 + _FLOAT)
+
+
 def workspace_bytes(layer: LayerNeeds, work: Workload, compute: str) -> int:
     """The kernels' temporary memory in a backward, which needs more than a forward."""
     layout = layer.layout
@@ -207,6 +213,12 @@ def plan_memory(
         kept = [kept_bytes(layer, work, rest.element_bytes) for layer in layers]
         # Without checkpointing autograd holds every layer's; recompute has one at a time.
         held = sum(kept) if keeps or not work.checkpointing else max(kept, default=0)
+        # The same goes for what an accelerator's tensors are copied to; LoRA's for one layer is in
+        # the workspace.
+        copies = [staged_bytes(layer, work, rest.element_bytes) for layer in layers]
+        copied = max(copies, default=0)
+        if not work.checkpointing:
+            copied = sum(copies) + _FLOAT * trained
         tensor = work.tokens * rest.hidden * rest.element_bytes
         # With checkpointing: the input of every layer, and all of one.
         held_tensors = rest.layers + _HELD_TENSORS
@@ -220,12 +232,7 @@ def plan_memory(
             Component("expert LoRA and its optimizer", there, _STATES * _FLOAT * trained),
             Component("other trained parameters", there, _STATES * _FLOAT * work.other_trained),
             Component("experts' activations", "host", held),
-            # Copies on the host live until backward; with checkpointing, one layer's at a time.
-            Component(
-                "staged expert LoRA",
-                "host",
-                0 if rest.on_host or work.checkpointing else _FLOAT * trained,
-            ),
+            Component("copies for the host", "host", 0 if rest.on_host else copied),
             Component(
                 "kernels' workspace",
                 "host",

@@ -261,13 +261,20 @@ def test_freed_blocks_go_back_unless_a_person_decided(
     assert least <= int(done.stdout.splitlines()[-1]) <= most
 
 
-def test_copies_of_lora_for_a_device_are_counted() -> None:
-    """Without checkpointing every layer's lie on the host until backward."""
-    parts = {c.name: c for c in plan(replace(WORK, checkpointing=False)).components}
-    assert parts["staged expert LoRA"].nbytes == 48 * lora_parameters(LAYER, 8) * 4
-    assert parts["staged expert LoRA"].place == "host"
-    for other in (plan(), plan(replace(WORK, checkpointing=False), replace(REST, on_host=True))):
-        assert not {c.name: c for c in other.components}["staged expert LoRA"].nbytes
+def test_copies_of_a_device_are_counted() -> None:
+    """Without checkpointing those of every layer lie on the host until backward."""
+
+    def copied(work: Workload, rest: RestOfModel = REST) -> int:
+        (part,) = [c for c in plan(work, rest).components if c.name == "copies for the host"]
+        assert part.place == "host"
+        return part.nbytes
+
+    one = 4096 * 2048 * 2 + 4096 * 8 * 12
+    assert copied(WORK) == one
+    every = copied(replace(WORK, checkpointing=False))
+    assert every == 48 * (one + lora_parameters(LAYER, 8) * 4)
+    on_host = replace(REST, on_host=True)
+    assert copied(WORK, on_host) == copied(replace(WORK, checkpointing=False), on_host) == 0
 
 
 # Those of the quickest models; all of them are `make test-full`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
 import re
@@ -239,6 +240,15 @@ def _export(recipe: Mapping[str, Any]) -> Path:
             )
         )
     out = export_merged(base, adapters[0] if adapters else None, model_args.export_dir)
+    grown, known = _vocabulary_size(out), _vocabulary_size(base)
+    if grown > known >= len(tokenizer):
+        logger.warning(
+            "the adapter has a vocabulary of %d, its base one of %d, and this tokenizer knows %d "
+            "tokens: export with the add_tokens or add_special_tokens of the training",
+            grown,
+            known,
+            len(tokenizer),
+        )
     tokenizer.padding_side = "left"  # for generation, as the stock command leaves it
     tokenizer.init_kwargs["padding_side"] = "left"
     tokenizer.save_pretrained(out)
@@ -247,6 +257,12 @@ def _export(recipe: Mapping[str, Any]) -> Path:
         _copy_value_head(Path(adapters[0]) if adapters else base, out)
     logger.info("exported to %s", out)
     return out
+
+
+def _vocabulary_size(folder: Path) -> int:
+    """As config.json says."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return int((config.get("text_config") or config).get("vocab_size") or 0)
 
 
 def _copy_value_head(source: Path, out: Path) -> None:

@@ -475,7 +475,11 @@ def test_added_tokens_resume_predict_and_export(place: Workplace, tmp_path: Path
         "kt_sft": EXPERTS, **ADDED,
     }  # fmt: skip
     code, text = finish(Recipe(str(tmp_path), export, command="export"))
-    assert code == 0, text[-4000:]
+    assert code == 0 and "export with the add_tokens" not in text, text[-4000:]
+    without = {k: v for k, v in export.items() if k not in ADDED}
+    without["export_dir"] = str(tmp_path / "without")
+    code, text = finish(Recipe(str(tmp_path), without, command="export"))
+    assert code == 0 and "export with the add_tokens" in text, text[-4000:]
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     size = exported.config.vocab_size

@@ -1,0 +1,122 @@
+"""A Mixture-of-Experts model out of a dense one that computes the same (sparse upcycling).
+
+    python scripts/upcycle.py MODEL OUT --experts 8 --top-k 2
+    python scripts/upcycle.py folder/model.gguf OUT --noise 0.02
+
+MODEL is a checkpoint of the Llama kind: a folder or a Hub name, or a GGUF file (needs the package
+`gguf`). Each layer's MLP becomes every one of its experts; a token's weights over its top-k experts
+add up to 1, so that whatever the router, which is random, chooses, their sum is the dense layer's
+output. OUT is a Mixtral. --noise breaks the symmetry between experts, for trainings that should
+tell them apart: their weights are multiplied by 1 + noise * N(0, 1), which costs some loss.
+
+Source: Komatsuzaki et al., Sparse Upcycling, 2022 (arXiv 2212.05055).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
+
+# What a Llama and a Mixtral configuration have in common.
+_SHARED = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps",
+    "rope_parameters", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
+)  # fmt: skip
+# Settings of a Llama that a Mixtral does not have, and the value that changes nothing.
+_ABSENT = {"attention_bias": False, "mlp_bias": False}
+_ROUTER_STD = 0.02
+
+
+def upcycled(
+    dense: PreTrainedModel, experts: int, top_k: int, noise: float = 0.0, seed: int = 0
+) -> MixtralForCausalLM:
+    """A Mixtral in the dense model's dtype, which shares no memory with it.
+
+    Raises ValueError for a model that is not of the Llama kind, and for impossible numbers.
+    """
+    config = dense.config
+    if not 1 <= top_k <= experts:
+        raise ValueError(f"top_k: got {top_k}, expected 1 to {experts}, the number of experts")
+    wrong = [n for n, plain in _ABSENT.items() if getattr(config, n, plain) not in (None, plain)]
+    lacking = [n for n in ("intermediate_size", "num_key_value_heads") if not hasattr(config, n)]
+    if wrong or lacking or not hasattr(dense.get_decoder(), "layers"):
+        raise ValueError(
+            f"model type {config.model_type!r} cannot become a Mixtral: expected a Llama without "
+            f"biases ({', '.join(wrong + lacking) or 'its decoder has no layers'})"
+        )
+    shared = {name: getattr(config, name) for name in _SHARED if hasattr(config, name)}
+    torch.manual_seed(seed)
+    model = MixtralForCausalLM._from_config(
+        MixtralConfig(**shared, num_local_experts=experts, num_experts_per_tok=top_k),
+        dtype=dense.dtype,
+    )
+    left = dict(dense.state_dict())
+    with torch.no_grad():
+        for i, layer in enumerate(model.model.layers):
+            mlp = {
+                name: left.pop(f"model.layers.{i}.mlp.{name}.weight")
+                for name in ("gate_proj", "up_proj", "down_proj")
+            }
+            layer.mlp.gate.weight.normal_(0, _ROUTER_STD)
+            _fill(
+                layer.mlp.experts.gate_up_proj, torch.cat([mlp["gate_proj"], mlp["up_proj"]]), noise
+            )
+            _fill(layer.mlp.experts.down_proj, mlp["down_proj"], noise)
+        missing, unexpected = model.load_state_dict(left, strict=False)
+    lost = [name for name in missing if ".mlp." not in name]
+    if lost or unexpected:
+        raise ValueError(
+            f"model type {config.model_type!r} cannot become a Mixtral: it has {unexpected[:3]}, "
+            f"and lacks {lost[:3]}"
+        )
+    return model
+
+
+def _fill(experts_EOI: nn.Parameter, dense_OI: Tensor, noise: float) -> None:
+    for expert_OI in experts_EOI:
+        expert_OI.copy_(dense_OI)
+        if noise:
+            expert_OI.mul_(1 + noise * torch.randn_like(expert_OI))
+
+
+def main() -> None:
+    """Reads, changes, writes."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="a folder, a Hub name or a .gguf file")
+    parser.add_argument("out", type=Path, help="a new folder")
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--top-k", type=int, default=2)
+    parser.add_argument("--noise", type=float, default=0.0)
+    options = parser.parse_args()
+    if options.out.exists() and any(options.out.iterdir()):
+        raise SystemExit(f"upcycle: {options.out} is not empty; give a new folder")
+    source: dict[str, str] = {}
+    name = options.model
+    if name.endswith(".gguf"):
+        name, source = str(Path(name).parent), {"gguf_file": Path(name).name}
+    dense = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16, **source)
+    try:
+        model = upcycled(dense, options.experts, options.top_k, options.noise)
+    except ValueError as error:
+        raise SystemExit(f"upcycle: {error}") from None
+    model.save_pretrained(options.out)
+    AutoTokenizer.from_pretrained(name, **source).save_pretrained(options.out)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{options.out}: {parameters / 1e6:.0f} M parameters, {options.experts} experts a layer")
+
+
+if __name__ == "__main__":
+    main()

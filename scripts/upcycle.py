@@ -18,13 +18,14 @@ import argparse
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 # What a Llama and a Mixtral configuration have in common.
@@ -35,13 +36,15 @@ _SHARED = (
 )  # fmt: skip
 # Settings of a Llama that a Mixtral does not have, and the value that changes nothing.
 _ABSENT = {"attention_bias": False, "mlp_bias": False}
+# A published Mixtral's names of an expert's projections, and a Llama's.
+_PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _ROUTER_STD = 0.02
 
 
 def upcycled(
     dense: PreTrainedModel, experts: int, top_k: int, noise: float = 0.0, seed: int = 0
 ) -> MixtralForCausalLM:
-    """A Mixtral in the dense model's dtype, which shares no memory with it.
+    """A Mixtral in the dense model's dtype; what is not an MLP shares the dense model's memory.
 
     Raises ValueError for a model that is not of the Llama kind, and for impossible numbers.
     """
@@ -56,38 +59,52 @@ def upcycled(
             f"biases ({', '.join(wrong + lacking) or 'its decoder has no layers'})"
         )
     shared = {name: getattr(config, name) for name in _SHARED if hasattr(config, name)}
-    torch.manual_seed(seed)
-    model = MixtralForCausalLM._from_config(
-        MixtralConfig(**shared, num_local_experts=experts, num_experts_per_tok=top_k),
+    random = torch.Generator().manual_seed(seed)
+    tensors = dict(dense.state_dict())
+    for i in range(config.num_hidden_layers):
+        router_ED = torch.randn(experts, config.hidden_size, generator=random) * _ROUTER_STD
+        moe = f"model.layers.{i}.block_sparse_moe"
+        tensors[f"{moe}.gate.weight"] = router_ED.to(dense.dtype)
+        for published, name in _PROJECTIONS.items():
+            weight_OI = tensors.pop(f"model.layers.{i}.mlp.{name}.weight")
+            for e in range(experts):
+                tensors[f"{moe}.experts.{e}.{published}.weight"] = _varied(weight_OI, noise, random)
+    # From a state dict nothing is drawn at random first, which takes longer than all the rest.
+    model, found = MixtralForCausalLM.from_pretrained(
+        None,
+        config=MixtralConfig(**shared, num_local_experts=experts, num_experts_per_tok=top_k),
+        state_dict=tensors,
         dtype=dense.dtype,
+        output_loading_info=True,
     )
-    left = dict(dense.state_dict())
-    with torch.no_grad():
-        for i, layer in enumerate(model.model.layers):
-            mlp = {
-                name: left.pop(f"model.layers.{i}.mlp.{name}.weight")
-                for name in ("gate_proj", "up_proj", "down_proj")
-            }
-            layer.mlp.gate.weight.normal_(0, _ROUTER_STD)
-            _fill(
-                layer.mlp.experts.gate_up_proj, torch.cat([mlp["gate_proj"], mlp["up_proj"]]), noise
-            )
-            _fill(layer.mlp.experts.down_proj, mlp["down_proj"], noise)
-        missing, unexpected = model.load_state_dict(left, strict=False)
-    lost = [name for name in missing if ".mlp." not in name]
-    if lost or unexpected:
+    lost, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    if lost or unexpected or found["mismatched_keys"]:
         raise ValueError(
             f"model type {config.model_type!r} cannot become a Mixtral: it has {unexpected[:3]}, "
             f"and lacks {lost[:3]}"
         )
+    model.generation_config = dense.generation_config
     return model
 
 
-def _fill(experts_EOI: nn.Parameter, dense_OI: Tensor, noise: float) -> None:
-    for expert_OI in experts_EOI:
-        expert_OI.copy_(dense_OI)
-        if noise:
-            expert_OI.mul_(1 + noise * torch.randn_like(expert_OI))
+def _varied(weight_OI: Tensor, noise: float, random: torch.Generator) -> Tensor:
+    if not noise:
+        return weight_OI
+    factor_OI = 1 + noise * torch.randn(weight_OI.shape, generator=random)
+    return (weight_OI * factor_OI).to(weight_OI.dtype)
+
+
+def tokenizer_of(name: str, dense: PreTrainedModel, **source: str) -> PreTrainedTokenizerBase:
+    """The dense model's tokenizer, whose ends are those of the model's configuration.
+
+    Transformers reads other ones out of some GGUF files, with which an answer would never end.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(name, **source)
+    for token in ("bos", "eos", "pad"):
+        number = getattr(dense.config, f"{token}_token_id", None)
+        if isinstance(number, int):
+            setattr(tokenizer, f"{token}_token", tokenizer.convert_ids_to_tokens(number))
+    return tokenizer
 
 
 def main() -> None:
@@ -113,7 +130,7 @@ def main() -> None:
     except ValueError as error:
         raise SystemExit(f"upcycle: {error}") from None
     model.save_pretrained(options.out)
-    AutoTokenizer.from_pretrained(name, **source).save_pretrained(options.out)
+    tokenizer_of(name, dense, **source).save_pretrained(options.out)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{options.out}: {parameters / 1e6:.0f} M parameters, {options.experts} experts a layer")
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import kt_sft_autoload
 from kt_sft import __version__
 from kt_sft.cli.bench import add_bench, run_bench
+from kt_sft.cli.errors import add_errors, run_errors
 from kt_sft.cli.help_text import sentence
-from kt_sft.cli.pack import add_pack, run_errors, run_pack
+from kt_sft.cli.pack import add_pack, run_pack
 from kt_sft.config import shipped_folder
 from kt_sft.errors import KtSftError
 
@@ -49,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
             help="override settings of the recipe",
         )
     add_pack(commands)
+    add_errors(commands)
     add_bench(commands)
     text = "show what this machine offers: instruction sets, threads, memory, versions"
     commands.add_parser("doctor", help=text, description=sentence(text))

@@ -1,33 +1,27 @@
-"""`kt-sft pack` and `kt-sft errors`: stores ahead of time, and the error of each format."""
+"""`kt-sft pack`: stores ahead of time."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from kt_sft.cli.help_text import sentence
 from kt_sft.cpu_budget import available_threads
-from kt_sft.errors import CheckpointError, SettingsError
-from kt_sft.kernels import CodedMatrix, Engine, ExpertWeights, requested_isa
-from kt_sft.kernels.formats import OWN_FORMATS
+from kt_sft.errors import SettingsError
+from kt_sft.kernels import Engine, requested_isa
 from kt_sft.store.library import default_folder
 from kt_sft.store.packed_file import PackedFile
-from kt_sft.store.packing import layout_of, pack_one
-from kt_sft.store.sources import ExpertSource
 
 FORMATS = ("int8", "int4", "int4_g32", "int4_g128", "bf16", "checkpoint")
-_MEASURED = (*OWN_FORMATS, "checkpoint")
 
 
 def add_pack(commands: Any) -> None:
-    """Adds both commands to the parser of `kt-sft`."""
+    """Adds the command to the parser of `kt-sft`."""
     text = "pack a checkpoint's experts ahead of time, or check and describe packed ones"
     pack = commands.add_parser("pack", help=text, description=sentence(text))
     pack.add_argument("model", nargs="?", help="folder of a checkpoint")
@@ -36,10 +30,6 @@ def add_pack(commands: Any) -> None:
     pack.add_argument("--threads", type=int, help="CPU threads (default: all that are allowed)")
     pack.add_argument("--verify", type=Path, metavar="STORE", help="read a store and check it")
     pack.add_argument("--info", type=Path, metavar="STORE", help="describe a store")
-    text = "print the relative error that each format makes on a checkpoint's experts, by layer"
-    errors = commands.add_parser("errors", help=text, description=sentence(text))
-    errors.add_argument("model", help="folder of a checkpoint")
-    errors.add_argument("--experts", type=int, default=2, help="experts of each layer (default 2)")
 
 
 def run_pack(arguments: argparse.Namespace) -> None:
@@ -85,45 +75,3 @@ def _describe(packed: PackedFile) -> Iterator[str]:
             f"{layout.coding or layout.weights}"
             + (f", biases of {', '.join(sorted(layout.biased))}" if layout.biased else "")
         )
-
-
-def run_errors(arguments: argparse.Namespace) -> None:
-    """Runs `kt-sft errors`. Raises KtSftError."""
-    from kt_sft.integrations.checkpoint_keys import checkpoint_experts
-
-    if arguments.experts < 1:
-        raise SettingsError(f"--experts: got {arguments.experts}, expected at least 1")
-    found = checkpoint_experts(arguments.model)
-    sources = found.sources()
-    engine = Engine(available_threads(), requested_isa("auto"))
-    write = sys.stdout.write
-    write("relative Frobenius error of the weights, in percent\n")
-    write("| layer | " + " | ".join(_MEASURED) + " |\n|---|" + "---|" * len(_MEASURED) + "\n")
-    for layer in found.layers:
-        source = sources[layer.hybrid_path]
-        experts = range(min(arguments.experts, layer.shape.experts))
-        cells = [_error(engine, layer.shape, source, experts, name) for name in _MEASURED]
-        write(f"| {layer.hybrid_path} | " + " | ".join(cells) + " |\n")
-
-
-def _error(
-    engine: Engine, shape: Any, source: ExpertSource, experts: Iterable[int], weights: str
-) -> str:
-    try:
-        layout = layout_of(shape, source, weights)
-    except CheckpointError:
-        return "-"
-    packed = ExpertWeights(layout)
-    wrong = total = 0.0
-    for expert in experts:
-        for projection in layout.projections:
-            matrix = source.read(expert, projection)
-            pack_one(engine, packed, expert, projection, matrix)
-            exact = _floats(matrix)
-            wrong += float((packed.unpack(expert, projection) - exact).square().sum())
-            total += float(exact.square().sum())
-    return f"{100 * (wrong / total) ** 0.5:.3f}" if total else "0"
-
-
-def _floats(matrix: Tensor | CodedMatrix) -> Tensor:
-    return matrix.dequantize() if isinstance(matrix, CodedMatrix) else matrix.to(torch.float32)

@@ -1,6 +1,6 @@
 """Routed experts that live in host memory, as a torch module with the Transformers contract."""
 
-from kt_sft.experts.meter import ExpertsMeter
+from kt_sft.experts.meter import ExpertsMeter, MeterMark
 from kt_sft.experts.module import HybridExperts, hybrid_experts_of
 from kt_sft.experts.runtime import ExpertsRuntime
 from kt_sft.experts.shape import ExpertsShape
@@ -10,5 +10,6 @@ __all__ = [
     "ExpertsRuntime",
     "ExpertsShape",
     "HybridExperts",
+    "MeterMark",
     "hybrid_experts_of",
 ]

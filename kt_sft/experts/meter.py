@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from kt_sft.kernels import BlockReport
 
@@ -38,24 +39,36 @@ class ExpertsReading:
         return self.flops / busy / 1e12 if busy > 0 else 0.0
 
 
+@dataclass
+class _Sums:
+    since: float = field(default_factory=time.perf_counter)
+    tokens: int = 0
+    forward: float = 0.0
+    backward: float = 0.0
+    flops: float = 0.0
+    imbalance: float = 0.0
+    balanced: int = 0
+    forward_calls: int = 0
+    backward_calls: int = 0
+
+
+@dataclass(frozen=True)
+class MeterMark:
+    """What a meter had counted at a moment, to go back to."""
+
+    at: float
+    sums: _Sums
+
+
 class ExpertsMeter:
     """Counts calls; shared by all layers of a model. Not locked: readings are for people."""
 
     def __init__(self) -> None:
-        self._clear()
-
-    def _clear(self) -> None:
-        self._since = time.perf_counter()
-        self._tokens = 0
-        self._seconds = {"forward": 0.0, "backward": 0.0}
-        self._flops = 0.0
-        self._imbalance = 0.0
-        self._balanced = 0
-        self._calls = {"forward": 0, "backward": 0}
+        self._sums = _Sums()
 
     def record(
         self,
-        direction: str,
+        direction: Literal["forward", "backward"],
         seconds: float,
         flops: float,
         report: BlockReport,
@@ -66,25 +79,38 @@ class ExpertsMeter:
 
         A token passes each layer once in backward, however often its forward is recomputed.
         """
-        self._seconds[direction] += seconds
-        self._calls[direction] += 1
-        self._flops += flops
-        self._tokens += counted_tokens
+        sums = self._sums
+        if direction == "forward":
+            sums.forward += seconds
+            sums.forward_calls += 1
+        else:
+            sums.backward += seconds
+            sums.backward_calls += 1
+        sums.flops += flops
+        sums.tokens += counted_tokens
         if report.rows:
-            self._imbalance += report.max_rows * experts / report.rows
-            self._balanced += 1
+            sums.imbalance += report.max_rows * experts / report.rows
+            sums.balanced += 1
+
+    def mark(self) -> MeterMark:
+        """This moment, for `leave_out`."""
+        return MeterMark(time.perf_counter(), replace(self._sums))
+
+    def leave_out(self, begin: MeterMark) -> None:
+        """Takes what happened since `begin` out of the interval, its time too."""
+        passed = time.perf_counter() - begin.at
+        self._sums = replace(begin.sums, since=begin.sums.since + passed)
 
     def read(self) -> ExpertsReading:
         """The sums since the last call of `read`."""
-        reading = ExpertsReading(
-            elapsed=time.perf_counter() - self._since,
-            tokens=self._tokens,
-            forward=self._seconds["forward"],
-            backward=self._seconds["backward"],
-            flops=self._flops,
-            load_max_over_mean=self._imbalance / self._balanced if self._balanced else 0.0,
-            forward_calls=self._calls["forward"],
-            backward_calls=self._calls["backward"],
+        sums, self._sums = self._sums, _Sums()
+        return ExpertsReading(
+            elapsed=self._sums.since - sums.since,
+            tokens=sums.tokens,
+            forward=sums.forward,
+            backward=sums.backward,
+            flops=sums.flops,
+            load_max_over_mean=sums.imbalance / sums.balanced if sums.balanced else 0.0,
+            forward_calls=sums.forward_calls,
+            backward_calls=sums.backward_calls,
         )
-        self._clear()
-        return reading

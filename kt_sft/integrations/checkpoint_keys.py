@@ -51,17 +51,7 @@ class BaseModel:
     def of(cls, folder: str | Path) -> BaseModel:
         """From config.json alone. Raises UnsupportedModelError, CheckpointError."""
         file = Path(folder) / "config.json"
-        refuse_absurd(read_json(file), str(file))
-        with reading(str(file)):
-            config = read_config(str(folder))
-        names = getattr(config, "architectures", None)
-        names = names if isinstance(names, list) and names else ["none"]
-        model_class = getattr(transformers, names[0], None) if isinstance(names[0], str) else None
-        if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
-            raise UnsupportedModelError(
-                f"{folder}: config.json names the architecture {names[0]!r}, which the installed "
-                f"transformers {transformers.__version__} does not have; upgrade it"
-            )
+        config, model_class = _described(folder)
         published = own_quantization(getattr(config, "quantization_config", None))
         if hasattr(config, "quantization_config"):
             del config.quantization_config
@@ -74,6 +64,27 @@ class BaseModel:
             dict(getattr(model, "all_tied_weights_keys", None) or {}),
             frozenset(_vocabulary(model)),
         )
+
+
+def model_class_of(folder: str | Path) -> type[PreTrainedModel]:
+    """The class that config.json names. Raises UnsupportedModelError, CheckpointError."""
+    return _described(folder)[1]
+
+
+def _described(folder: str | Path) -> tuple[Any, type[PreTrainedModel]]:
+    file = Path(folder) / "config.json"
+    refuse_absurd(read_json(file), str(file))
+    with reading(str(file)):
+        config = read_config(str(folder))
+    names = getattr(config, "architectures", None)
+    names = names if isinstance(names, list) and names else ["none"]
+    model_class = getattr(transformers, names[0], None) if isinstance(names[0], str) else None
+    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
+        raise UnsupportedModelError(
+            f"{folder}: config.json names the architecture {names[0]!r}, which the installed "
+            f"transformers {transformers.__version__} does not have; upgrade it"
+        )
+    return config, model_class
 
 
 def _vocabulary(model: PreTrainedModel) -> Iterator[str]:

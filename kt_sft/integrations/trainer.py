@@ -10,7 +10,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers import trainer as trainer_module
 
-from kt_sft.experts import ExpertsMeter, hybrid_experts_of
+from kt_sft.experts import ExpertsMeter, MeterMark, hybrid_experts_of
 from kt_sft.host import host_memory_bytes, machine_description, peak_memory_bytes
 from kt_sft.integrations import trained, wandb_run
 from kt_sft.integrations.guard import RunGuard
@@ -25,12 +25,13 @@ class HybridExpertsMetrics(TrainerCallback):
 
     Per logging step: tokens_per_second, experts_forward_ms and experts_backward_ms (per optimizer
     step), experts_tflops, experts_time_share, experts_forwards_per_backward (1 where nothing is
-    computed twice, evaluation apart), experts_load_max_over_mean, host_memory_gb,
-    device_memory_gb. Does nothing for a model without hybrid experts.
+    computed twice), experts_load_max_over_mean, host_memory_gb, device_memory_gb. Evaluations
+    between the steps are left out. Does nothing for a model without hybrid experts.
     """
 
     def __init__(self) -> None:
         self._meter: ExpertsMeter | None = None
+        self._before_evaluation: MeterMark | None = None
         self._last_step = 0
         self._described = False
 
@@ -62,6 +63,7 @@ class HybridExpertsMetrics(TrainerCallback):
         self._described = False
         if self._meter is not None:
             self._meter.read()
+            self._before_evaluation = self._meter.mark()
 
     def on_step_end(
         self,
@@ -72,13 +74,28 @@ class HybridExpertsMetrics(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Describes settings and machine once, when the trackers have started their runs."""
-        if self._described or self._meter is None or model is None:
+        if self._meter is None or model is None:
+            return
+        self._before_evaluation = self._meter.mark()
+        if self._described:
             return
         self._described = True
         description = describe(model)
         if state.is_world_process_zero:
             logger.info("kt_sft: %s", description)
             wandb_run.update_config({"kt_sft": description})
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Leaves an evaluation, which comes after a step and its log, out of the interval."""
+        if self._meter is not None and self._before_evaluation is not None:
+            self._meter.leave_out(self._before_evaluation)
+            self._before_evaluation = self._meter.mark()
 
     def on_train_end(
         self,
@@ -115,6 +132,7 @@ class HybridExpertsMetrics(TrainerCallback):
         steps = max(1, state.global_step - self._last_step)
         self._last_step = state.global_step
         reading = self._meter.read()
+        self._before_evaluation = self._meter.mark()
         metrics = {
             "tokens_per_second": round(reading.tokens / reading.elapsed, 1),
             "experts_forward_ms": round(1e3 * reading.forward / steps, 2),

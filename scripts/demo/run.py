@@ -1,11 +1,11 @@
 """The demo from beginning to end: base model, data, fine-tuning, answers, summary.
 
-Model and data are cached in .cache/demo; results go to outputs/demo.
+Model and data are cached in .cache/demo; results go to outputs/demo. DEMO_MODEL names a folder with
+another Mixture-of-Experts checkpoint to use in place of the demo's own.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from summary import summarize
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,23 +62,36 @@ def llamafactory(recipe: str, *overrides: str) -> list[str]:
     return [str(BIN / "llamafactory-cli"), "train", f"recipes/{recipe}.yaml", *overrides]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def chosen_model() -> tuple[Path, list[str]]:
+    """The base model's folder, and what the recipes must be told about it.
+
+    Raises SystemExit where DEMO_MODEL is no checkpoint.
+    """
+    named = os.environ.get("DEMO_MODEL")
+    if not named:
+        return CACHE / "model", []
+    folder = Path(named).expanduser().resolve()
+    if not (folder / "config.json").is_file():
+        raise SystemExit(f"demo: DEMO_MODEL={named}: expected a folder with a config.json")
+    # Without a template's name LLaMA-Factory takes the tokenizer's own.
+    return folder, [f"model_name_or_path={folder}", "template=null"]
+
+
+def main() -> None:
     """Runs every step and prints the summary."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pretrain-seconds", type=int, default=None, help="base model's budget")
-    arguments = parser.parse_args(argv)
+    model, overrides = chosen_model()
     os.chdir(ROOT)
     begin = time.monotonic()
     shutil.rmtree(OUTPUTS, ignore_errors=True)
-    python = sys.executable
-    budget = ["--seconds", str(arguments.pretrain_seconds)] if arguments.pretrain_seconds else []
+    if not overrides:
+        run_step(
+            "1/5 Base model: SmolLM2-135M-Instruct as a Mixture of Experts, 8 in each layer",
+            [sys.executable, "scripts/demo/base_model.py", "--out", str(model)],
+            OUTPUTS / "logs" / "base_model.log",
+        )
     run_step(
-        "1/5 Base model: a small Qwen3-MoE, trained on the standard library's documentation",
-        [python, "scripts/demo/base_model.py", "--out", str(CACHE / "model"), *budget],
-    )
-    run_step(
-        "2/5 Data: questions and answers from the same documentation",
-        [python, "scripts/demo/instructions.py", "--out", str(CACHE / "data")],
+        "2/5 Data: reference cards of Python's standard library",
+        [sys.executable, "scripts/demo/cards.py", "--out", str(CACHE / "data")],
     )
     run_step(
         "3/5 Answers of the base model to held-out questions",
@@ -85,21 +99,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             "demo_predict",
             "adapter_name_or_path=null",
             f"output_dir={OUTPUTS / 'answers_before'}",
+            *overrides,
         ),
         OUTPUTS / "logs" / "answers_before.log",
     )
     run_step(
         "4/5 Fine-tuning: LoRA on attention and every expert, experts in int8 on the CPU",
-        llamafactory("demo"),
+        llamafactory("demo", *overrides),
     )
     run_step(
         "5/5 Answers of the fine-tuned model",
-        llamafactory("demo_predict", f"output_dir={OUTPUTS / 'answers_after'}"),
+        llamafactory("demo_predict", f"output_dir={OUTPUTS / 'answers_after'}", *overrides),
         OUTPUTS / "logs" / "answers_after.log",
     )
-    from summary import summarize
-
-    sys.stdout.write(summarize(CACHE, OUTPUTS, time.monotonic() - begin))
+    sys.stdout.write(summarize(model, OUTPUTS, overrides, time.monotonic() - begin))
 
 
 if __name__ == "__main__":

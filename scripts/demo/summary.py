@@ -5,102 +5,138 @@ from __future__ import annotations
 import json
 import statistics
 import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SHOWN_ANSWERS = 2
+import matplotlib
+from cards import Score, score
+
+from kt_sft.integrations.checkpoint_keys import checkpoint_experts
+
+SHOWN_ANSWERS = 3
 
 
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text())
+@dataclass(frozen=True)
+class Answer:
+    """What one model said to one held-out question."""
+
+    question: str
+    text: str
+    documented: str
+    score: Score
 
 
-def _predictions(folder: Path) -> list[dict[str, str]]:
+def answers(folder: Path) -> list[Answer]:
+    """The answers that a prediction wrote, scored."""
     lines = (folder / "generated_predictions.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    found = []
+    for row in map(json.loads, lines):
+        question = row["prompt"][row["prompt"].rindex("Describe `") :].split("`.")[0] + "`."
+        text, documented = row["predict"].strip(), row["label"].strip()
+        found.append(Answer(question, text, documented, score(text, documented)))
+    return found
 
 
-def _expert_bytes(model: Path) -> tuple[int, int]:
-    """(int8 with scales, bf16) bytes of the routed experts, from the configuration."""
-    config = _read(model / "config.json")
-    hidden, middle = config["hidden_size"], config["moe_intermediate_size"]
-    experts = config.get("num_experts") or config["num_local_experts"]
-    layers = config["num_hidden_layers"]
-    weights = 3 * hidden * middle * experts * layers
-    scales = 4 * (2 * middle + hidden) * experts * layers
-    return weights + scales, 2 * weights
+def most_improved(before: Sequence[Answer], after: Sequence[Answer]) -> list[int]:
+    """Indices of right cards whose summary came nearest to the documented one."""
+    gains = [
+        b.score.exact + b.score.rouge_l - a.score.rouge_l
+        for a, b in zip(before, after, strict=True)
+    ]
+    return sorted(range(len(after)), key=lambda i: gains[i], reverse=True)[:SHOWN_ANSWERS]
 
 
-def _question(prompt: str) -> str:
-    """The user's part of a ChatML prompt."""
-    text = prompt.split("<|im_start|>user")[-1] if "<|im_start|>" in prompt else prompt
-    text = text.split("<|im_end|>")[0].split("assistant\n")[0]
-    return text.strip().removeprefix("user").strip()
+def _exact(found: Iterable[Answer]) -> int:
+    return sum(answer.score.exact for answer in found)
 
 
-def _most_improved(before: list[dict[str, str]], after: list[dict[str, str]]) -> list[int]:
-    """Questions whose answer shares most words with the reference, after fine-tuning."""
+def _rouge_l(found: Iterable[Answer]) -> float:
+    return statistics.fmean(answer.score.rouge_l for answer in found)
 
-    def overlap(row: dict[str, str]) -> float:
-        want, got = set(row["label"].lower().split()), set(row["predict"].lower().split())
-        return len(want & got) / max(1, len(want | got))
 
-    order = sorted(range(len(after)), key=lambda i: overlap(after[i]), reverse=True)
-    return order[:SHOWN_ANSWERS]
+def draw(
+    history: list[dict[str, Any]], before: list[Answer], after: list[Answer], out: Path
+) -> None:
+    """Losses over the steps beside the held-out scores, as a PNG file."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(9, 3.2), width_ratios=(2, 1), layout="constrained"
+    )
+    for name, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o--")):
+        points = [(entry["step"], entry[name]) for entry in history if name in entry]
+        left.plot(*zip(*points, strict=True), style, label=label)
+    left.set(xlabel="step", ylabel="loss, nats a token", title="Fine-tuning")
+    left.legend()
+    groups = {
+        "right cards": (_exact(before) / len(before), _exact(after) / len(after)),
+        "summary, ROUGE-L": (_rouge_l(before), _rouge_l(after)),
+    }
+    for shift, label in enumerate(("before", "after")):
+        places = [group + 0.4 * shift for group in range(len(groups))]
+        bars = right.bar(places, [v[shift] for v in groups.values()], 0.38, label=label)
+        right.bar_label(bars, fmt="{:.0%}")
+    right.set_xticks([group + 0.2 for group in range(len(groups))], list(groups))
+    right.set(ylim=(0, 1.1), title=f"{len(after)} held-out questions", yticks=[])
+    right.legend()
+    figure.savefig(out, dpi=130)
 
 
 def _wrapped(label: str, text: str) -> str:
     text = " ".join(text.split()) or "(nothing)"
     return textwrap.fill(
-        textwrap.shorten(text, 300), width=96, initial_indent=f"  {label:<11}",
+        textwrap.shorten(text, 340), width=96, initial_indent=f"  {label:<11}",
         subsequent_indent=" " * 13,
     )  # fmt: skip
 
 
-def summarize(cache: Path, outputs: Path, seconds: float) -> str:
-    """The summary as text. `seconds` is the wall time of the whole demo."""
+def summarize(model: Path, outputs: Path, overrides: Sequence[str], seconds: float) -> str:
+    """The summary as text, and `demo.png` in `outputs`.
+
+    `seconds` is the wall time of the whole demo.
+    """
     adapter = outputs / "adapter"
-    history = _read(adapter / "trainer_state.json")["log_history"]
+    history = json.loads((adapter / "trainer_state.json").read_text())["log_history"]
     evaluations = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     steps = [entry for entry in history if "tokens_per_second" in entry]
-    stored, bf16 = _expert_bytes(cache / "model")
-    before = _predictions(outputs / "answers_before")
-    after = _predictions(outputs / "answers_after")
+    before, after = answers(outputs / "answers_before"), answers(outputs / "answers_after")
+    draw(history, before, after, outputs / "demo.png")
+    weights = sum(layer.shape.weights for layer in checkpoint_experts(str(model)).layers)
     runs = sorted(outputs.glob("wandb/offline-run-*"))
 
     def median(name: str) -> float:
         return statistics.median(entry[name] for entry in steps)
 
+    rows = {
+        "Loss on held-out cards": f"{evaluations[0]:.3f} before, {evaluations[-1]:.3f} after",
+        "Right cards": f"{_exact(before)} of {len(before)} before, {_exact(after)} after",
+        "ROUGE-L of the summaries": f"{_rouge_l(before):.2f} before, {_rouge_l(after):.2f} after",
+        "Training speed": f"{median('tokens_per_second'):,.0f} tokens/s",
+        "Time in the CPU experts": f"{median('experts_time_share'):.0%} of training, "
+        f"{1e3 * median('experts_tflops'):.0f} GFLOPS",
+        "Memory of the experts": f"{weights / 1e9:.2f} GB in int8, {2 * weights / 1e9:.2f} in bf16",
+        "Whole demo": f"{seconds / 60:.1f} minutes",
+    }
     lines = ["", "=" * 96, "Result", ""]
-    lines.append(
-        f"  Evaluation loss on held-out questions   {evaluations[0]:.3f} before, "
-        f"{evaluations[-1]:.3f} after"
-    )
-    lines.append(
-        f"  Training speed                          {median('tokens_per_second'):,.0f} tokens/s"
-    )
-    lines.append(
-        f"  Time in the CPU experts                 {100 * median('experts_time_share'):.0f} % of "
-        f"training, {1e3 * median('experts_tflops'):.0f} GFLOPS"
-    )
-    lines.append(
-        f"  Memory of the experts                   {stored / 1e6:.1f} MB in int8, "
-        f"{bf16 / 1e6:.1f} MB in bf16"
-    )
-    lines.append(f"  Whole demo                              {seconds / 60:.1f} minutes")
-    for i in _most_improved(before, after):
-        lines += ["", _wrapped("Question", _question(after[i]["prompt"]))]
-        lines.append(_wrapped("Before", before[i]["predict"]))
-        lines.append(_wrapped("After", after[i]["predict"]))
-        lines.append(_wrapped("Documented", after[i]["label"]))
+    lines += [f"  {name:<40}{value}" for name, value in rows.items()]
+    for i in most_improved(before, after):
+        lines += ["", _wrapped("Question", after[i].question)]
+        lines.append(_wrapped("Before", before[i].text))
+        lines.append(_wrapped("After", after[i].text))
+        lines.append(_wrapped("Documented", after[i].documented))
+    chat = ["llamafactory-cli chat recipes/demo_chat.yaml", *overrides]
     lines += [
         "",
         f"  Adapter    {adapter}/adapter_model.safetensors",
-        f"  Plots      {adapter}/training_loss.png, {adapter}/training_eval_loss.png",
+        f"  Plots      {outputs}/demo.png, {adapter}/training_loss.png",
         f"  Answers    {outputs}/answers_before, {outputs}/answers_after",
         f"  W&B run    {runs[-1] if runs else 'none'} (wandb sync uploads it)",
         "",
-        "  Talk to it:  .venv/bin/llamafactory-cli chat recipes/demo_chat.yaml",
+        f"  Talk to it:  .venv/bin/{' '.join(chat)}",
+        "               Describe `rotate(points, angle, center=(0, 0))`.",
         "",
     ]
     return "\n".join(lines)

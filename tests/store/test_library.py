@@ -318,15 +318,6 @@ def test_pack_and_training_agree_on_quantized_checkpoints(model: Path, tmp_path:
     assert len(stores_in(stores)) == 1
 
 
-def test_errors_command(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["errors", str(model)]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if "experts |" in line]
-    assert len(lines) == 2
-    for line in lines:
-        int8, bf16, int4_g32, int4_g128, kept = map(float, line.split("|")[2:-1])
-        assert kept == bf16 < int8 < 1 < int4_g32 < int4_g128 < 13
-
-
 @pytest.fixture
 def free_memory(tmp_path: Path) -> Callable[..., int]:
     """Free memory where the machine has 2 GB and `files` is the tree of control groups."""

@@ -180,6 +180,37 @@ def test_callback_alone_is_enough_for_a_plain_trainer(tmp_path: Path, workers: i
     assert any(".experts.7.gate_proj.lora_A.weight" in k for k in keys)
 
 
+class SlowTokens(Tokens):
+    """Whose reading is most of an evaluation's time."""
+
+    seconds = 1.0
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        time.sleep(self.seconds / len(self))
+        return super().__getitem__(i)
+
+
+def test_metrics_leave_evaluations_out(tmp_path: Path) -> None:
+    """One before the first step, one between two logs, one that follows a step's log."""
+    trainer = Trainer(
+        model=get_peft_model(make_model("qwen3_moe"), LoraConfig(r=2, target_modules=["q_proj"])),
+        args=TrainingArguments(
+            output_dir=str(tmp_path), max_steps=8, logging_steps=2, eval_strategy="steps",
+            eval_steps=3, eval_on_start=True, report_to="none", use_cpu=True, save_strategy="no",
+            per_device_train_batch_size=2,
+        ),
+        train_dataset=Tokens(),
+        eval_dataset=SlowTokens(),
+        callbacks=[HybridExpertsCallback(HybridExpertsConfig(weights="bf16"))],
+    )  # fmt: skip
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 4
+    for entry in logs:
+        assert entry["experts_forwards_per_backward"] == 1
+        assert entry["tokens_per_second"] > 4 * IDS.shape[-1] / SlowTokens.seconds
+
+
 def test_metrics_leave_other_models_alone(tmp_path: Path) -> None:
     HybridExpertsCallback()  # registers the metrics for every Trainer of the process
     model = get_peft_model(make_model("qwen3_moe"), LoraConfig(r=2, target_modules=["q_proj"]))

@@ -1,0 +1,278 @@
+"""What a weight format costs on a real checkpoint: its error, bytes, loss on text, and speed.
+
+Legend: W windows of T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from kt_sft.cpu_budget import available_threads
+from kt_sft.errors import CheckpointError, KtSftError, SettingsError
+from kt_sft.experts import ExpertsShape, hybrid_experts_of
+from kt_sft.integrations.checkpoint_keys import checkpoint_experts, model_class_of
+from kt_sft.integrations.transformers import HybridExpertsConfig
+from kt_sft.kernels import CodedMatrix, Engine, ExpertWeights, requested_isa
+from kt_sft.store.packing import layout_of, pack_one
+from kt_sft.store.sources import ExpertSource
+
+logger = logging.getLogger(__name__)
+
+REFERENCE = "bf16"
+# Positions whose logits are made fp32 at a time.
+_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class FormatQuality:
+    """One weight format in one compute mode.
+
+    weight_error: relative Frobenius error of the sampled experts. loss: mean nats a token. excess:
+    what of it the reference format does not have, and excess_error the standard error of that mean,
+    over the same tokens. same_choice: part of the tokens where both find the same next one most
+    likely. tokens_per_second: of the whole model's forward pass, median over the windows.
+    """
+
+    weights: str
+    compute: str
+    bytes_per_weight: float
+    weight_error: float
+    loss: float
+    excess: float | None
+    excess_error: float | None
+    same_choice: float | None
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class _Reading:
+    loss_N: Tensor
+    choice_N: Tensor
+    tokens_per_second: float
+
+
+def windows_of(model: Path, text: str, tokens: int, context: int) -> Tensor:
+    """[W, T] token ids: windows of `context`, spread evenly over `text`, of `tokens` in all.
+
+    A text of fewer tokens is taken whole, cut to whole windows. Raises CheckpointError for a
+    checkpoint without tokenizer, SettingsError for a text or numbers that are too small.
+    """
+    if context < 2 or tokens < context:
+        raise SettingsError(
+            f"--context, --tokens: got {context} and {tokens}, expected a context of at least 2 "
+            "and as many tokens as one context"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(model))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{model}: no tokenizer could be read there: {error}") from error
+    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    if len(ids) < 2:
+        raise SettingsError(
+            f"--text: the tokenizer in {model} makes {len(ids)} tokens of {len(text)} characters, "
+            "expected at least 2; give more text, or a folder with a tokenizer"
+        )
+    # Models that expect their first token expect it in each window.
+    begin = ids[:1] if ids[0] == tokenizer.bos_token_id else ids[:0]
+    ids = ids[len(begin) :]
+    length = min(context - len(begin), len(ids))
+    there = len(ids) // length
+    chosen = min(tokens // context, there)
+    starts = [length * (i * there // chosen) for i in range(chosen)]
+    return torch.stack([torch.cat([begin, ids[s : s + length]]) for s in starts])
+
+
+def measure_quality(
+    model: Path,
+    windows_WT: Tensor,
+    formats: Sequence[str],
+    *,
+    against: Path | None = None,
+    experts: int = 2,
+    store: str = "memory",
+) -> Iterator[FormatQuality]:
+    """Yields a row for each format and each of its compute modes, the reference first.
+
+    The reference is bf16 of `against`, or of the model itself; it is measured whether it is among
+    `formats` or not. Where it does not fit, a warning says so, and rows lack what needs it.
+    `formats` that change nothing (checkpoint, of one that is bf16) are left out. Raises KtSftError.
+    """
+    origin = against or model
+    reference: _Reading | None = None
+    try:
+        for compute, stored, reading in _readings(origin, windows_WT, REFERENCE, store):
+            reference = reading
+            if REFERENCE in formats and against is None:
+                yield _row(model, origin, REFERENCE, compute, stored, reading, None, experts)
+    except KtSftError as error:
+        logger.warning("the reference, %s in bf16, cannot be measured: %s", origin, error)
+    for weights in formats:
+        if weights == REFERENCE and against is None:
+            continue
+        if weights == "checkpoint" and not _is_coded(model):
+            continue
+        for compute, stored, reading in _readings(model, windows_WT, weights, store):
+            yield _row(model, origin, weights, compute, stored, reading, reference, experts)
+
+
+def _row(
+    model: Path,
+    origin: Path,
+    weights: str,
+    compute: str,
+    bytes_per_weight: float,
+    reading: _Reading,
+    reference: _Reading | None,
+    experts: int,
+) -> FormatQuality:
+    excess = error = same = None
+    if reference is not None:
+        difference_N = reading.loss_N - reference.loss_N
+        excess = float(difference_N.mean())
+        error = float(difference_N.std() / len(difference_N) ** 0.5)
+        same = float((reading.choice_N == reference.choice_N).double().mean())
+    errors = weight_errors(model, weights, experts, origin)
+    wrong, total = map(sum, zip(*errors.values(), strict=True))
+    return FormatQuality(
+        weights,
+        compute,
+        bytes_per_weight,
+        (wrong / total) ** 0.5 if total else 0.0,
+        float(reading.loss_N.mean()),
+        excess,
+        error,
+        same,
+        reading.tokens_per_second,
+    )
+
+
+def _readings(
+    folder: Path, windows_WT: Tensor, weights: str, store: str
+) -> Iterator[tuple[str, float, _Reading]]:
+    """(compute mode, bytes a weight, what was measured) of one model, loaded once."""
+    config = HybridExpertsConfig(weights=weights, expert_lora=False, store=store)
+    model = model_class_of(folder).from_pretrained(
+        str(folder), quantization_config=config, dtype="auto"
+    )
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    model.eval().to(accelerator or "cpu")
+    hybrid = list(hybrid_experts_of(model).values())
+    packed = [layer.weights for layer in hybrid if layer.weights is not None]
+    count = sum(layer.shape.weights for layer in hybrid)
+    bytes_per_weight = sum(w.nbytes for w in packed) / count
+    runtime = hybrid[0].runtime
+    fixed = packed[0].layout.arithmetic
+    for compute in (fixed,) if fixed else ("exact", "int8"):
+        if not fixed:
+            runtime.settings = replace(runtime.settings, compute=compute)
+        yield compute, bytes_per_weight, _read(model, windows_WT, f"{weights}, {compute}")
+    del model, hybrid, packed, runtime
+    gc.collect()
+
+
+@torch.no_grad()
+def _read(model: Any, windows_WT: Tensor, name: str) -> _Reading:
+    losses, choices, seconds = [], [], []
+    model(windows_WT[:1].to(model.device), use_cache=False)
+    for ids_1T in tqdm(windows_WT.split(1), desc=name, unit="window", leave=False):
+        begin = time.perf_counter()
+        logits_TV = model(ids_1T.to(model.device), use_cache=False).logits[0]
+        want_T = ids_1T[0].to(logits_TV.device)
+        for at in range(0, len(want_T) - 1, _CHUNK):
+            some_TV = logits_TV[at : min(at + _CHUNK, len(want_T) - 1)].float()
+            want = want_T[at + 1 : at + 1 + len(some_TV)]
+            losses.append(cross_entropy(some_TV, want, reduction="none").double().cpu())
+            choices.append(some_TV.argmax(-1).cpu())
+        seconds.append(time.perf_counter() - begin)
+    speed = windows_WT.shape[1] / statistics.median(seconds)
+    return _Reading(torch.cat(losses), torch.cat(choices), speed)
+
+
+def _is_coded(model: Path) -> bool:
+    found = checkpoint_experts(str(model))
+    layer = found.layers[0]
+    source = found.sources()[layer.hybrid_path]
+    return isinstance(source.read(0, layer.shape.projections[0]), CodedMatrix)
+
+
+def weight_errors(
+    model: Path, weights: str, experts: int, origin: Path | None = None
+) -> Mapping[str, tuple[float, float]]:
+    """Of each layer: (squared error of its first experts, squared norm of what they should be).
+
+    What they should be is in `origin`, by default the model itself. A format that cannot keep a
+    layer (checkpoint) leaves it out. Raises KtSftError.
+    """
+    found, true = checkpoint_experts(str(model)), checkpoint_experts(str(origin or model))
+    sources, origins = found.sources(), true.sources()
+    engine = Engine(available_threads(), requested_isa("auto"))
+    errors = {}
+    for layer, same in zip(found.layers, true.layers, strict=True):
+        few = range(min(experts, layer.shape.experts))
+        pair = sources[layer.hybrid_path], origins[same.hybrid_path]
+        try:
+            errors[layer.hybrid_path] = _error(engine, layer.shape, *pair, few, weights)
+        except CheckpointError:
+            continue
+    return errors
+
+
+def _error(
+    engine: Engine,
+    shape: ExpertsShape,
+    source: ExpertSource,
+    origin: ExpertSource,
+    experts: Iterable[int],
+    weights: str,
+) -> tuple[float, float]:
+    packed = ExpertWeights(layout_of(shape, source, weights))
+    wrong = total = 0.0
+    for expert in experts:
+        for projection in shape.projections:
+            pack_one(engine, packed, expert, projection, source.read(expert, projection))
+            exact = _floats(origin.read(expert, projection))
+            wrong += float((packed.unpack(expert, projection) - exact).square().sum())
+            total += float(exact.square().sum())
+    return wrong, total
+
+
+def _floats(matrix: Tensor | CodedMatrix) -> Tensor:
+    return matrix.dequantize() if isinstance(matrix, CodedMatrix) else matrix.to(torch.float32)
+
+
+_COLUMNS = (
+    "weights", "compute", "bytes a weight", "weight error", "loss", "over bf16", "same token",
+    "tokens/s",
+)  # fmt: skip
+
+
+def as_table(rows: Iterable[FormatQuality]) -> Iterator[str]:
+    """Lines of a Markdown table."""
+    yield f"| {' | '.join(_COLUMNS)} |"
+    yield f"|{'---|' * len(_COLUMNS)}"
+    for row in rows:
+        excess = "" if row.excess is None else f"{row.excess:+.4f} ± {row.excess_error:.4f}"
+        same = "" if row.same_choice is None else f"{row.same_choice:.1%}"
+        yield (
+            f"| {row.weights} | {row.compute} | {row.bytes_per_weight:.3f} "
+            f"| {row.weight_error:.2%} | {row.loss:.4f} | {excess} | {same} "
+            f"| {row.tokens_per_second:,.0f} |"
+        )
+
+
+def as_json(rows: Iterable[FormatQuality]) -> list[dict[str, Any]]:
+    """The rows as plain values."""
+    return [asdict(row) for row in rows]

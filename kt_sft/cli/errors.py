@@ -1,0 +1,108 @@
+"""`kt-sft errors`: what each weight format costs on a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from kt_sft.cli.help_text import sentence
+from kt_sft.errors import SettingsError
+
+FORMATS = ("bf16", "int8", "int4_g32", "int4_g128", "checkpoint")
+
+
+def add_errors(commands: Any) -> None:
+    """Adds the command to the parser of `kt-sft`."""
+    text = (
+        "what each weight format costs on a checkpoint: the error of the weights by layer; with "
+        "--text the loss on it, bytes and speed of every format and compute mode"
+    )
+    errors = commands.add_parser("errors", help=text, description=sentence(text))
+    errors.add_argument("model", type=Path, help="folder of a checkpoint")
+    errors.add_argument(
+        "--weights", nargs="+", choices=FORMATS, default=list(FORMATS), help="default: all"
+    )
+    errors.add_argument("--experts", type=int, default=2, help="experts of each layer (default 2)")
+    errors.add_argument("--text", type=Path, metavar="FILE", help="text to measure the loss on")
+    errors.add_argument("--tokens", type=int, default=8192, help="tokens of it (default 8192)")
+    errors.add_argument("--context", type=int, default=1024, help="of a window (default 1024)")
+    errors.add_argument(
+        "--against",
+        type=Path,
+        metavar="FOLDER",
+        help="the checkpoint that MODEL is a quantized copy of, to compare with (default: MODEL)",
+    )
+    errors.add_argument(
+        "--store",
+        default="memory",
+        help="memory (default), or a folder for the packed experts where memory is short",
+    )
+    errors.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON, too")
+
+
+def run_errors(arguments: argparse.Namespace) -> None:
+    """Runs `kt-sft errors`. Raises KtSftError."""
+    if arguments.experts < 1:
+        raise SettingsError(f"--experts: got {arguments.experts}, expected at least 1")
+    if arguments.text is None:
+        document: dict[str, Any] = {"weight_errors": _by_layer(arguments)}
+    else:
+        document = {"text": str(arguments.text), "rows": _on_text(arguments)}
+    if arguments.out is not None:
+        from kt_sft.host import machine_description
+
+        head = {
+            "measured": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": machine_description(),
+            "model": str(arguments.model),
+        }
+        arguments.out.write_text(json.dumps({**head, **document}, indent=1) + "\n")
+
+
+def _by_layer(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    from kt_sft.bench.quality import weight_errors
+
+    errors = {
+        weights: {
+            layer: (wrong / total) ** 0.5 if total else 0.0
+            for layer, (wrong, total) in weight_errors(
+                arguments.model, weights, arguments.experts, arguments.against
+            ).items()
+        }
+        for weights in arguments.weights
+    }
+    write = sys.stdout.write
+    write("relative Frobenius error of the weights, in percent\n")
+    write(f"| layer | {' | '.join(errors)} |\n|---|{'---|' * len(errors)}\n")
+    for layer in dict.fromkeys(layer for by_layer in errors.values() for layer in by_layer):
+        cells = (f"{100 * e[layer]:.3f}" if layer in e else "-" for e in errors.values())
+        write(f"| {layer} | {' | '.join(cells)} |\n")
+    return errors
+
+
+def _on_text(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    from kt_sft.bench.quality import as_json, as_table, measure_quality, windows_of
+
+    try:
+        text = arguments.text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"--text: {arguments.text} cannot be read as text: {error}") from error
+    windows_WT = windows_of(arguments.model, text, arguments.tokens, arguments.context)
+    rows = list(
+        measure_quality(
+            arguments.model,
+            windows_WT,
+            arguments.weights,
+            against=arguments.against,
+            experts=arguments.experts,
+            store=arguments.store,
+        )
+    )
+    windows, context = windows_WT.shape
+    sys.stdout.write(f"{arguments.model} on {arguments.text}: {windows} x {context} tokens\n")
+    sys.stdout.writelines(f"{line}\n" for line in as_table(rows))
+    return as_json(rows)

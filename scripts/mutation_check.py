@@ -51,6 +51,9 @@ _GUARD = "kt_sft/integrations/guard.py"
 _KEPT = "kt_sft/experts/activations.py"
 _MODES = "kt_sft/integrations/llamafactory_modes.py"
 
+_QUALITY = "kt_sft/bench/quality.py"
+
+_QUALITIES = ("tests/bench/test_quality.py",)
 _ACTIVATIONS = ("tests/training/test_activations.py",)
 _SURVIVAL = "tests/training/test_survival.py::"
 _MODE = "tests/training/test_modes.py::"
@@ -246,6 +249,24 @@ FAULTS = (
     Fault("training: signals stay with the launcher", "kt_sft/integrations/launching.py",
           "os.kill(rank, signal.SIGTERM if number == signal.SIGHUP else number)", "pass",
           ("tests/training/test_ranks.py::test_a_signal_to_the_launcher_saves_and_stops",)),
+    Fault("training: evaluations count in the metrics", "kt_sft/integrations/trainer.py",
+          "            self._meter.leave_out(self._before_evaluation)\n", "",
+          ("tests/training/test_gradients.py::test_metrics_leave_evaluations_out",)),
+    Fault("training: an evaluation's time counts", "kt_sft/experts/meter.py",
+          "since=begin.sums.since + passed", "since=begin.sums.since",
+          ("tests/training/test_gradients.py::test_metrics_leave_evaluations_out",)),
+    Fault("quality: compute mode is not switched", _QUALITY, "runtime.settings, compute=compute", "runtime.settings",
+          _QUALITIES),
+    Fault("quality: tokens are shifted by none", _QUALITY, "ids_1T[0, 1:].to", "ids_1T[0, :-1].to",
+          _QUALITIES),
+    Fault("quality: error against the copy itself", _QUALITY, "_floats(origin.read(expert, projection))",
+          "_floats(source.read(expert, projection))", _QUALITIES),
+    Fault("quality: windows from the beginning only", _QUALITY, "length * (i * there // chosen)", "length * i",
+          _QUALITIES),
+    Fault("upcycle: gate and up exchanged", "scripts/upcycle.py", '{"w1": "gate_proj", "w3": "up_proj"',
+          '{"w3": "gate_proj", "w1": "up_proj"', ("tests/models/test_upcycle.py",)),
+    Fault("demo: parameters are not compared", "scripts/demo/cards.py", '("module", "function", "parameters")',
+          '("module", "function")', ("tests/test_demo.py",)),
 )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """What every weight format costs on a checkpoint, published ones included, as a Markdown table.
 
-    python scripts/quality_table.py .cache/demo/model .cache/demo/data/language_reference.txt
+    python scripts/quality_table.py .cache/demo/smollm2 .cache/demo/data/language_reference.txt
 
 The demo makes both files. First our own formats, as `kt-sft errors MODEL --text FILE` prints them;
 then copies whose routed experts the tests' writers quantize by rounding each weight to the nearest
@@ -21,7 +21,13 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from kt_sft.bench.quality import FormatQuality, as_table, measure_quality, windows_of
+from kt_sft.bench.quality import (
+    FormatQuality,
+    measure_quality,
+    table_head,
+    table_line,
+    windows_of,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from quantized_checkpoints import (
@@ -83,8 +89,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--context", type=int, default=1024)
     options = parser.parse_args()
-    found = list(rows(options.model, options.text, options.tokens, options.context))
-    print("\n".join(as_table(found)))
+    sys.stdout.write(table_head())
+    for row in rows(options.model, options.text, options.tokens, options.context):
+        sys.stdout.write(table_line(row))
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

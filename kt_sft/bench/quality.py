@@ -10,7 +10,7 @@ import logging
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from kt_sft.cpu_budget import available_threads
 from kt_sft.errors import CheckpointError, KtSftError, SettingsError
 from kt_sft.experts import ExpertsShape, hybrid_experts_of
 from kt_sft.integrations.checkpoint_keys import checkpoint_experts, model_class_of
+from kt_sft.integrations.configuration import read_config
 from kt_sft.integrations.transformers import HybridExpertsConfig
 from kt_sft.kernels import CodedMatrix, Engine, ExpertWeights, requested_isa
 from kt_sft.store.packing import layout_of, pack_one
@@ -41,9 +42,10 @@ class FormatQuality:
     """One weight format in one compute mode.
 
     weight_error: relative Frobenius error of the sampled experts. loss: mean nats a token. excess:
-    what of it the reference format does not have, and excess_error the standard error of that mean,
-    over the same tokens. same_choice: part of the tokens where both find the same next one most
-    likely. tokens_per_second: of the whole model's forward pass, median over the windows.
+    what of it the reference format does not have on the same tokens, and excess_error the standard
+    error of that mean, from the windows' means. same_choice: part of the tokens where both find the
+    same next one most likely. tokens_per_second: of the whole model's forward pass, median over the
+    windows. None where there is no reference, or one window alone.
     """
 
     weights: str
@@ -59,8 +61,8 @@ class FormatQuality:
 
 @dataclass(frozen=True)
 class _Reading:
-    loss_N: Tensor
-    choice_N: Tensor
+    loss_WT: Tensor  # one less than the tokens of a window
+    choice_WT: Tensor
     tokens_per_second: float
 
 
@@ -107,51 +109,67 @@ def measure_quality(
     """Yields a row for each format and each of its compute modes, the reference first.
 
     The reference is bf16 of `against`, or of the model itself; it is measured whether it is among
-    `formats` or not. Where it does not fit, a warning says so, and rows lack what needs it.
-    `formats` that change nothing (checkpoint, of one that is bf16) are left out. Raises KtSftError.
+    `formats` or not. What cannot be measured (it does not fit, or a format cannot keep what was
+    published) is a warning, and rows lack what needs it. Raises SettingsError where `against` is
+    another model, KtSftError for a checkpoint that cannot be read.
     """
     origin = against or model
+    _require_alike(model, origin)
     reference: _Reading | None = None
     try:
-        for compute, stored, reading in _readings(origin, windows_WT, REFERENCE, store):
+        for compute, size, reading in _readings(origin, windows_WT, REFERENCE, store):
             reference = reading
             if REFERENCE in formats and against is None:
-                yield _row(model, origin, REFERENCE, compute, stored, reading, None, experts)
+                yield _row(REFERENCE, compute, size, reading, None, 0.0)
     except KtSftError as error:
-        logger.warning("the reference, %s in bf16, cannot be measured: %s", origin, error)
+        logger.warning("the reference, %s in bf16, is not measured: %s", origin, error)
     for weights in formats:
         if weights == REFERENCE and against is None:
             continue
         if weights == "checkpoint" and not _is_coded(model):
+            logger.info("checkpoint: the experts of %s are no codes; it is the same as bf16", model)
             continue
-        for compute, stored, reading in _readings(model, windows_WT, weights, store):
-            yield _row(model, origin, weights, compute, stored, reading, reference, experts)
+        try:
+            differs = _overall(weight_errors(model, weights, experts, origin).values())
+            for compute, size, reading in _readings(model, windows_WT, weights, store):
+                yield _row(weights, compute, size, reading, reference, differs)
+        except KtSftError as problem:
+            logger.warning("%s is not measured: %s", weights, problem)
+
+
+def _require_alike(model: Path, origin: Path) -> None:
+    shapes = []
+    for folder in (model, origin):
+        found = checkpoint_experts(str(folder))
+        vocabulary = getattr(read_config(str(folder)).get_text_config(), "vocab_size", None)
+        shapes.append(([(layer.hybrid_path, layer.shape) for layer in found.layers], vocabulary))
+    if shapes[0] != shapes[1]:
+        raise SettingsError(
+            f"--against: {origin} has other experts or another vocabulary than {model}; expected "
+            "the checkpoint that it is a quantized copy of"
+        )
 
 
 def _row(
-    model: Path,
-    origin: Path,
     weights: str,
     compute: str,
     bytes_per_weight: float,
     reading: _Reading,
     reference: _Reading | None,
-    experts: int,
+    weight_error: float,
 ) -> FormatQuality:
     excess = error = same = None
     if reference is not None:
-        difference_N = reading.loss_N - reference.loss_N
-        excess = float(difference_N.mean())
-        error = float(difference_N.std() / len(difference_N) ** 0.5)
-        same = float((reading.choice_N == reference.choice_N).double().mean())
-    errors = weight_errors(model, weights, experts, origin)
-    wrong, total = map(sum, zip(*errors.values(), strict=True))
+        means_W = (reading.loss_WT - reference.loss_WT).mean(1)
+        excess = float(means_W.mean())
+        error = float(means_W.std() / len(means_W) ** 0.5) if len(means_W) > 1 else None
+        same = float((reading.choice_WT == reference.choice_WT).double().mean())
     return FormatQuality(
         weights,
         compute,
         bytes_per_weight,
-        (wrong / total) ** 0.5 if total else 0.0,
-        float(reading.loss_N.mean()),
+        weight_error,
+        float(reading.loss_WT.mean()),
         excess,
         error,
         same,
@@ -167,8 +185,8 @@ def _readings(
     model = model_class_of(folder).from_pretrained(
         str(folder), quantization_config=config, dtype="auto"
     )
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    model.eval().to(accelerator or "cpu")
+    available = torch.accelerator.is_available()
+    model.eval().to(torch.accelerator.current_accelerator() if available else "cpu")
     hybrid = list(hybrid_experts_of(model).values())
     packed = [layer.weights for layer in hybrid if layer.weights is not None]
     count = sum(layer.shape.weights for layer in hybrid)
@@ -190,15 +208,18 @@ def _read(model: Any, windows_WT: Tensor, name: str) -> _Reading:
     for ids_1T in tqdm(windows_WT.split(1), desc=name, unit="window", leave=False):
         begin = time.perf_counter()
         logits_TV = model(ids_1T.to(model.device), use_cache=False).logits[0]
-        want_T = ids_1T[0].to(logits_TV.device)
-        for at in range(0, len(want_T) - 1, _CHUNK):
-            some_TV = logits_TV[at : min(at + _CHUNK, len(want_T) - 1)].float()
-            want = want_T[at + 1 : at + 1 + len(some_TV)]
-            losses.append(cross_entropy(some_TV, want, reduction="none").double().cpu())
-            choices.append(some_TV.argmax(-1).cpu())
+        logits_TV[-1, 0].item()  # waits for an accelerator
         seconds.append(time.perf_counter() - begin)
-    speed = windows_WT.shape[1] / statistics.median(seconds)
-    return _Reading(torch.cat(losses), torch.cat(choices), speed)
+        want_T = ids_1T[0, 1:].to(logits_TV.device)
+        for some_TV, some_T in zip(logits_TV[:-1].split(_CHUNK), want_T.split(_CHUNK), strict=True):
+            losses.append(cross_entropy(some_TV.float(), some_T, reduction="none").double().cpu())
+            choices.append(some_TV.argmax(-1).cpu())
+    windows = len(windows_WT)
+    return _Reading(
+        torch.cat(losses).view(windows, -1),
+        torch.cat(choices).view(windows, -1),
+        windows_WT.shape[1] / statistics.median(seconds),
+    )
 
 
 def _is_coded(model: Path) -> bool:
@@ -213,32 +234,42 @@ def weight_errors(
 ) -> Mapping[str, tuple[float, float]]:
     """Of each layer: (squared error of its first experts, squared norm of what they should be).
 
-    What they should be is in `origin`, by default the model itself. A format that cannot keep a
-    layer (checkpoint) leaves it out. Raises KtSftError.
+    What they should be is in `origin`, by default the model itself. A layer that the format cannot
+    keep (checkpoint) is left out. Raises KtSftError.
     """
     found, true = checkpoint_experts(str(model)), checkpoint_experts(str(origin or model))
     sources, origins = found.sources(), true.sources()
     engine = Engine(available_threads(), requested_isa("auto"))
     errors = {}
     for layer, same in zip(found.layers, true.layers, strict=True):
-        few = range(min(experts, layer.shape.experts))
-        pair = sources[layer.hybrid_path], origins[same.hybrid_path]
+        source = sources[layer.hybrid_path]
         try:
-            errors[layer.hybrid_path] = _error(engine, layer.shape, *pair, few, weights)
+            packed = ExpertWeights(layout_of(layer.shape, source, weights))
         except CheckpointError:
             continue
+        few = range(min(experts, layer.shape.experts))
+        try:
+            errors[layer.hybrid_path] = _error(
+                engine, packed, layer.shape, source, origins[same.hybrid_path], few
+            )
+        except ValueError as error:
+            raise CheckpointError(f"{layer.hybrid_path}: {error}") from error
     return errors
+
+
+def _overall(errors: Iterable[tuple[float, float]]) -> float:
+    wrong, total = (sum(part) for part in zip(*[(0.0, 0.0), *errors], strict=True))
+    return float((wrong / total) ** 0.5) if total else 0.0
 
 
 def _error(
     engine: Engine,
+    packed: ExpertWeights,
     shape: ExpertsShape,
     source: ExpertSource,
     origin: ExpertSource,
     experts: Iterable[int],
-    weights: str,
 ) -> tuple[float, float]:
-    packed = ExpertWeights(layout_of(shape, source, weights))
     wrong = total = 0.0
     for expert in experts:
         for projection in shape.projections:
@@ -259,21 +290,18 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def as_table(rows: Iterable[FormatQuality]) -> Iterator[str]:
-    """Lines of a Markdown table."""
-    yield f"| {' | '.join(_COLUMNS)} |"
-    yield f"|{'---|' * len(_COLUMNS)}"
-    for row in rows:
-        excess = "" if row.excess is None else f"{row.excess:+.4f} ± {row.excess_error:.4f}"
-        same = "" if row.same_choice is None else f"{row.same_choice:.1%}"
-        speed = "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}"
-        yield (
-            f"| {row.weights} | {row.compute} | {row.bytes_per_weight:.3f} "
-            f"| {row.weight_error:.2%} | {row.loss:.4f} | {excess} | {same} "
-            f"| {speed} |"
-        )
+def table_head() -> str:
+    """The first two lines of a Markdown table."""
+    return f"| {' | '.join(_COLUMNS)} |\n|{'---|' * len(_COLUMNS)}\n"
 
 
-def as_json(rows: Iterable[FormatQuality]) -> list[dict[str, Any]]:
-    """The rows as plain values."""
-    return [asdict(row) for row in rows]
+def table_line(row: FormatQuality) -> str:
+    """The row's line of it."""
+    excess = "" if row.excess is None else f"{row.excess:+.4f}"
+    error = "" if row.excess_error is None else f" ± {row.excess_error:.4f}"
+    same = "" if row.same_choice is None else f"{row.same_choice:.1%}"
+    speed = "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}"
+    return (
+        f"| {row.weights} | {row.compute} | {row.bytes_per_weight:.3f} | {row.weight_error:.2%} "
+        f"| {row.loss:.4f} | {excess}{error} | {same} | {speed} |\n"
+    )

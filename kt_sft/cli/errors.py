@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def add_errors(commands: Any) -> None:
     errors.add_argument(
         "--store",
         default="memory",
-        help="memory (default), or a folder for the packed experts where memory is short",
+        help="memory (default), or a folder where the packed experts are kept, a file a format",
     )
     errors.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON, too")
 
@@ -49,18 +50,23 @@ def run_errors(arguments: argparse.Namespace) -> None:
     if arguments.experts < 1:
         raise SettingsError(f"--experts: got {arguments.experts}, expected at least 1")
     if arguments.text is None:
-        document: dict[str, Any] = {"weight_errors": _by_layer(arguments)}
+        _save(arguments, {"weight_errors": _by_layer(arguments)})
     else:
-        document = {"text": str(arguments.text), "rows": _on_text(arguments)}
-    if arguments.out is not None:
-        from kt_sft.host import machine_description
+        _on_text(arguments)
 
-        head = {
-            "measured": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": machine_description(),
-            "model": str(arguments.model),
-        }
-        arguments.out.write_text(json.dumps({**head, **document}, indent=1) + "\n")
+
+def _save(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
+    if arguments.out is None:
+        return
+    from kt_sft.host import machine_description
+
+    document = {
+        "measured": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine_description(),
+        "model": str(arguments.model),
+        **found,
+    }
+    arguments.out.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def _by_layer(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -84,25 +90,34 @@ def _by_layer(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     return errors
 
 
-def _on_text(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    from kt_sft.bench.quality import as_json, as_table, measure_quality, windows_of
+def _on_text(arguments: argparse.Namespace) -> None:
+    from kt_sft.bench.quality import measure_quality, table_head, table_line, windows_of
 
     try:
         text = arguments.text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"--text: {arguments.text} cannot be read as text: {error}") from error
     windows_WT = windows_of(arguments.model, text, arguments.tokens, arguments.context)
-    rows = list(
-        measure_quality(
-            arguments.model,
-            windows_WT,
-            arguments.weights,
-            against=arguments.against,
-            experts=arguments.experts,
-            store=arguments.store,
-        )
-    )
     windows, context = windows_WT.shape
-    sys.stdout.write(f"{arguments.model} on {arguments.text}: {windows} x {context} tokens\n")
-    sys.stdout.writelines(f"{line}\n" for line in as_table(rows))
-    return as_json(rows)
+    rows: list[dict[str, Any]] = []
+    for row in measure_quality(
+        arguments.model,
+        windows_WT,
+        arguments.weights,
+        against=arguments.against,
+        experts=arguments.experts,
+        store=arguments.store,
+    ):
+        if not rows:
+            title = f"{arguments.model} on {arguments.text}: {windows} x {context} tokens\n"
+            sys.stdout.write(title + table_head())
+        sys.stdout.write(table_line(row))
+        sys.stdout.flush()
+        rows.append(asdict(row))
+        # After every row: a later one may take hours, or fail.
+        _save(arguments, {"text": str(arguments.text), "rows": rows})
+    if not rows:
+        raise SettingsError(
+            f"nothing was measured: none of --weights {' '.join(arguments.weights)} could be, for "
+            "the reasons above"
+        )

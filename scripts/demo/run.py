@@ -69,12 +69,12 @@ def chosen_model() -> tuple[Path, list[str]]:
     """
     named = os.environ.get("DEMO_MODEL")
     if not named:
-        return CACHE / "model", []
+        return CACHE / "smollm2", []
     folder = Path(named).expanduser().resolve()
     if not (folder / "config.json").is_file():
         raise SystemExit(f"demo: DEMO_MODEL={named}: expected a folder with a config.json")
-    # Without a template's name LLaMA-Factory takes the tokenizer's own.
-    return folder, [f"model_name_or_path={folder}", "template=null"]
+    # Without a template's name LLaMA-Factory takes the tokenizer's own; cards need no thoughts.
+    return folder, [f"model_name_or_path={folder}", "template=null", "enable_thinking=false"]
 
 
 def main() -> None:
@@ -112,7 +112,8 @@ def main() -> None:
         llamafactory("demo_predict", f"output_dir={OUTPUTS / 'answers_after'}", *overrides),
         OUTPUTS / "logs" / "answers_after.log",
     )
-    sys.stdout.write(summarize(model, OUTPUTS, overrides, time.monotonic() - begin))
+    seconds = time.monotonic() - begin
+    sys.stdout.write(summarize(model, CACHE / "data", OUTPUTS, overrides, seconds))
 
 
 if __name__ == "__main__":

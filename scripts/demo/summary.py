@@ -28,24 +28,23 @@ class Answer:
     score: Score
 
 
-def answers(folder: Path) -> list[Answer]:
-    """The answers that a prediction wrote, scored."""
+def answers(folder: Path, examples: Sequence[dict[str, str]]) -> list[Answer]:
+    """The answers that a prediction wrote, scored; `examples` are what was asked, in order."""
     lines = (folder / "generated_predictions.jsonl").read_text().splitlines()
     found = []
-    for row in map(json.loads, lines):
-        question = row["prompt"][row["prompt"].rindex("Describe `") :].split("`.")[0] + "`."
-        text, documented = row["predict"].strip(), row["label"].strip()
-        found.append(Answer(question, text, documented, score(text, documented)))
+    for line, example in zip(lines, examples, strict=True):
+        text, documented = json.loads(line)["predict"].strip(), example["output"]
+        found.append(Answer(example["instruction"], text, documented, score(text, documented)))
     return found
 
 
 def most_improved(before: Sequence[Answer], after: Sequence[Answer]) -> list[int]:
-    """Indices of right cards whose summary came nearest to the documented one."""
-    gains = [
-        b.score.exact + b.score.rouge_l - a.score.rouge_l
-        for a, b in zip(before, after, strict=True)
-    ]
-    return sorted(range(len(after)), key=lambda i: gains[i], reverse=True)[:SHOWN_ANSWERS]
+    """Indices of the answers that gained most, right cards first."""
+
+    def gain(i: int) -> tuple[bool, float]:
+        return after[i].score.exact, after[i].score.rouge_l - before[i].score.rouge_l
+
+    return sorted(range(len(after)), key=gain, reverse=True)[:SHOWN_ANSWERS]
 
 
 def _exact(found: Iterable[Answer]) -> int:
@@ -73,7 +72,7 @@ def draw(
     left.legend()
     groups = {
         "right cards": (_exact(before) / len(before), _exact(after) / len(after)),
-        "summary, ROUGE-L": (_rouge_l(before), _rouge_l(after)),
+        "ROUGE-L": (_rouge_l(before), _rouge_l(after)),
     }
     for shift, label in enumerate(("before", "after")):
         places = [group + 0.4 * shift for group in range(len(groups))]
@@ -93,7 +92,9 @@ def _wrapped(label: str, text: str) -> str:
     )  # fmt: skip
 
 
-def summarize(model: Path, outputs: Path, overrides: Sequence[str], seconds: float) -> str:
+def summarize(
+    model: Path, data: Path, outputs: Path, overrides: Sequence[str], seconds: float
+) -> str:
     """The summary as text, and `demo.png` in `outputs`.
 
     `seconds` is the wall time of the whole demo.
@@ -102,7 +103,8 @@ def summarize(model: Path, outputs: Path, overrides: Sequence[str], seconds: flo
     history = json.loads((adapter / "trainer_state.json").read_text())["log_history"]
     evaluations = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     steps = [entry for entry in history if "tokens_per_second" in entry]
-    before, after = answers(outputs / "answers_before"), answers(outputs / "answers_after")
+    examples = json.loads((data / "demo_predict.json").read_text())
+    before, after = (answers(outputs / f"answers_{when}", examples) for when in ("before", "after"))
     draw(history, before, after, outputs / "demo.png")
     weights = sum(layer.shape.weights for layer in checkpoint_experts(str(model)).layers)
     runs = sorted(outputs.glob("wandb/offline-run-*"))
@@ -113,7 +115,8 @@ def summarize(model: Path, outputs: Path, overrides: Sequence[str], seconds: flo
     rows = {
         "Loss on held-out cards": f"{evaluations[0]:.3f} before, {evaluations[-1]:.3f} after",
         "Right cards": f"{_exact(before)} of {len(before)} before, {_exact(after)} after",
-        "ROUGE-L of the summaries": f"{_rouge_l(before):.2f} before, {_rouge_l(after):.2f} after",
+        "ROUGE-L with the documented summary": f"{_rouge_l(before):.2f} before, "
+        f"{_rouge_l(after):.2f} after",
         "Training speed": f"{median('tokens_per_second'):,.0f} tokens/s",
         "Time in the CPU experts": f"{median('experts_time_share'):.0%} of training, "
         f"{1e3 * median('experts_tflops'):.0f} GFLOPS",

@@ -11,8 +11,12 @@ import torch
 from tiny_models import make_tokenizer
 from transformers import (
     AutoModelForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -51,6 +55,15 @@ def test_the_function_is_preserved(tied: bool, experts: int, top_k: int) -> None
     assert top_k == experts or len(chosen) > 1, "the router sends every token to the same experts"
 
 
+def test_a_window_is_kept() -> None:
+    torch.manual_seed(1)
+    config = MistralConfig(**SIZES, sliding_window=6, attn_implementation="eager")
+    model = MistralForCausalLM(config).eval()
+    sparse = upcycle.upcycled(model, 4, 2).eval()
+    assert sparse.config.sliding_window == 6
+    torch.testing.assert_close(sparse(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_noise_makes_experts_differ_and_costs_a_little() -> None:
     model = dense()
     sparse = upcycle.upcycled(model, 4, 2, noise=0.02).eval()
@@ -61,8 +74,15 @@ def test_noise_makes_experts_differ_and_costs_a_little() -> None:
 
 
 def test_what_is_no_llama_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"'qwen2' cannot become a Mixtral.*q_proj\.bias"):
-        upcycle.upcycled(Qwen2ForCausalLM(Qwen2Config(**SIZES)), 4, 2)
+    for config, model_class in (
+        (Qwen2Config(**SIZES), Qwen2ForCausalLM),
+        (GraniteConfig(**SIZES), GraniteForCausalLM),  # the same names, another arithmetic
+    ):
+        with pytest.raises(ValueError, match=f"'{config.model_type}' cannot become a Mixtral"):
+            upcycle.upcycled(model_class(config), 4, 2)
+    biased = LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True))
+    with pytest.raises(ValueError, match="with attention_bias cannot become"):
+        upcycle.upcycled(biased, 4, 2)
     with pytest.raises(ValueError, match="top_k: got 5, expected 1 to 4"):
         upcycle.upcycled(dense(), 4, 5)
 

@@ -1,7 +1,7 @@
 """Fidelity on real weights: the demo's language model, 692 M parameters, against stock.
 
-Needs the registry once, for the package that holds the weights; the demo's folder is used where it
-was made already.
+Needs the registry, for the package that holds the weights. The demo's folder is used where it was
+made already.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from functions import documented_functions, language_reference
 
 pytestmark = pytest.mark.slow
 
-MODEL = Path(__file__).parents[2] / ".cache" / "demo" / "model"
+MODEL = Path(__file__).parents[2] / ".cache" / "demo" / "smollm2"
 
 QUESTIONS = 8
 STEPS = 20
@@ -56,7 +57,25 @@ def real() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def place(real: Path, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+def effective(real: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model in fp32 with the weights that int8 storage makes of its experts.
+
+    In bf16, rounding would decide between answers that are nearly as good, and merging round once
+    more.
+    """
+    folder = tmp_path_factory.mktemp("effective") / "model"
+    hybrid = AutoModelForCausalLM.from_pretrained(
+        real, quantization_config=HybridExpertsConfig(**EXPERTS), dtype=torch.float32
+    )
+    stock = AutoModelForCausalLM.from_pretrained(real, dtype=torch.float32)
+    take_effective_weights(stock, hybrid)
+    stock.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(real).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(effective: Path, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     """Recipes on the real model, with reference cards to learn and questions to answer."""
     folder = tmp_path_factory.mktemp("real")
     data = folder / "data"
@@ -77,7 +96,7 @@ def place(real: Path, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     info: dict[str, Any] = {name: {"file_name": f"{name}.json"} for name in files}
     info["pairs"].update(ranking=True, columns=columns)
     (data / "dataset_info.json").write_text(json.dumps(info))
-    (folder / "model").symlink_to(real)
+    (folder / "model").symlink_to(effective)
     return Workplace(folder)
 
 
@@ -92,8 +111,7 @@ def trained(place: Workplace) -> Path:
     """An adapter on attention and every expert."""
     place.train(
         "trained", **SETTINGS, max_steps=STEPS, lora_rank=8, per_device_train_batch_size=8,
-        disable_gradient_checkpointing=True,
-        env=THREADS,
+        disable_gradient_checkpointing=True, env=THREADS,
     )  # fmt: skip
     losses = place.losses("trained")
     assert sum(losses[-4:]) < 0.6 * sum(losses[:4])
@@ -106,21 +124,17 @@ def questions(place: Workplace) -> list[str]:
     return [row["instruction"] for row in rows]
 
 
-def predicted(place: Workplace, trained: Path, name: str, **settings: Any) -> list[str]:
-    """What the recipe's prediction answers to the questions."""
-    place.train(
-        name, **{**SETTINGS, "dataset": None, **settings}, do_train=None, do_predict=True,
-        predict_with_generate=True, eval_dataset="questions", max_new_tokens=80,
-        adapter_name_or_path=str(trained), do_sample=False, per_device_eval_batch_size=QUESTIONS,
-        env=THREADS,
-    )  # fmt: skip
-    lines = (place.folder / name / "generated_predictions.jsonl").read_text().splitlines()
-    return [json.loads(line)["predict"].strip() for line in lines]
-
-
 @pytest.fixture(scope="module")
 def answers(place: Workplace, trained: Path) -> list[str]:
-    found = predicted(place, trained, "predicted")
+    """What the recipe's prediction answers to the questions."""
+    place.train(
+        "predicted", **{**SETTINGS, "dataset": None}, do_train=None, do_predict=True,
+        predict_with_generate=True, eval_dataset="questions", max_new_tokens=80,
+        adapter_name_or_path=str(trained), do_sample=False, per_device_eval_batch_size=1,
+        env=THREADS,
+    )  # fmt: skip
+    lines = (place.folder / "predicted" / "generated_predictions.jsonl").read_text().splitlines()
+    found = [json.loads(line)["predict"].strip() for line in lines]
     assert sum(answer.startswith('{"module": "') for answer in found) >= QUESTIONS - 1
     return found
 
@@ -142,109 +156,30 @@ def test_upcycling_preserves_the_function(real: Path, tmp_path: Path) -> None:
     assert tokenizer.eos_token == "<|im_end|>"
 
 
-def test_twenty_steps_follow_stock(real: Path, place: Workplace) -> None:
-    """LoRA on attention and experts, AdamW; stock: W + scaling B A in its expert parameters."""
-    tokenizer = AutoTokenizer.from_pretrained(real)
-    rows = json.loads((place.folder / "data" / "cards.json").read_text())
-    batches = [batch(tokenizer, rows[4 * i : 4 * i + 4]) for i in range(STEPS)]
-    attention, routed = ["q_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
-
-    base = AutoModelForCausalLM.from_pretrained(
-        real, quantization_config=HybridExpertsConfig(**EXPERTS), dtype=torch.float32
-    )
-    torch.manual_seed(0)
-    ours = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=attention + routed))
-    stock_base = AutoModelForCausalLM.from_pretrained(real, dtype=torch.float32)
-    take_effective_weights(stock_base, ours)
-    stock = get_peft_model(stock_base, LoraConfig(r=8, lora_alpha=16, target_modules=attention))
-    start = {n: p.detach().clone() for n, p in ours.named_parameters() if p.requires_grad}
-    with torch.no_grad():
-        for name, p in stock.named_parameters():
-            if p.requires_grad:
-                p.copy_(start[name])
-    lora = {
-        name.removesuffix(".default"): p.requires_grad_()
-        for name, p in start.items()
-        if ".experts." in name
-    }
-    trained = [p for p in stock.parameters() if p.requires_grad]
-    assert len(trained) + len(lora) == len(start) and len(lora) == 30 * 3 * 2
-
-    def curve(model: Any, parameters: Iterable[Tensor], loss_of: Callable) -> list[float]:
-        model.train()
-        optimizer = torch.optim.AdamW(parameters, lr=1e-3)
-        losses = []
-        for inputs in batches:
-            loss = loss_of(inputs)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(float(loss.detach()))
-        return losses
-
-    curves = [
-        curve(ours, [p for p in ours.parameters() if p.requires_grad], lambda b: ours(**b).loss)
-    ]
-    del base, ours
-    curves.append(curve(stock, [*trained, *lora.values()], lambda b: _stock_loss(stock, lora, b)))
-    assert sum(curves[1][-4:]) < 0.75 * sum(curves[1][:4])
-    print("MAXDIFF", max(abs(a-b)/b for a,b in zip(*curves)), curves)
-    # bf16 keeps 8 bits, 4e-3 of a number.
-    for step, (a, b) in enumerate(zip(*curves, strict=True)):
-        assert abs(a - b) < 4e-3 * b, f"step {step}: ours {a}, stock {b}"
-
-
-def batch(tokenizer: Any, rows: list[dict[str, str]]) -> dict[str, Tensor]:
-    """Padded on the right; the loss is on all tokens that are there."""
-    texts = [
-        tokenizer.apply_chat_template(
-            [
-                {"role": "user", "content": row["instruction"]},
-                {"role": "assistant", "content": row["output"]},
-            ],
-            tokenize=False,
-        )
-        for row in rows
-    ]
-    found = tokenizer(texts, return_tensors="pt", padding=True)
-    labels = found.input_ids.masked_fill(found.attention_mask == 0, -100)
-    return {"input_ids": found.input_ids, "labels": labels}
-
-
-def _stock_loss(stock: Any, lora: dict[str, Tensor], inputs: dict[str, Tensor]) -> Tensor:
-    embeds = stock.get_input_embeddings()(inputs["input_ids"])
-    return stock_loss(stock, lora, embeds, inputs["labels"], scaling=2.0)[0]
-
-
 def test_a_merged_model_answers_the_same_in_stock_transformers(
-    place: Workplace, real: Path, trained: Path, questions: list[str]
+    place: Workplace,
+    trained: Path,
+    questions: list[str],
+    answers: list[str],
 ) -> None:
     recipe = place.recipe(
         "exporting", **{**INFERENCE, "template": "smollm2"}, kt_sft=EXPERTS,
         adapter_name_or_path=str(trained), export_dir=str(place.folder / "merged"),
     )  # fmt: skip
     run(["llamafactory-cli", "export", str(recipe)], THREADS)
-    hybrid = predicted(place, trained, "as_bf16", kt_sft={"weights": "bf16"})
-    merged = AutoModelForCausalLM.from_pretrained(place.folder / "merged", dtype=torch.float32)
+    merged = AutoModelForCausalLM.from_pretrained(place.folder / "merged", dtype="auto")
+    assert merged.dtype == torch.float32
     tokenizer = AutoTokenizer.from_pretrained(place.folder / "merged")
-    equal = 0
-    for question, answer in zip(questions, hybrid, strict=True):
+    for question, answer in zip(questions, answers, strict=True):
         ids = tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True,
             return_tensors="pt", return_dict=True,
         ).input_ids  # fmt: skip
-        out = merged.generate(ids, do_sample=False, max_new_tokens=80)[0, ids.shape[1] :]
-        equal += tokenizer.decode(out, skip_special_tokens=True).strip() == answer
-        _nearly_the_best(merged, ids, tokenizer(answer, return_tensors="pt").input_ids)
-    assert equal >= QUESTIONS - 2
-
-
-@torch.no_grad()
-def _nearly_the_best(model: Any, prompt: Tensor, answer: Tensor) -> None:
-    """Each token of the answer is the model's own choice, or as good but for rounding."""
-    logits = model(torch.cat([prompt, answer], 1)).logits[0, prompt.shape[1] - 1 : -1]
-    chosen = logits.gather(1, answer[0][:, None])[:, 0]
-    assert float((logits.amax(-1) - chosen).max()) < 0.2
+        mask = torch.ones_like(ids)
+        out = merged.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=80)[
+            0, ids.shape[1] :
+        ]
+        assert tokenizer.decode(out, skip_special_tokens=True).strip() == answer
 
 
 def test_predict_chat_and_api_answer_alike(
@@ -252,7 +187,7 @@ def test_predict_chat_and_api_answer_alike(
 ) -> None:
     recipe = place.recipe(
         "asking", **{**INFERENCE, "template": "smollm2"}, kt_sft=EXPERTS,
-        adapter_name_or_path=str(trained), infer_backend="huggingface", infer_dtype="float32",
+        adapter_name_or_path=str(trained), infer_backend="huggingface",
         do_sample=False, max_new_tokens=80,
     )  # fmt: skip
     assert chatted(recipe, questions) == answers
@@ -300,3 +235,83 @@ def test_dpo_raises_the_margin(place: Workplace) -> None:
     assert logs[0]["loss"] == pytest.approx(0.6931, abs=2e-3) and abs(margins[0]) < 0.02
     assert margins[-1] > 0.5 and margins[-1] > margins[2] > margins[0]
     assert logs[-1]["rewards/accuracies"] == 1.0
+
+
+def test_twenty_steps_follow_stock(real: Path, place: Workplace) -> None:
+    """LoRA on attention and experts, AdamW; stock: W + scaling B A in its expert parameters.
+
+    The last of the module, since the C library keeps the 16 GB that it takes.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(real)
+    rows = json.loads((place.folder / "data" / "cards.json").read_text())
+    batches = [batch(tokenizer, rows[4 * i : 4 * i + 4]) for i in range(STEPS)]
+    attention, routed = ["q_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
+
+    base = AutoModelForCausalLM.from_pretrained(
+        real, quantization_config=HybridExpertsConfig(**EXPERTS), dtype=torch.float32
+    )
+    torch.manual_seed(0)
+    ours = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=attention + routed))
+    stock_base = AutoModelForCausalLM.from_pretrained(real, dtype=torch.float32)
+    take_effective_weights(stock_base, ours)
+    stock = get_peft_model(stock_base, LoraConfig(r=8, lora_alpha=16, target_modules=attention))
+    start = {n: p.detach().clone() for n, p in ours.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for name, p in stock.named_parameters():
+            if p.requires_grad:
+                p.copy_(start[name])
+    lora = {
+        name.removesuffix(".default"): p.requires_grad_()
+        for name, p in start.items()
+        if ".experts." in name
+    }
+    trained = [p for p in stock.parameters() if p.requires_grad]
+    assert len(trained) + len(lora) == len(start) and len(lora) == 30 * 3 * 2
+
+    def curve(model: Any, parameters: Iterable[Tensor], loss_of: Callable) -> list[float]:
+        model.train()
+        optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+        losses = []
+        for inputs in batches:
+            loss = loss_of(inputs)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss.detach()))
+        return losses
+
+    parameters = (p for p in ours.parameters() if p.requires_grad)
+    curves = [curve(ours, parameters, partial(_hybrid_loss, ours))]
+    del base, ours, parameters
+    loss_of = partial(_stock_loss, stock, lora)
+    curves.append(curve(stock, [*trained, *lora.values()], loss_of))
+    assert sum(curves[1][-4:]) < 0.75 * sum(curves[1][:4])
+    # bf16 keeps 8 bits, 4e-3 of a number.
+    for step, (a, b) in enumerate(zip(*curves, strict=True)):
+        assert abs(a - b) < 4e-3 * b, f"step {step}: ours {a}, stock {b}"
+
+
+def batch(tokenizer: Any, rows: list[dict[str, str]]) -> dict[str, Tensor]:
+    """Padded on the right; the loss is on all tokens that are there."""
+    texts = [
+        tokenizer.apply_chat_template(
+            [
+                {"role": "user", "content": row["instruction"]},
+                {"role": "assistant", "content": row["output"]},
+            ],
+            tokenize=False,
+        )
+        for row in rows
+    ]
+    found = tokenizer(texts, return_tensors="pt", padding=True)
+    labels = found.input_ids.masked_fill(found.attention_mask == 0, -100)
+    return {"input_ids": found.input_ids, "labels": labels}
+
+
+def _hybrid_loss(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    return model(**inputs).loss
+
+
+def _stock_loss(stock: Any, lora: dict[str, Tensor], inputs: dict[str, Tensor]) -> Tensor:
+    embeds = stock.get_input_embeddings()(inputs["input_ids"])
+    return stock_loss(stock, lora, embeds, inputs["labels"], scaling=2.0)[0]

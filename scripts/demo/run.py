@@ -1,11 +1,12 @@
 """The demo from beginning to end: base model, data, fine-tuning, answers, summary.
 
-Model and data are cached in .cache/demo; results go to outputs/demo. DEMO_MODEL names a folder with
-another Mixture-of-Experts checkpoint to use in place of the demo's own.
+Model, data and the base model's answers are cached in .cache/demo; results go to outputs/demo.
+DEMO_MODEL names a folder with another Mixture-of-Experts checkpoint, whose answers are not cached.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -14,8 +15,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from base_model import MADE_OF
 from summary import summarize
 from tqdm import tqdm
+
+import kt_sft
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = Path(".cache/demo")
@@ -77,6 +81,30 @@ def chosen_model() -> tuple[Path, list[str]]:
     return folder, [f"model_name_or_path={folder}", "template=null", "enable_thinking=false"]
 
 
+def answer_before(model: Path, overrides: Sequence[str]) -> None:
+    """The base model's answers, which a second run takes from the cache: nothing has trained it."""
+    answers, kept = OUTPUTS / "answers_before", CACHE / "answers_before"
+    asked = [CACHE / "data" / "demo_predict.json", ROOT / "recipes" / "demo_predict.yaml"]
+    key = hashlib.sha256(b"".join(file.read_bytes() for file in asked)).hexdigest()
+    made_of = "" if overrides else (model / MADE_OF).read_text()
+    said = f"{kt_sft.__version__} {key} {made_of}"
+    if not overrides and (kept / "key.txt").is_file() and (kept / "key.txt").read_text() == said:
+        shutil.copytree(kept, answers)
+        sys.stdout.write(f"\n== 3/5 Answers of the base model: kept in {kept}\n")
+        return
+    run_step(
+        "3/5 Answers of the base model to held-out questions",
+        llamafactory(
+            "demo_predict", "adapter_name_or_path=null", f"output_dir={answers}", *overrides
+        ),
+        OUTPUTS / "logs" / "answers_before.log",
+    )
+    if not overrides:
+        shutil.rmtree(kept, ignore_errors=True)
+        shutil.copytree(answers, kept)
+        (kept / "key.txt").write_text(said)
+
+
 def main() -> None:
     """Runs every step and prints the summary."""
     model, overrides = chosen_model()
@@ -93,16 +121,7 @@ def main() -> None:
         "2/5 Data: reference cards of Python's standard library",
         [sys.executable, "scripts/demo/cards.py", "--out", str(CACHE / "data")],
     )
-    run_step(
-        "3/5 Answers of the base model to held-out questions",
-        llamafactory(
-            "demo_predict",
-            "adapter_name_or_path=null",
-            f"output_dir={OUTPUTS / 'answers_before'}",
-            *overrides,
-        ),
-        OUTPUTS / "logs" / "answers_before.log",
-    )
+    answer_before(model, overrides)
     run_step(
         "4/5 Fine-tuning: LoRA on attention and every expert, experts in int8 on the CPU",
         llamafactory("demo", *overrides),

@@ -23,13 +23,14 @@ CONTEXT = 48
 
 
 def tiny(sign: float = 1.0) -> nn.Module:
-    """A Qwen3-MoE in bf16, one of whose experts has its down projection times `sign`."""
+    """A Qwen3-MoE, one of whose experts has its down projection times `sign`."""
     model = make_model("qwen3_moe", moe_intermediate_size=96)
     with torch.no_grad():
         for layer in stock_experts(model).values():
             layer.down_proj.mul_(2)
             layer.down_proj[1].mul_(sign)
-    return model.bfloat16()
+    # Values that bf16 holds, computed in fp32: bf16 rounds otherwise on each kind of processor.
+    return model.bfloat16().float()
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,7 @@ def test_the_reference_is_the_stock_models_loss(
 ) -> None:
     rows = run("--weights", "bf16")
     assert list(rows) == [("bf16", "bf16")]
-    stock = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    stock = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     windows = quality.windows_of(model, text.read_text(), 192, CONTEXT)
     assert windows.shape == (4, CONTEXT)
     with torch.no_grad():
@@ -109,8 +110,10 @@ def test_formats_cost_as_much_as_they_err(
     agreement = [rows[w, "exact"]["same_choice"] for w in ("int8", "int4_g32")]
     assert 0.9 < agreement[0] <= 1 and agreement[1] < agreement[0]
     # What rounding does to a loss has no sign; its size grows with the error of the weights.
-    spread = [rows[w, "exact"]["excess_error"] for w in ("int8", "int4_g32", "int4_g128")]
-    assert spread == sorted(spread)
+    spread = {w: rows[w, "exact"]["excess_error"] for w in ("int8", "int4_g32", "int4_g128")}
+    assert 1.5 * spread["int8"] < min(spread["int4_g32"], spread["int4_g128"])
+    errors = [rows[w, "exact"]["weight_error"] for w in spread]
+    assert errors == sorted(errors)
     assert rows["int8", "int8"]["loss"] != rows["int8", "exact"]["loss"]
     sizes = [rows[w, "exact"]["bytes_per_weight"] for w in ("int8", "int4_g32", "int4_g128")]
     assert sizes == sorted(sizes, reverse=True)

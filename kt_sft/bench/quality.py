@@ -113,8 +113,8 @@ def measure_quality(
     published) is a warning, and rows lack what needs it. Raises SettingsError where `against` is
     another model, KtSftError for a checkpoint that cannot be read.
     """
+    require_experts(model, against)
     origin = against or model
-    _require_alike(model, origin)
     reference: _Reading | None = None
     try:
         for compute, size, reading in _readings(origin, windows_WT, REFERENCE, store):
@@ -130,24 +130,27 @@ def measure_quality(
             logger.info("checkpoint: the experts of %s are no codes; it is the same as bf16", model)
             continue
         try:
-            differs = _overall(weight_errors(model, weights, experts, origin).values())
+            differs = _overall(weight_errors(model, weights, experts, against).values())
             for compute, size, reading in _readings(model, windows_WT, weights, store):
                 yield _row(weights, compute, size, reading, reference, differs)
         except KtSftError as problem:
             logger.warning("%s is not measured: %s", weights, problem)
 
 
-def _require_alike(model: Path, origin: Path) -> None:
-    shapes = []
-    for folder in (model, origin):
-        found = checkpoint_experts(str(folder))
-        vocabulary = getattr(read_config(str(folder)).get_text_config(), "vocab_size", None)
-        shapes.append(([(layer.hybrid_path, layer.shape) for layer in found.layers], vocabulary))
-    if shapes[0] != shapes[1]:
+def require_experts(model: Path, against: Path | None) -> None:
+    """Raises KtSftError where there are none, or other ones in `against`."""
+    outline = _outline(model)
+    if against is not None and _outline(against) != outline:
         raise SettingsError(
-            f"--against: {origin} has other experts or another vocabulary than {model}; expected "
+            f"--against: {against} has other experts or another vocabulary than {model}; expected "
             "the checkpoint that it is a quantized copy of"
         )
+
+
+def _outline(folder: Path) -> tuple[list[tuple[str, ExpertsShape]], int | None]:
+    layers = checkpoint_experts(str(folder)).layers
+    vocabulary = getattr(read_config(str(folder)).get_text_config(), "vocab_size", None)
+    return [(layer.hybrid_path, layer.shape) for layer in layers], vocabulary
 
 
 def _row(
@@ -237,11 +240,12 @@ def weight_errors(
     What they should be is in `origin`, by default the model itself. A layer that the format cannot
     keep (checkpoint) is left out. Raises KtSftError.
     """
-    found, true = checkpoint_experts(str(model)), checkpoint_experts(str(origin or model))
-    sources, origins = found.sources(), true.sources()
+    found = checkpoint_experts(str(model))
+    sources = found.sources()
+    origins = checkpoint_experts(str(origin)).sources() if origin is not None else sources
     engine = Engine(available_threads(), requested_isa("auto"))
     errors = {}
-    for layer, same in zip(found.layers, true.layers, strict=True):
+    for layer in found.layers:
         source = sources[layer.hybrid_path]
         try:
             packed = ExpertWeights(layout_of(layer.shape, source, weights))
@@ -250,7 +254,7 @@ def weight_errors(
         few = range(min(experts, layer.shape.experts))
         try:
             errors[layer.hybrid_path] = _error(
-                engine, packed, layer.shape, source, origins[same.hybrid_path], few
+                engine, packed, layer.shape, source, origins[layer.hybrid_path], few
             )
         except ValueError as error:
             raise CheckpointError(f"{layer.hybrid_path}: {error}") from error
@@ -273,8 +277,9 @@ def _error(
     wrong = total = 0.0
     for expert in experts:
         for projection in shape.projections:
-            pack_one(engine, packed, expert, projection, source.read(expert, projection))
-            exact = _floats(origin.read(expert, projection))
+            matrix = source.read(expert, projection)
+            pack_one(engine, packed, expert, projection, matrix)
+            exact = _floats(matrix if origin is source else origin.read(expert, projection))
             wrong += float((packed.unpack(expert, projection) - exact).square().sum())
             total += float(exact.square().sum())
     return wrong, total

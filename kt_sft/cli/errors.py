@@ -70,8 +70,9 @@ def _save(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
 
 
 def _by_layer(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
-    from kt_sft.bench.quality import weight_errors
+    from kt_sft.bench.quality import require_experts, weight_errors
 
+    require_experts(arguments.model, arguments.against)
     errors = {
         weights: {
             layer: (wrong / total) ** 0.5 if total else 0.0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
+import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -130,7 +132,8 @@ def summarize(
         lines.append(_wrapped("Before", before[i].text))
         lines.append(_wrapped("After", after[i].text))
         lines.append(_wrapped("Documented", after[i].documented))
-    chat = ["llamafactory-cli chat recipes/demo_chat.yaml", *overrides]
+    command = os.path.relpath(Path(sys.executable).with_name("llamafactory-cli"))
+    chat = " ".join([command, "chat recipes/demo_chat.yaml", *overrides])
     lines += [
         "",
         f"  Adapter    {adapter}/adapter_model.safetensors",
@@ -138,7 +141,7 @@ def summarize(
         f"  Answers    {outputs}/answers_before, {outputs}/answers_after",
         f"  W&B run    {runs[-1] if runs else 'none'} (wandb sync uploads it)",
         "",
-        f"  Talk to it:  .venv/bin/{' '.join(chat)}",
+        f"  Talk to it:  {chat}",
         "               Describe `rotate(points, angle, center=(0, 0))`.",
         "",
     ]

@@ -254,9 +254,10 @@ def test_another_model_is_no_origin(
 ) -> None:
     other = make_model("qwen3_moe", moe_intermediate_size=72)
     other.save_pretrained(tmp_path / "other")
-    options = ["--text", str(text), "--against", str(tmp_path / "other")]
-    assert main(["errors", str(model), *options]) == 2
-    assert "has other experts or another vocabulary" in capsys.readouterr().err
+    for options in (["--text", str(text)], []):
+        against = ["--against", str(tmp_path / "other")]
+        assert main(["errors", str(model), *options, *against]) == 2
+        assert "has other experts or another vocabulary" in capsys.readouterr().err
 
 
 def test_nothing_to_measure(model: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:

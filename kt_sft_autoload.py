@@ -2,7 +2,7 @@
 
 A module beside the package, so that nothing of the package is imported with torch: whatever has
 happened to the package, `import torch` works. It waits for LLaMA-Factory to be imported and then
-hands over to `kt_sft.integrations`. With KT_SFT_DISABLE=1 it does nothing.
+hands over to `kt_sft.plugin`. With KT_SFT_DISABLE=1 it does nothing.
 """
 
 import importlib.abc
@@ -34,7 +34,7 @@ class _AfterImport(importlib.abc.Loader):
         module.__spec__.loader = self._loader
         self._loader.exec_module(module)
         try:
-            from kt_sft.integrations.llamafactory import HOOKS
+            from kt_sft.plugin.llamafactory import HOOKS
 
             HOOKS[module.__name__](module)
         except (Exception, SystemExit) as error:

@@ -10,9 +10,9 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "HybridExpertsConfig": "kt_sft.integrations.transformers",
-    "HybridExpertsCallback": "kt_sft.integrations.trainer",
-    "hybridize": "kt_sft.integrations.transformers",
+    "HybridExpertsConfig": "kt_sft.loading",
+    "HybridExpertsCallback": "kt_sft.training.callback",
+    "hybridize": "kt_sft.loading",
     "HybridExpertsSettings": "kt_sft.config",
 }
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from kt_sft.cpu_budget import machine_cpus
 from kt_sft.errors import SettingsError
+from kt_sft.machine.cpus import machine_cpus
 
 _CHOICES = {
     "weights": ("int8", "bf16", "int4", "int4_g128", "int4_g32", "checkpoint"),

@@ -23,8 +23,8 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 
 from kt_sft.errors import KtSftError
-from kt_sft.experts.finding import find_experts
-from kt_sft.families import EXPERTS_CLASSES
+from kt_sft.families.finding import find_experts
+from kt_sft.families.table import EXPERTS_CLASSES
 
 # Heads that can be trained or served as language models, best first.
 _MAPPINGS = (

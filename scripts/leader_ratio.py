@@ -21,7 +21,7 @@ import torch
 
 from kt_sft.bench.case import LayerCase, LayerData
 from kt_sft.bench.layer import OurLayer
-from kt_sft.host import cpu_name
+from kt_sft.machine.report import cpu_name
 
 TOKENS = (2, 4, 8, 16, 64, 256, 2048)
 

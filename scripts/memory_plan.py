@@ -22,11 +22,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-from kt_sft import HybridExpertsConfig, allocator
-from kt_sft.host import anonymous_memory_bytes, host_memory_bytes, peak_memory_bytes
-from kt_sft.integrations import transformers as loading
-from kt_sft.integrations.lora_targets import LoraTargets
-from kt_sft.integrations.memory import TrainingOutline
+from kt_sft import HybridExpertsConfig
+from kt_sft.loading import quantizer as loading
+from kt_sft.machine import allocator
+from kt_sft.machine.memory import anonymous_memory_bytes, host_memory_bytes, peak_memory_bytes
+from kt_sft.planning.lora_targets import LoraTargets
+from kt_sft.planning.outline import TrainingOutline
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 EXPERTS = ("gate_proj", "up_proj", "down_proj")

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from kt_sft import HybridExpertsConfig, hybridize
 from kt_sft.experts import hybrid_experts_of
-from kt_sft.host import cpu_name
+from kt_sft.machine.report import cpu_name
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from kt_sft.experts import hybrid_experts_of
-from kt_sft.experts.finding import FoundExperts, find_experts, select_rows
-from kt_sft.families import Part, parameter
+from kt_sft.families.finding import FoundExperts, find_experts, select_rows
+from kt_sft.families.table import Part, parameter
 
 
 def expert_tensors(model: nn.Module) -> list[str]:

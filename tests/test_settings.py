@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from kt_sft.config import HybridExpertsSettings, read_section
-from kt_sft.cpu_budget import available_threads
 from kt_sft.errors import SettingsError
 from kt_sft.kernels import isa_report, requested_isa, select_isa
+from kt_sft.machine.cpus import available_threads
 
 
 def test_defaults() -> None:

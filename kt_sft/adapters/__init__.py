@@ -1,1 +1,4 @@
-"""LoRA on routed experts: the layers that PEFT drives, and the form that other programs read."""
+"""Expert LoRA as PEFT drives it: the layer, its names and its state dict.
+
+For experts and everything above it.
+"""

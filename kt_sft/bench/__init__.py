@@ -1,1 +1,1 @@
-"""Measurements of the kernels, as ratios in one interleaved run."""
+"""Measurements: the machine's peak, a layer beside its peers, formats on text. For cli."""

@@ -14,9 +14,9 @@ import torch
 from kt_sft.bench.case import LayerCase, LayerData, Runner, one_expert, timed
 from kt_sft.bench.peak import bf16_rate, exact_rate, int8_rate
 from kt_sft.bench.peers import PEERS, keep_freed_memory
-from kt_sft.cpu_budget import available_threads
-from kt_sft.host import cpu_name
 from kt_sft.kernels import PROJECTIONS, Engine, ExpertWeights, Gate, WeightLayout, requested_isa
+from kt_sft.machine.cpus import available_threads
+from kt_sft.machine.report import cpu_name
 
 _PEAKS = {"bf16": bf16_rate, "exact": exact_rate, "int8": int8_rate}
 

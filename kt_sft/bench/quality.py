@@ -20,15 +20,17 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from kt_sft.cpu_budget import available_threads
+from kt_sft.checkpoint.configuration import read_config
+from kt_sft.checkpoint.folder import checkpoint_experts, model_class_of
+from kt_sft.checkpoint.layouts import layout_of
+from kt_sft.checkpoint.sources import ExpertSource
 from kt_sft.errors import CheckpointError, KtSftError, SettingsError
-from kt_sft.experts import ExpertsShape, hybrid_experts_of
-from kt_sft.integrations.checkpoint_keys import checkpoint_experts, model_class_of
-from kt_sft.integrations.configuration import read_config
-from kt_sft.integrations.transformers import HybridExpertsConfig
+from kt_sft.experts import hybrid_experts_of
+from kt_sft.families.shape import ExpertsShape
 from kt_sft.kernels import CodedMatrix, Engine, ExpertWeights, requested_isa
-from kt_sft.store.packing import layout_of, pack_one
-from kt_sft.store.sources import ExpertSource
+from kt_sft.loading.config import HybridExpertsConfig
+from kt_sft.loading.packing import pack_one
+from kt_sft.machine.cpus import available_threads
 
 logger = logging.getLogger(__name__)
 

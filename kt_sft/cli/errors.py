@@ -58,7 +58,7 @@ def run_errors(arguments: argparse.Namespace) -> None:
 def _save(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
     if arguments.out is None:
         return
-    from kt_sft.host import machine_description
+    from kt_sft.kernels.report import machine_description
 
     document = {
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),

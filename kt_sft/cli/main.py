@@ -70,8 +70,8 @@ def _run_llamafactory(command: str, recipe: str, overrides: Sequence[str]) -> No
 def _doctor() -> None:
     from importlib.metadata import PackageNotFoundError, version
 
-    from kt_sft.host import machine_description
     from kt_sft.kernels import isa_report, kernel_rows, requested_isa
+    from kt_sft.kernels.report import machine_description
 
     lines = [f"{name:<18}{value}" for name, value in machine_description().items()]
     dots = {isa: f"{integer}, {floating}" for isa, integer, floating in kernel_rows()}

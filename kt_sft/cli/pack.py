@@ -11,9 +11,9 @@ from typing import Any
 from tqdm import tqdm
 
 from kt_sft.cli.help_text import sentence
-from kt_sft.cpu_budget import available_threads
 from kt_sft.errors import SettingsError
 from kt_sft.kernels import Engine, requested_isa
+from kt_sft.machine.cpus import available_threads
 from kt_sft.store.library import default_folder
 from kt_sft.store.packed_file import PackedFile
 
@@ -47,8 +47,8 @@ def run_pack(arguments: argparse.Namespace) -> None:
             packed.verify(threads, bar.update)
         sys.stdout.write(f"{packed.path}: {packed.nbytes / 1e9:.3f} GB are as they were written\n")
     else:
-        from kt_sft.integrations.checkpoint_keys import checkpoint_experts
-        from kt_sft.store.placing import store_of
+        from kt_sft.checkpoint.folder import checkpoint_experts
+        from kt_sft.loading.placing import store_of
 
         packed, there = store_of(
             checkpoint_experts(arguments.model),

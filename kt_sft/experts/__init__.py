@@ -3,12 +3,10 @@
 from kt_sft.experts.meter import ExpertsMeter, MeterMark
 from kt_sft.experts.module import HybridExperts, hybrid_experts_of
 from kt_sft.experts.runtime import ExpertsRuntime
-from kt_sft.experts.shape import ExpertsShape
 
 __all__ = [
     "ExpertsMeter",
     "ExpertsRuntime",
-    "ExpertsShape",
     "HybridExperts",
     "MeterMark",
     "hybrid_experts_of",

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kt_sft.experts.activations import Computed, current
+from kt_sft.engines.nodes import SplitWeights
+from kt_sft.experts.recompute import Computed, current
 from kt_sft.experts.runtime import ExpertsRuntime
-from kt_sft.experts.shape import ExpertsShape
-from kt_sft.kernels import ExpertWeights, LoraFactors, SplitWeights
+from kt_sft.families.shape import ExpertsShape
+from kt_sft.kernels import ExpertWeights, LoraFactors
 
 
 @dataclass(frozen=True)

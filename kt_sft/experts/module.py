@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from kt_sft.adapters.layer import HybridExpertsLinear, common_dropout
-from kt_sft.adapters.portable import collect_expert_factors, spread_expert_factors
+from kt_sft.adapters.state_dict import collect_expert_factors, spread_expert_factors
+from kt_sft.engines.nodes import SplitWeights
 from kt_sft.errors import CheckpointError
-from kt_sft.experts.conventions import CALLS
 from kt_sft.experts.function import ExpertsCall, ExpertsFunction
 from kt_sft.experts.runtime import ExpertsRuntime
-from kt_sft.experts.shape import ExpertsShape
-from kt_sft.kernels import PROJECTIONS, ExpertWeights, SplitWeights
+from kt_sft.families.calls import CALLS
+from kt_sft.families.shape import ExpertsShape
+from kt_sft.kernels import PROJECTIONS, ExpertWeights
 
 
 class HybridExperts(nn.Module):

@@ -6,19 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 from kt_sft.config import HybridExpertsSettings
-from kt_sft.cpu_budget import available_threads, place_among_ranks
-from kt_sft.experts.activations import KeptActivations
-from kt_sft.experts.finite import FiniteWatch
+from kt_sft.engines.nodes import NodeEngines, engine_on
 from kt_sft.experts.meter import ExpertsMeter
-from kt_sft.host import available_memory_bytes
-from kt_sft.kernels import (
-    Engine,
-    NodeEngines,
-    cpus_of_rank,
-    engine_on,
-    numa_nodes,
-    requested_isa,
-)
+from kt_sft.experts.recompute import KeptActivations
+from kt_sft.experts.watch import FiniteWatch
+from kt_sft.kernels import Engine, requested_isa
+from kt_sft.machine.cpus import available_threads, place_among_ranks
+from kt_sft.machine.memory import available_memory_bytes
+from kt_sft.machine.numa import cpus_of_rank, numa_nodes
 
 # Part of the free memory that activations may take between forward and backward.
 _KEEPS = 0.8

@@ -4,17 +4,11 @@ Legend: T tokens, D hidden size, F intermediate size, E experts, K top-k, R = T*
 r LoRA rank, Dp and Fp are D and F rounded up to a multiple of 64.
 """
 
-from kt_sft.kernels.engine import (
-    BlockReport,
-    Engine,
-    ExpertWeights,
-    Kept,
-    LoraFactors,
-)
+from kt_sft.kernels.engine import BlockReport, Engine, Kept, LoraFactors
 from kt_sft.kernels.formats import PROJECTIONS, CodedMatrix, Coding, WeightLayout
 from kt_sft.kernels.gate import ACTIVATIONS, Gate
 from kt_sft.kernels.isa import isa_report, kernel_rows, requested_isa, select_isa
-from kt_sft.kernels.numa import NodeEngines, SplitWeights, cpus_of_rank, engine_on, numa_nodes
+from kt_sft.kernels.weights import ExpertWeights
 
 __all__ = [
     "ACTIVATIONS",
@@ -27,14 +21,9 @@ __all__ = [
     "Gate",
     "Kept",
     "LoraFactors",
-    "NodeEngines",
-    "SplitWeights",
     "WeightLayout",
-    "cpus_of_rank",
-    "engine_on",
     "isa_report",
     "kernel_rows",
-    "numa_nodes",
     "requested_isa",
     "select_isa",
 ]

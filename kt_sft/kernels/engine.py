@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import resource
@@ -14,45 +13,17 @@ import torch
 from torch import Tensor
 
 import kt_sft.kernels._core as _core
-from kt_sft.cgroups import cgroup_folders
 from kt_sft.errors import KernelArgumentError, ThreadsError
+from kt_sft.kernels.checks import FLOAT_NAMES, address_of, refuse_pickling
 from kt_sft.kernels.formats import (
-    INT8_CODING,
     PROJECTIONS,
-    SCALE_DTYPES,
-    CodedMatrix,
     WeightLayout,
 )
 from kt_sft.kernels.gate import Gate
-
-_FLOATS = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-}
+from kt_sft.kernels.weights import ExpertWeights
+from kt_sft.machine.cgroups import cgroup_folders
 
 MAX_RANK = 512
-
-
-def _check(
-    tensor: Tensor,
-    name: str,
-    shape: Sequence[int],
-    dtypes: Sequence[torch.dtype],
-) -> int:
-    """The address of `tensor` once it is what the kernels read or write."""
-    problems = []
-    if tensor.device.type != "cpu":
-        problems.append(f"device {tensor.device}, expected cpu")
-    if tensor.dtype not in dtypes:
-        problems.append(f"dtype {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
-    if tuple(tensor.shape) != tuple(shape):
-        problems.append(f"shape {tuple(tensor.shape)}, expected {tuple(shape)}")
-    elif not tensor.is_contiguous():
-        problems.append(f"strides {tensor.stride()}, expected contiguous")
-    if problems:
-        raise KernelArgumentError(f"{name}: got " + "; ".join(problems))
-    return tensor.data_ptr()
 
 
 def _round_up(n: int) -> int:
@@ -75,174 +46,6 @@ def _limits_of_threads() -> Iterator[str]:
             continue
         if limit != "max":
             yield f"{folder}/pids.max {limit}"
-
-
-def _refuse_pickling(self: object) -> tuple:
-    raise TypeError(
-        f"{type(self).__name__} cannot be pickled: packed experts and their threads belong to "
-        "this process; load the model in the other process instead"
-    )
-
-
-class ExpertWeights:
-    """The frozen weights of one layer's experts, packed in host memory.
-
-    Neither a Parameter nor a buffer: nothing that moves, copies or broadcasts a model sees it.
-    A deep copy shares the memory.
-    """
-
-    def __init__(self, layout: WeightLayout, packed: Mapping[str, Tensor] | None = None) -> None:
-        """Empty weights, or those in `packed`: uint8 sections as `sections()` returns them.
-
-        Packed memory is read only and kept alive. Raises KernelArgumentError.
-        """
-        self.layout = layout
-        self._packed = packed
-        addresses = None
-        if packed is not None:
-            sizes = layout.section_bytes()
-            if set(packed) != set(sizes):
-                raise KernelArgumentError(
-                    f"packed: got the sections {sorted(packed)}, expected {sorted(sizes)}"
-                )
-            addresses = [
-                _check(packed[name], name, (sizes[name],), [torch.uint8]) if name in sizes else 0
-                for name in _core.SECTIONS
-            ]
-        self.handle = _core.PackedExperts(layout.native, addresses)
-
-    def __deepcopy__(self, memo: dict) -> ExpertWeights:
-        return self
-
-    __reduce__ = _refuse_pickling
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of host memory, scales included."""
-        return self.handle.nbytes
-
-    @property
-    def experts(self) -> int:
-        """E."""
-        return self.layout.experts
-
-    @property
-    def hidden(self) -> int:
-        """D."""
-        return self.layout.hidden
-
-    @property
-    def intermediate(self) -> int:
-        """F."""
-        return self.layout.intermediate
-
-    @property
-    def gated(self) -> bool:
-        """Whether there is a gate projection."""
-        return self.layout.gated
-
-    @property
-    def projections(self) -> tuple[str, ...]:
-        """The projections that these experts have, in order."""
-        return self.layout.projections
-
-    def shape(self, projection: str) -> tuple[int, int]:
-        """(outputs, inputs) of one expert's projection."""
-        return self.layout.shape(projection)
-
-    def sections(self) -> dict[str, memoryview]:
-        """The packed memory by section, read only; valid as long as these weights live."""
-        return {
-            name: memoryview((ctypes.c_ubyte * size).from_address(address)).cast("B").toreadonly()
-            for name, (address, size) in self.handle.sections.items()
-        }
-
-    def pack(self, engine: Engine, expert: int, projection: str, weight: Tensor) -> None:
-        """Quantizes and packs one expert's projection, [outputs, inputs] in fp32, bf16 or fp16.
-
-        Rows may be strided. Raises KernelArgumentError, or ValueError for NaN and Inf.
-        """
-        self._check_place(expert, projection)
-        if tuple(weight.shape) != self.shape(projection) or weight.dtype not in _FLOATS:
-            raise KernelArgumentError(
-                f"{projection} of expert {expert}: got {weight.dtype} {tuple(weight.shape)}, "
-                f"expected a float tensor of shape {self.shape(projection)}"
-            )
-        if weight.device.type != "cpu" or (weight.stride(1) != 1 and weight.shape[1] > 1):
-            weight = weight.cpu().contiguous()
-        self.handle.pack(
-            engine.handle,
-            expert,
-            projection,
-            _FLOATS[weight.dtype],
-            weight.data_ptr(),
-            weight.stride(0),
-        )
-
-    def pack_codes(self, engine: Engine, expert: int, projection: str, matrix: CodedMatrix) -> None:
-        """Packs one expert's projection as published, in the coding of the layout, or in int8.
-
-        Raises KernelArgumentError, or ValueError for codes of NaN and scales of NaN or Inf.
-        """
-        self._check_place(expert, projection)
-        shape = self.shape(projection)
-        coding = self.layout.coding or INT8_CODING
-        if matrix.coding != coding:
-            raise KernelArgumentError(
-                f"{projection} of expert {expert}: got {matrix.coding}, expected {coding}"
-            )
-        groups = coding.groups(*shape)
-        dtype = SCALE_DTYPES[coding.scales]
-        codes = matrix.codes.contiguous()
-        if coding.bits == 4 and codes.numel() and int(codes.max()) > 15:
-            raise KernelArgumentError(f"{projection} codes: got {int(codes.max())}, expected 0..15")
-        scales = matrix.scales.T.contiguous()
-        addresses = [
-            _check(codes, f"{projection} codes", shape, [torch.uint8]),
-            shape[1],
-            _check(scales, f"{projection} scales", groups, [dtype]),
-            0,
-        ]
-        if coding.zeros:
-            assert matrix.zeros is not None
-            zeros = matrix.zeros.T.contiguous()
-            if coding.bits == 4 and int(zeros.max()) > 15:
-                raise KernelArgumentError(
-                    f"{projection} zeros: got {int(zeros.max())}, expected 0..15"
-                )
-            addresses[3] = _check(zeros, f"{projection} zeros", groups, [torch.uint8])
-        self.handle.pack_codes(engine.handle, expert, projection, *addresses)
-
-    def take_channels(self, engine: Engine, source: ExpertWeights, first: int) -> None:
-        """Copies the intermediate channels from `first` on out of weights of the same format."""
-        self.handle.take_channels(engine.handle, source.handle, first)
-
-    def unpack(self, expert: int, projection: str) -> Tensor:
-        """The weights that the kernels compute with, fp32 [outputs, inputs]."""
-        self._check_place(expert, projection)
-        out = torch.empty(self.shape(projection), dtype=torch.float32)
-        self.handle.unpack(expert, projection, out.data_ptr())
-        return out
-
-    def set_bias(self, expert: int, projection: str, bias: Tensor) -> None:
-        """Adds a frozen bias [outputs] to one expert's projection that the layout has one for.
-
-        Raises KernelArgumentError, or ValueError for NaN and Inf.
-        """
-        self._check_place(expert, projection)
-        values = bias.detach().to(device="cpu", dtype=torch.float32).contiguous()
-        outputs = self.shape(projection)[0]
-        self.handle.set_bias(
-            expert, projection, _check(values, f"{projection} bias", (outputs,), [torch.float32])
-        )
-
-    def _check_place(self, expert: int, projection: str) -> None:
-        if not 0 <= expert < self.experts:
-            raise KernelArgumentError(f"expert: got {expert}, expected 0 to {self.experts - 1}")
-        if projection not in self.projections:
-            raise KernelArgumentError(
-                f"projection: got {projection!r}, expected {' or '.join(self.projections)}"
-            )
 
 
 @dataclass(frozen=True)
@@ -332,7 +135,7 @@ class Engine:
     def __deepcopy__(self, memo: dict) -> Engine:
         return self
 
-    __reduce__ = _refuse_pickling
+    __reduce__ = refuse_pickling
 
     @property
     def isa(self) -> str:
@@ -454,7 +257,7 @@ class Engine:
             dropout_seed,
             first_channel,
         )
-        d_out = _check(d_out_TD, "d_out", hidden_TD.shape, [hidden_TD.dtype])
+        d_out = address_of(d_out_TD, "d_out", hidden_TD.shape, [hidden_TD.dtype])
         addresses = self._kept_addresses(kept, weights, index_TK.numel(), lora)
         d_hidden_TD = torch.empty_like(hidden_TD)
         d_weight_TK = torch.empty_like(weight_TK)
@@ -493,9 +296,9 @@ class Engine:
         if first_channel < 0:
             raise KernelArgumentError(f"first_channel: got {first_channel}, expected at least 0")
         tokens, top_k = index_TK.shape
-        hidden = _check(hidden_TD, "hidden", (tokens, weights.hidden), list(_FLOATS))
-        index = _check(index_TK, "index", (tokens, top_k), [torch.int64])
-        weight = _check(weight_TK, "weight", (tokens, top_k), [torch.float32])
+        hidden = address_of(hidden_TD, "hidden", (tokens, weights.hidden), list(FLOAT_NAMES))
+        index = address_of(index_TK, "index", (tokens, top_k), [torch.int64])
+        weight = address_of(weight_TK, "weight", (tokens, top_k), [torch.float32])
         factors = []
         for projection, f in zip(PROJECTIONS, lora, strict=True):
             if f is None:
@@ -508,10 +311,10 @@ class Engine:
                 )
             if not math.isfinite(f.scaling):
                 raise KernelArgumentError(f"{projection}: got scaling {f.scaling}")
-            a = _check(
+            a = address_of(
                 f.a, f"{projection} lora_A", (weights.experts, f.rank, inputs), [torch.float32]
             )
-            b = _check(
+            b = address_of(
                 f.b, f"{projection} lora_B", (weights.experts, outputs, f.rank), [torch.float32]
             )
             factors.append((f.rank, a, b, f.scaling))
@@ -521,7 +324,7 @@ class Engine:
             gate.as_tuple(),
             tokens,
             top_k,
-            _FLOATS[hidden_TD.dtype],
+            FLOAT_NAMES[hidden_TD.dtype],
             hidden,
             index,
             weight,
@@ -538,10 +341,10 @@ class Engine:
         shape = (rows, _round_up(weights.intermediate))
         fp32 = [torch.float32]
         return (
-            _check(kept.gate, "kept gate", shape, fp32) if weights.gated else 0,
-            _check(kept.up, "kept up", shape, fp32),
+            address_of(kept.gate, "kept gate", shape, fp32) if weights.gated else 0,
+            address_of(kept.up, "kept up", shape, fp32),
             [
-                _check(p, "kept LoRA product", (rows, f.rank), fp32) if f else 0
+                address_of(p, "kept LoRA product", (rows, f.rank), fp32) if f else 0
                 for p, f in zip(kept.lora_down, lora, strict=True)
             ],
         )

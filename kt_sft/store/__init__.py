@@ -1,1 +1,1 @@
-"""From a checkpoint's safetensors files to packed experts in host memory."""
+"""Our own file: the packed experts of a model, written once and mapped. For loading and cli."""

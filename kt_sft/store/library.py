@@ -20,9 +20,9 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from kt_sft import durable
 from kt_sft.errors import StoreError, StoreFolderError
-from kt_sft.store.identity import is_foreign
+from kt_sft.files import durable
+from kt_sft.files.identity import is_foreign
 from kt_sft.store.packed_file import (
     VERSION,
     Outline,

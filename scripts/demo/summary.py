@@ -15,7 +15,7 @@ from typing import Any
 import matplotlib
 from cards import Score, score
 
-from kt_sft.integrations.checkpoint_keys import checkpoint_experts
+from kt_sft.checkpoint.folder import checkpoint_experts
 
 SHOWN_ANSWERS = 3
 

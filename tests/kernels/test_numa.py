@@ -13,18 +13,10 @@ from comparators import assert_matches
 from test_block import Block, inputs
 
 from kt_sft.config import HybridExpertsSettings
+from kt_sft.engines.nodes import NodeEngines, SplitWeights, share_threads, split_channels
 from kt_sft.experts import runtime
-from kt_sft.kernels import (
-    PROJECTIONS,
-    Engine,
-    Gate,
-    NodeEngines,
-    SplitWeights,
-    WeightLayout,
-    cpus_of_rank,
-    numa_nodes,
-)
-from kt_sft.kernels.numa import share_threads, split_channels
+from kt_sft.kernels import PROJECTIONS, Engine, Gate, WeightLayout
+from kt_sft.machine.numa import cpus_of_rank, numa_nodes
 
 
 def tree(folder: Path, lists: dict[int, str]) -> Path:

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from kt_sft import HybridExpertsConfig, hybridize
 from kt_sft.errors import AdapterMismatchError, CheckpointError, SettingsError
 from kt_sft.experts import hybrid_experts_of
-from kt_sft.export import export_merged
+from kt_sft.export.merge import export_merged
 
 TARGETS = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
 IDS = torch.randint(0, 300, (2, 11), generator=torch.Generator().manual_seed(4))

@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 from family_census import census, moe_types, verdict
 
 from kt_sft.errors import UnsupportedModelError
-from kt_sft.experts.finding import find_experts, select_rows
-from kt_sft.families import ACTIVATIONS
+from kt_sft.families.finding import find_experts, select_rows
+from kt_sft.families.table import ACTIVATIONS
 
 # The version that the tiny configurations were written for: all of its families have one.
 _PINNED = transformers.__version__.startswith("5.6.")

@@ -18,11 +18,11 @@ from tiny_models import make_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from kt_sft import HybridExpertsConfig
+from kt_sft.checkpoint.configuration import read_config
+from kt_sft.checkpoint.files import checkpoint_files
+from kt_sft.checkpoint.folder import checkpoint_experts
 from kt_sft.errors import CheckpointError, UnsupportedModelError
 from kt_sft.experts import hybrid_experts_of
-from kt_sft.integrations.checkpoint_keys import checkpoint_experts
-from kt_sft.integrations.configuration import read_config
-from kt_sft.store.checkpoint import checkpoint_files
 
 
 def load(folder: Path, **settings):
@@ -333,7 +333,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 import kt_sft
 from kt_sft.experts import hybrid_experts_of
-from kt_sft.host import anonymous_memory_bytes
+from kt_sft.machine.memory import anonymous_memory_bytes
 config = kt_sft.HybridExpertsConfig(weights=sys.argv[2])
 AutoModelForCausalLM.from_pretrained(sys.argv[3], quantization_config=config)  # imports, pools
 gc.collect()

@@ -25,9 +25,9 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from kt_sft import HybridExpertsCallback, HybridExpertsConfig, hybridize
 from kt_sft.errors import SettingsError, UnsupportedModelError
 from kt_sft.experts import hybrid_experts_of
-from kt_sft.integrations.lora_targets import LoraTargets
-from kt_sft.integrations.memory import TrainingOutline
-from kt_sft.integrations.trained import packed_weights, trained_by_kind
+from kt_sft.planning.lora_targets import LoraTargets
+from kt_sft.planning.outline import TrainingOutline
+from kt_sft.training.trained import packed_weights, trained_by_kind
 
 EXPERTS = ["gate_proj", "up_proj", "down_proj"]
 
@@ -179,7 +179,7 @@ def test_what_trains_is_counted_with_the_packed_experts(
 def test_the_total_of_llamafactorys_line_holds_the_packed_experts() -> None:
     from llamafactory.extras.misc import count_parameters
 
-    from kt_sft.integrations.llamafactory_modes import with_packed_experts
+    from kt_sft.plugin.modes import with_packed_experts
 
     stock, model = build("qwen3_moe"), hybrid()
     assert with_packed_experts(count_parameters)(model)[1] == count_parameters(stock)[1]

@@ -26,12 +26,12 @@ from transformers import AutoModelForCausalLM
 
 from kt_sft import HybridExpertsConfig
 from kt_sft.cli.main import main
+from kt_sft.engines.nodes import SplitWeights
 from kt_sft.errors import CheckpointError, StoreError, StoreFolderError
 from kt_sft.experts import hybrid_experts_of, runtime
-from kt_sft.host import available_memory_bytes
-from kt_sft.kernels import SplitWeights
-from kt_sft.store import placing
-from kt_sft.store.identity import checkpoint_identity
+from kt_sft.files.identity import checkpoint_identity
+from kt_sft.loading import placing
+from kt_sft.machine.memory import available_memory_bytes
 from kt_sft.store.library import WantedStore, default_folder
 from kt_sft.store.packed_file import PackedFile, StoreWriter
 
@@ -45,7 +45,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from kt_sft import HybridExpertsConfig
 from kt_sft.experts import hybrid_experts_of
-import kt_sft.store.packing as packing
+import kt_sft.loading.packing as packing
 packed = []
 stock = packing.pack_experts
 def counting(*arguments):

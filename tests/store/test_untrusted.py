@@ -25,10 +25,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kt_sft import HybridExpertsConfig
+from kt_sft.checkpoint.folder import checkpoint_experts
 from kt_sft.errors import CheckpointError, KtSftError, UnsupportedModelError
-from kt_sft.host import peak_memory_bytes
-from kt_sft.integrations.checkpoint_keys import checkpoint_experts
 from kt_sft.kernels import CodedMatrix
+from kt_sft.machine.memory import peak_memory_bytes
 
 _SECONDS = 20
 _BYTES = 1 << 30

@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kt_sft import HybridExpertsConfig, HybridExpertsSettings
 from kt_sft.errors import SettingsError
-from kt_sft.integrations.llamafactory import take_section
-from kt_sft.integrations.llamafactory_modes import refuse_unsupported
+from kt_sft.plugin.modes import refuse_unsupported
+from kt_sft.plugin.section import take_section
 
 EXPERTS = {"weights": "int8", "compute": "exact"}
 # Shared by the run that is resumed and the one that resumes it.

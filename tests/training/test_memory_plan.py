@@ -22,15 +22,16 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import memory_plan
 
-from kt_sft import HybridExpertsConfig, allocator, hybridize
+from kt_sft import HybridExpertsConfig, hybridize
 from kt_sft.errors import MemoryPlanError
 from kt_sft.experts import hybrid_experts_of
-from kt_sft.integrations import memory, transformers
-from kt_sft.integrations.llamafactory_modes import outline_of
-from kt_sft.integrations.lora_targets import LoraTargets
-from kt_sft.integrations.memory import TrainingOutline
 from kt_sft.kernels import WeightLayout
-from kt_sft.plan import (
+from kt_sft.loading import quantizer as transformers
+from kt_sft.machine import allocator
+from kt_sft.planning import outline as memory
+from kt_sft.planning.lora_targets import LoraTargets
+from kt_sft.planning.outline import TrainingOutline
+from kt_sft.planning.plan import (
     LayerNeeds,
     MemoryPlan,
     RestOfModel,
@@ -40,6 +41,7 @@ from kt_sft.plan import (
     plan_memory,
     workspace_bytes,
 )
+from kt_sft.plugin.modes import outline_of
 
 SCRIPT = Path(memory_plan.__file__)
 LAYER = LayerNeeds(WeightLayout(128, 2048, 768, "int8"), top_k=8)
@@ -229,7 +231,7 @@ def test_freed_memory_goes_back_where_it_is_short(
 _HOLD = """
 import ctypes, sys
 from kt_sft import allocator
-from kt_sft.host import anonymous_memory_bytes
+from kt_sft.machine.memory import anonymous_memory_bytes
 malloc, free = ctypes.CDLL(None).malloc, ctypes.CDLL(None).free
 malloc.restype, free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
 allocator.return_freed_blocks()

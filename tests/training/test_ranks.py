@@ -17,7 +17,7 @@ import pytest
 from llamafactory_runs import BIN, Workplace, effective_workplace, environment
 from safetensors.torch import load_file
 
-from kt_sft.checkpoints import checkpoints_of, newest_valid
+from kt_sft.training.savepoints import checkpoints_of, newest_valid
 
 ONE_RANK = {
     "kt_sft": {"weights": "int8"}, "max_steps": 4, "lora_target": "all", "lora_dropout": 0.0,

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kt_sft import HybridExpertsConfig
-from kt_sft.cpu_budget import available_threads
+from kt_sft.machine.cpus import available_threads
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "demo"))

@@ -28,7 +28,8 @@ from tiny_training import (
 from torch import nn
 from transformers import Trainer
 
-from kt_sft.checkpoints import (
+from kt_sft.errors import CheckpointError
+from kt_sft.training.savepoints import (
     MANIFEST,
     checkpoints_of,
     damage,
@@ -38,10 +39,9 @@ from kt_sft.checkpoints import (
     sweep,
     write_manifest,
 )
-from kt_sft.errors import CheckpointError
 
-SAVING = "kt_sft.integrations.saving"
-FILES = "kt_sft.checkpoints"
+SAVING = "kt_sft.training.saving"
+FILES = "kt_sft.training.savepoints"
 # Where a saving can be cut off, in the order of its steps.
 CRASHES = {
     "before the folder": CrashAt(FILES, "StagedCheckpoint.open"),
@@ -52,8 +52,8 @@ CRASHES = {
     ),
     "random state written": CrashAt("transformers.trainer", "Trainer._save_rng_state", after=True),
     "all written": CrashAt(FILES, "StagedCheckpoint.publish"),
-    "first file synced": CrashAt("kt_sft.durable", "sync", after=True),
-    "before the manifest": CrashAt("kt_sft.durable", "sync", after=True),
+    "first file synced": CrashAt("kt_sft.files.durable", "sync", after=True),
+    "before the manifest": CrashAt("kt_sft.files.durable", "sync", after=True),
     "manifest written": CrashAt(FILES, "write_manifest", after=True),
     "before the name": CrashAt(FILES, "Path.rename", count=2),
     "named": CrashAt(FILES, "Path.rename", count=2, after=True),
@@ -312,7 +312,7 @@ def test_a_manifest_cannot_point_outside(whole: Path, tmp_path: Path) -> None:
 
 
 def test_the_staging_folder_of_a_living_run_is_left_alone(tmp_path: Path) -> None:
-    from kt_sft.checkpoints import StagedCheckpoint
+    from kt_sft.training.savepoints import StagedCheckpoint
 
     mine = StagedCheckpoint(tmp_path, "checkpoint-4", "living")
     mine.open()
@@ -335,7 +335,7 @@ def test_a_rotation_that_is_cut_off_leaves_no_half_of_a_checkpoint(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("kt_sft.checkpoints.shutil.rmtree", killed)
+        patch.setattr("kt_sft.training.savepoints.shutil.rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             rotate(run / "checkpoint-8", 1, None)
     assert [p.name for p in checkpoints_of(run)] == ["checkpoint-8"]
@@ -392,7 +392,7 @@ def test_a_full_disk_keeps_the_former_checkpoint(limit: int, whole: Path, tmp_pa
 
 
 def no_space(model: nn.Module, trainer: Trainer) -> None:
-    from kt_sft import checkpoints
+    from kt_sft.training import savepoints as checkpoints
 
     def usage(path: object) -> object:
         return type("Usage", (), {"free": 1 << 20})

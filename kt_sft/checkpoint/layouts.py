@@ -1,0 +1,67 @@
+"""The packed layout that a setting means for the experts of a layer, as they were published."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from kt_sft.checkpoint.sources import ExpertSource
+from kt_sft.errors import CheckpointError
+from kt_sft.families.shape import ExpertsShape
+from kt_sft.kernels import CodedMatrix, Coding, WeightLayout
+from kt_sft.kernels.formats import INT8_CODING
+
+
+def layout_of(module_shape: ExpertsShape, source: ExpertSource, weights: str) -> WeightLayout:
+    """The layout that `weights` of the settings means for one layer.
+
+    Raises CheckpointError where `checkpoint` cannot keep what was published.
+    """
+    coding = None
+    if weights == "checkpoint":
+        weights, coding = _published(module_shape, source)
+    return WeightLayout(
+        module_shape.experts,
+        module_shape.hidden,
+        module_shape.intermediate,
+        {"int4": "int4_g32"}.get(weights, weights),
+        gated=module_shape.gate.gated,
+        biased=source.biased,
+        coding=coding,
+    )
+
+
+def _published(shape: ExpertsShape, source: ExpertSource) -> tuple[str, Coding | None]:
+    """(format, coding) that keeps the experts of a layer as they are, judged by expert 0."""
+    found = {p: source.read(0, p) for p in shape.projections}
+    coded = [m for m in found.values() if isinstance(m, CodedMatrix)]
+    if not coded:
+        return "bf16", None
+    # A matrix that is one group along its inputs takes part in whatever groups the others have;
+    # where one was cut inside of a group of outputs, all get a scale for each output.
+    widths = {m.coding.group_inputs for m in coded if m.scales.shape[1] > 1} or {0}
+    heights = {m.coding.group_outputs for m in coded}
+    coding = replace(
+        coded[0].coding,
+        group_inputs=max(widths),
+        group_outputs=heights.pop() if len(heights) == 1 else 1,
+    )
+    narrow = [m.coding.group_inputs for m in coded if m.coding.group_inputs % 32]
+    if narrow:
+        raise CheckpointError(
+            f"weights: checkpoint cannot keep scales for groups of {narrow[0]} inputs "
+            "(quantized in order of activations, or in groups that are no multiple of 32); "
+            "set weights: int8, int4 or bf16"
+        )
+    alike = all(m.fitted(coding).coding == coding for m in coded)
+    if len(coded) < len(found) or not alike:
+        raise CheckpointError(
+            "weights: checkpoint needs one format for all experts of a layer, got "
+            + ", ".join(
+                f"{p} in {m.coding if isinstance(m, CodedMatrix) else m.dtype}"
+                for p, m in found.items()
+            )
+            + "; set weights: int8, int4 or bf16"
+        )
+    if replace(coding, scales="float32") == INT8_CODING:
+        return "int8", None
+    return "coded", coding

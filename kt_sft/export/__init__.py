@@ -1,0 +1,1 @@
+"""What leaves here: an adapter merged into the original checkpoint. For plugin."""

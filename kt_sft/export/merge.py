@@ -1,0 +1,296 @@
+"""Merging an adapter into the original checkpoint, shard by shard, without building the model.
+
+The merge takes the published full-precision weights, not the quantized ones of training, so the
+result is as good as the adapter allows: W + scaling * B A, rounded once to the dtype of W.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from kt_sft.checkpoint.files import INDEX_NAME, SafetensorsCheckpoint, checkpoint_files
+from kt_sft.checkpoint.folder import BaseModel
+from kt_sft.checkpoint.published import PublishedCheckpoint
+from kt_sft.checkpoint.sources import CheckpointSource
+from kt_sft.errors import AdapterMismatchError, CheckpointError, SettingsError
+from kt_sft.families.finding import select_rows
+from kt_sft.families.table import Part
+from kt_sft.files import durable
+
+logger = logging.getLogger(__name__)
+
+_PREFIX = "base_model.model."
+_WRAPPED = re.compile(r"(.*)\.(modules_to_save|original_module)\.(\w+)")
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)$")
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Where an adapter's matrices go: a tensor on disk, or expert `index` and a part of it."""
+
+    key: str
+    index: int | None = None
+    experts: int = 1
+    transposed: bool = False
+    part: Part | None = None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The target in its tensor, [outputs, inputs], a view."""
+        if self.part is None:
+            return tensor
+        if self.index is None:
+            return select_rows(self.part, tensor.T if self.transposed else tensor)
+        if self.part.flat:
+            rows = tensor.shape[0] // self.experts
+            tensor = tensor[self.index * rows : (self.index + 1) * rows]
+        else:
+            tensor = tensor[self.index]
+        return select_rows(self.part, tensor.T if self.transposed else tensor)
+
+
+class LoraDelta:
+    """The changes that an adapter makes to the tensors of a checkpoint, by their keys on disk."""
+
+    def __init__(
+        self, adapter: str | Path, checkpoint: PublishedCheckpoint, base: BaseModel
+    ) -> None:
+        config = PeftConfig.from_pretrained(str(adapter))
+        if config.peft_type != "LORA" or config.use_dora or config.bias != "none":
+            raise SettingsError(
+                f"{adapter}: only plain LoRA can be merged by kt_sft, got peft_type "
+                f"{config.peft_type}, use_dora {config.use_dora}, bias {config.bias}"
+            )
+        if config.init_lora_weights not in (True, False, "gaussian"):
+            raise SettingsError(
+                f"{adapter}: init_lora_weights {config.init_lora_weights!r} replaced the base's "
+                "weights by a residual before training, so the original ones cannot take the "
+                "adapter; merge it with the program that made the residual"
+            )
+        self._config = config
+        self._tensors = SafetensorsCheckpoint([Path(adapter) / SAFETENSORS_WEIGHTS_NAME])
+        self._stacks = base.keys.stacks(checkpoint)
+        self._sources = {
+            layer.hybrid_path: CheckpointSource(checkpoint, layer, self._stacks)
+            for layer in base.layers
+        }
+        self._lora: dict[str, list[tuple[_Target, str]]] = {}
+        self._replaced: dict[str, str] = {}
+        self._resizable = {self._single(name) for name in base.vocabulary}
+        # Tensors that a checkpoint with tied embeddings does not have: name -> key in the adapter,
+        # or of the base's tensor that it was tied to.
+        self._untied: dict[str, tuple[str, bool]] = {}
+        lost = []
+        for key in self._tensors:
+            path = key.removeprefix(_PREFIX)
+            if (wrapped := _WRAPPED.fullmatch(path)) is not None:
+                # With a resized vocabulary PEFT also saves what its wrapper holds inside.
+                path = f"{wrapped[1]}.{wrapped[3]}"
+                if wrapped[2] == "original_module" or f"{_PREFIX}{path}" in self._tensors:
+                    continue
+            if path.endswith(".lora_A.weight"):
+                module = path.removesuffix(".lora_A.weight")
+                target = self._target(module)
+                if target is None:
+                    lost.append(module)
+                else:
+                    self._lora.setdefault(target.key, []).append((target, module))
+            elif not path.endswith(".lora_B.weight"):
+                if (on_disk := self._single(path)) is not None:
+                    self._replaced[on_disk] = key
+                elif path in base.tied:
+                    self._untied[path] = key, True
+                else:
+                    lost.append(path)
+        if lost:
+            raise AdapterMismatchError(
+                f"{adapter}: {len(lost)} modules of the adapter are not in the base checkpoint, "
+                f"the first is {lost[0]}; export it with the base it was trained on"
+            )
+
+        # Where only one side of a tied pair was trained, the other is as it was.
+        for name, source in base.tied.items():
+            on_disk = self._single(source)
+            if name not in self._untied and on_disk is not None and on_disk in self._replaced:
+                self._untied[name] = on_disk, False
+        self._checkpoint, self._tied = checkpoint, base.tied
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Rows of the trained embedding or head, which may be more than the base has."""
+        rows = {
+            self._tensors.shape(key)[0]
+            for on_disk, key in self._replaced.items()
+            if on_disk in self._resizable
+        } | {self._tensors.shape(key)[0] for key, trained in self._untied.values() if trained}
+        if len(rows) > 1:
+            raise AdapterMismatchError(
+                f"the adapter's embedding and head have {sorted(rows)} rows; train both, by "
+                "additional_target, where the vocabulary grows"
+            )
+        return next(iter(rows), None)
+
+    def untied(self) -> dict[str, Tensor]:
+        """Tensors to write beside those of the base, whose embeddings are tied no more."""
+        found = {}
+        for name, (key, trained) in self._untied.items():
+            source = self._single(self._tied[name])
+            assert source is not None
+            like = self._checkpoint.get(source)
+            tensor = self._tensors.get(key) if trained else self._checkpoint.get(key)
+            assert isinstance(tensor, Tensor) and isinstance(like, Tensor)
+            found[name] = tensor.to(like.dtype)
+        return found
+
+    def apply(self, key: str, weight: Tensor) -> Tensor:
+        """The merged tensor for `key`, in the dtype of `weight`."""
+        if key in self._replaced:
+            trained = self._tensors.get(self._replaced[key])
+            same = trained.shape[1:] == weight.shape[1:] and key in self._resizable
+            if trained.shape != weight.shape and not same:
+                raise AdapterMismatchError(
+                    f"{key}: the adapter has shape {tuple(trained.shape)}, the base "
+                    f"{tuple(weight.shape)}; export it with the base it was trained on"
+                )
+            return trained.to(weight.dtype)
+        if key not in self._lora:
+            return weight
+        merged = weight.to(torch.float32, copy=True)
+        for target, module in self._lora[key]:
+            view = target.of(merged)
+            a = self._tensors.get(f"{_PREFIX}{module}.lora_A.weight").float()
+            b = self._tensors.get(f"{_PREFIX}{module}.lora_B.weight").float()
+            if (b.shape[0], a.shape[1]) != tuple(view.shape):
+                raise AdapterMismatchError(
+                    f"{module}: the adapter is for a weight of {(b.shape[0], a.shape[1])}, "
+                    f"the base has {tuple(view.shape)}"
+                )
+            view.addmm_(b, a, alpha=self._scaling(module, rank=a.shape[0]))
+        return merged.to(weight.dtype)
+
+    def _scaling(self, module: str, rank: int) -> float:
+        config = self._config
+        # Training knows one module for all experts; patterns were matched against its name.
+        trained = _EXPERT.sub(r"\1.\3", module)
+        alpha_key = get_pattern_key(config.alpha_pattern.keys(), trained)
+        alpha = config.alpha_pattern.get(alpha_key, config.lora_alpha)
+        return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+
+    def _target(self, module: str) -> _Target | None:
+        match = _EXPERT.match(module)
+        if match is None:
+            key = self._single(f"{module}.weight")
+            return None if key is None else _Target(key)
+        path, expert, projection = match.groups()
+        source = self._sources.get(path)
+        if source is None or int(expert) >= source.experts:
+            return None
+        key, index, transposed, part = source.place(projection, int(expert))
+        return _Target(key, index, source.experts, transposed, part)
+
+    def _single(self, parameter: str) -> str | None:
+        """The one tensor on disk that is this parameter of the model, if there is one."""
+        stack = self._stacks.get(parameter)
+        keys = stack.keys() if stack is not None else []
+        return keys[0] if len(keys) == 1 else None
+
+
+def export_merged(base: str | Path, adapter: str | Path | None, out: str | Path) -> Path:
+    """Writes a full-precision checkpoint of base + adapter that stock Transformers loads.
+
+    Keeps the shards of the base; holds one shard in memory. The folder appears complete or not at
+    all. Raises CheckpointError, AdapterMismatchError, SettingsError.
+    """
+    base, out = Path(base), Path(out)
+    if out.exists() and any(out.iterdir()):
+        raise SettingsError(f"export_dir: {out} is not empty; give a new folder or remove it")
+    files = checkpoint_files(base)
+    needed = sum(f.stat().st_size for f in files)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out.parent).free
+    if free < needed * 1.02:
+        raise CheckpointError(
+            f"{out}: the merged model needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        )
+    checkpoint = PublishedCheckpoint(SafetensorsCheckpoint(files))
+    config = json.loads((base / "config.json").read_text())
+    if checkpoint.quantized or config.get("quantization_config"):
+        raise SettingsError(
+            f"{base}: its weights are quantized, and merging would quantize them again; serve "
+            "the adapter beside the base, or export with a bf16 version of it"
+        )
+    delta = LoraDelta(adapter, checkpoint, BaseModel.of(base)) if adapter else None
+    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    partial.mkdir()
+    added: dict[str, Tensor] = {}
+    try:
+        for file in tqdm(files, desc="Merging", unit="shard"):
+            shard = SafetensorsCheckpoint([file])
+            tensors = {}
+            for key in shard:
+                weight = shard.get(key)
+                tensors[key] = (delta.apply(key, weight) if delta else weight).contiguous()
+            if delta is not None and file == files[-1]:
+                added = {name: t.contiguous() for name, t in delta.untied().items()}
+                tensors.update(added)
+            save_file(tensors, str(partial / file.name), metadata={"format": "pt"})
+        _copy_side_files(base, partial)
+        if delta is not None:
+            _update_config(partial, delta.vocabulary, untied=bool(added))
+            _update_index(partial, files[-1].name, added)
+        durable.sync_tree(partial)
+        if out.exists():
+            out.rmdir()
+        durable.publish(partial, out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    logger.info("merged %s and %s into %s", base, adapter, out)
+    return out
+
+
+def _update_config(folder: Path, vocabulary: int | None, untied: bool) -> None:
+    """The size of the vocabulary and that embeddings are tied no more, wherever it says so."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    for part in (config, *(v for v in config.values() if isinstance(v, dict))):
+        if vocabulary is not None and "vocab_size" in part:
+            part["vocab_size"] = vocabulary
+        if untied and (part is config or "tie_word_embeddings" in part):
+            part["tie_word_embeddings"] = False
+    file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _update_index(folder: Path, shard: str, added: dict[str, Tensor]) -> None:
+    """Lists the tensors that the base has none of."""
+    file = folder / INDEX_NAME
+    if not added or not file.exists():
+        return
+    index = json.loads(file.read_text())
+    index["weight_map"].update(dict.fromkeys(added, shard))
+    total = index.get("metadata", {}).get("total_size")
+    if isinstance(total, int):
+        index["metadata"]["total_size"] = total + sum(t.nbytes for t in added.values())
+    file.write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _copy_side_files(base: Path, out: Path) -> None:
+    """Configuration, tokenizer and index: every file beside the weights."""
+    for file in base.iterdir():
+        is_weight = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+        if file.is_file() and not is_weight and (file.name == INDEX_NAME or file.suffix != ".png"):
+            shutil.copyfile(file, out / file.name)

@@ -1,1 +1,0 @@
-"""The edges: one module for each program that kt_sft plugs into."""

@@ -1,0 +1,65 @@
+"""The settings as Transformers takes them: a quantization configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.quantizers.auto import (
+    AutoHfQuantizer,
+    register_quantization_config,
+)
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from kt_sft.checkpoint.published import own_quantization
+from kt_sft.config import HybridExpertsSettings
+from kt_sft.planning.outline import TrainingOutline
+
+METHOD = "kt_sft"
+
+
+@register_quantization_config(METHOD)
+class HybridExpertsConfig(QuantizationConfigMixin):
+    """`from_pretrained(path, quantization_config=HybridExpertsConfig(weights="int8"))`.
+
+    Takes the settings of `HybridExpertsSettings`. Raises SettingsError that lists every problem.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        settings.pop("quant_method", None)
+        self.quant_method = METHOD  # type: ignore[assignment]
+        # The quantization_config of the checkpoint's own config.json.
+        self.published: dict[str, Any] = settings.pop("published", None) or {}
+        # What the model is loaded for, where that is known: for the memory plan.
+        self.outline: TrainingOutline | None = None
+        self.settings = HybridExpertsSettings.from_mapping(settings)
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """From the dictionary of a saved config.json."""
+        config = cls(**config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings, our method's name and the checkpoint's own quantization."""
+        published = {"published": self.published} if self.published else {}
+        return {"quant_method": METHOD, **self.settings.as_dict(), **published}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.settings})"
+
+
+_merge_stock = AutoHfQuantizer.merge_quantization_configs
+
+
+def _merge_configs(cls: type, found: Any, given: Any) -> Any:
+    """A checkpoint that is quantized already: ours reads it, so ours is the one in force."""
+    if not isinstance(given, HybridExpertsConfig):
+        return _merge_stock(found, given)
+    given.published = own_quantization(found)
+    return given
+
+
+# Transformers has no other place where one quantizer can take the checkpoint of another.
+setattr(AutoHfQuantizer, "merge_quantization_configs", classmethod(_merge_configs))  # noqa: B010

@@ -1,0 +1,61 @@
+"""Making a model hybrid that is in memory already."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+
+from kt_sft.checkpoint.sources import ModuleSource
+from kt_sft.config import HybridExpertsSettings
+from kt_sft.experts import ExpertsRuntime, HybridExperts, hybrid_experts_of
+from kt_sft.families.finding import find_experts
+from kt_sft.kernels import PROJECTIONS
+from kt_sft.loading.config import HybridExpertsConfig
+from kt_sft.loading.packing import new_layer
+from kt_sft.loading.swap import swap_experts
+
+
+def hybridize(model: Any, config: HybridExpertsConfig | HybridExpertsSettings | None = None) -> Any:
+    """Moves the routed experts of a model in memory to packed host memory, in place.
+
+    `model` is a Transformers model or a PeftModel around one. With expert_lora and a PeftModel,
+    the experts get the LoRA of every adapter whose target modules name them.
+    Raises UnsupportedModelError. Returns the model.
+    """
+    if isinstance(config, HybridExpertsConfig):
+        config = config.settings
+    settings = config or HybridExpertsSettings()
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if hybrid_experts_of(base):
+        return model
+    layers = find_experts(base)
+    sources = {layer.hybrid_path: ModuleSource(layer) for layer in layers}
+    swapped = swap_experts(base, layers, ExpertsRuntime(settings))
+    for path, (hybrid, _) in swapped.items():
+        hybrid.weights = new_layer(hybrid, sources[path])
+        # The stock weights go layer by layer, so that the peak is one copy and one layer.
+        sources[path].release()
+    if base is not model:
+        _adapt_new_experts(model, [hybrid for hybrid, _ in swapped.values()])
+    return model
+
+
+def _adapt_new_experts(peft_model: Any, modules: list[HybridExperts]) -> None:
+    """Gives the experts of an existing PeftModel the LoRA that its configuration asks for."""
+    for adapter, config in peft_model.peft_config.items():
+        for module in modules:
+            for layer, name in zip(module.lora_layers(), PROJECTIONS, strict=True):
+                path = f"{module.path}.{name}"
+                if layer is None or not check_target_module_exists(config, path):
+                    continue
+                rank_key = get_pattern_key(config.rank_pattern.keys(), path)
+                alpha_key = get_pattern_key(config.alpha_pattern.keys(), path)
+                layer.update_layer(
+                    adapter,
+                    config.rank_pattern.get(rank_key, config.r),
+                    config.alpha_pattern.get(alpha_key, config.lora_alpha),
+                    config=config,
+                )
+                layer.set_adapter(peft_model.active_adapters, inference_mode=config.inference_mode)

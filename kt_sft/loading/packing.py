@@ -1,0 +1,118 @@
+"""Packing the experts of a model."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from kt_sft.checkpoint.layouts import layout_of
+from kt_sft.checkpoint.sources import ExpertSource
+from kt_sft.errors import CheckpointError
+from kt_sft.experts import HybridExperts
+from kt_sft.kernels import CodedMatrix, Engine, ExpertWeights, WeightLayout
+from kt_sft.kernels.formats import INT8_CODING
+from kt_sft.store.packed_file import StoredLayer, StoreWriter, file_bytes
+
+logger = logging.getLogger(__name__)
+
+
+def pack_experts(engine: Any, weights: Any, source: ExpertSource, where: str) -> None:
+    """Packs every expert of one layer into empty `weights`; raises CheckpointError for NaN, Inf."""
+    layout: WeightLayout = weights.layout
+    for expert in range(layout.experts):
+        for projection in layout.projections:
+            try:
+                pack_one(engine, weights, expert, projection, source.read(expert, projection))
+                bias = source.bias(expert, projection)
+                if bias is not None:
+                    weights.set_bias(expert, projection, bias)
+            except ValueError as error:
+                raise CheckpointError(f"{where}: {error}") from error
+
+
+def pack_one(
+    engine: Any, weights: Any, expert: int, projection: str, matrix: Tensor | CodedMatrix
+) -> None:
+    """Packs one matrix, as published where the layout can hold that. Raises ValueError for NaN."""
+    if isinstance(matrix, Tensor):
+        weights.pack(engine, expert, projection, matrix)
+        return
+    coding = weights.layout.coding
+    if coding is None and weights.layout.weights == "int8":
+        exact = replace(matrix.coding, scales="float32") == INT8_CODING
+        if exact:
+            coding = INT8_CODING
+            matrix = replace(matrix, coding=coding, scales=matrix.scales.float())
+    if coding is None:
+        weights.pack(engine, expert, projection, matrix.dequantize())
+    else:
+        weights.pack_codes(engine, expert, projection, matrix.fitted(coding))
+
+
+def new_layer(module: HybridExperts, source: ExpertSource) -> Any:
+    """Packed weights in this process's memory, as the module's settings ask for."""
+    runtime = module.runtime
+    weights = runtime.engine.new_weights(layout_of(module.shape, source, runtime.settings.weights))
+    pack_experts(runtime.engine, weights, source, module.path)
+    return weights
+
+
+def pack_in_memory(experts: Mapping[str, tuple[HybridExperts, ExpertSource]]) -> None:
+    """Packs the experts of a model, one tensor at a time. Raises CheckpointError.
+
+    Beyond the packed weights this holds one tensor of the source.
+    """
+    start = time.perf_counter()
+    for module, source in tqdm(experts.values(), desc="Packing experts", unit="layer"):
+        module.weights = new_layer(module, source)
+    report({path: module for path, (module, _) in experts.items()}, "packed", start)
+
+
+def write_layers(
+    engine: Engine,
+    writer: StoreWriter,
+    layers: list[StoredLayer],
+    source: Mapping[str, ExpertSource],
+) -> None:
+    """Packs layer by layer into a store, through one staging buffer. Raises CheckpointError."""
+    staging: ExpertWeights | None = None
+    total = file_bytes(layers)
+    with tqdm(total=total, desc="Packing experts", unit="B", unit_scale=True) as bar:
+        for layer in layers:
+            if staging is None or staging.layout != layer.layout:
+                staging = None  # freed before the next is there
+                staging = ExpertWeights(layer.layout)
+            pack_experts(engine, staging, source[layer.path], layer.path)
+            writer.add(layer, staging)
+            bar.update(sum(size for _, size in layer.tensors()))
+
+
+def report(modules: Mapping[str, HybridExperts], what: str, start: float) -> None:
+    """One line in the log: what the experts are, how large, how long it took."""
+    layouts = [m.weights.layout for m in modules.values() if m.weights is not None]
+    stored = sum(m.weights.nbytes for m in modules.values() if m.weights is not None)
+    one = next(iter(modules.values()))
+    settings, engine = one.runtime.settings, one.runtime.engine
+    logger.info(
+        "%s %d layers of %d experts as %s: %.3f GB of host memory (bf16 would be %.3f GB), "
+        "%.1f s, %s kernels on %d threads",
+        what,
+        len(modules),
+        one.shape.experts,
+        settings.weights,
+        stored / 1e9,
+        2 * sum(layout.weight_count for layout in layouts) / 1e9,
+        time.perf_counter() - start,
+        engine.isa,
+        engine.threads,
+    )
+    if settings.compute == "int8" and all(layout.arithmetic for layout in layouts):
+        logger.warning(
+            "compute: int8 has no effect: the checkpoint's own codes are multiplied in bf16"
+        )

@@ -1,0 +1,113 @@
+"""Giving a model's hybrid experts their weights, from a store that is built if it is missing."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from kt_sft.checkpoint.folder import CheckpointExperts
+from kt_sft.checkpoint.layouts import layout_of
+from kt_sft.checkpoint.sources import ExpertSource, UnreadSource
+from kt_sft.engines.nodes import NodeEngines
+from kt_sft.errors import StoreError, StoreFolderError
+from kt_sft.experts import HybridExperts
+from kt_sft.families.finding import FoundExperts
+from kt_sft.kernels import Engine
+from kt_sft.loading.packing import pack_in_memory, report, write_layers
+from kt_sft.machine.memory import available_memory_bytes
+from kt_sft.store.library import StoreLibrary, WantedStore, default_folder
+from kt_sft.store.packed_file import PackedFile, StoredLayer
+
+logger = logging.getLogger(__name__)
+
+# Part of the free memory that copies of the experts may take.
+_FITS = 0.8
+
+
+def store_of(
+    experts: CheckpointExperts, weights: str, folder: str | Path, engine: Engine
+) -> tuple[PackedFile, bool]:
+    """The store of a checkpoint in a format, and whether it was there already.
+
+    Raises StoreError and CheckpointError.
+    """
+    library = StoreLibrary(folder)
+    as_published = weights == "checkpoint"
+    read: dict[str, ExpertSource] = {}
+
+    def stored(source_of: Callable[[FoundExperts], Any], form: str) -> list[StoredLayer]:
+        return [
+            StoredLayer(layer.hybrid_path, layout_of(layer.shape, source_of(layer), form))
+            for layer in experts.layers
+        ]
+
+    def layers() -> list[StoredLayer]:
+        read.update(experts.sources())
+        return stored(lambda layer: read[layer.hybrid_path], weights)
+
+    # Any format of our own has the sizes of the one that only the checkpoint's content decides.
+    known = stored(UnreadSource, "bf16" if as_published else weights)
+    wanted = WantedStore(
+        experts.model,
+        weights,
+        experts.identity(library.folder / "digests", engine.threads),
+        [layer.outline(not as_published) for layer in known],
+        layers,
+    )
+    return library.get(
+        wanted,
+        lambda writer, planned: write_layers(engine, writer, planned, read),
+        engine.threads,
+    )
+
+
+def place_experts(modules: Mapping[str, HybridExperts], experts: CheckpointExperts) -> None:
+    """Gives every module its weights, as its settings ask for. Raises StoreError, CheckpointError.
+
+    With `store: auto`, a folder that cannot be used is warned of, and the experts are packed in
+    this process's memory.
+    """
+    start = time.perf_counter()
+    runtime = next(iter(modules.values())).runtime
+    settings, engine = runtime.settings, runtime.engine
+    if settings.store != "memory":
+        packer = engine.nodes[0] if isinstance(engine, NodeEngines) else engine
+        try:
+            folder = default_folder() if settings.store == "auto" else Path(settings.store)
+            packed, there = store_of(experts, settings.weights, folder, packer)
+        except StoreFolderError as error:
+            if settings.store != "auto":
+                raise
+            logger.warning("%s. Packing in memory for now", error)
+        else:
+            resident = _copy(settings.resident, packed, engine)
+            if not resident:
+                runtime.require_weights = packed.require_whole
+            for path, module in modules.items():
+                mapped = packed.weights(path)
+                module.weights = mapped
+                if resident:
+                    module.weights = engine.new_weights(mapped.layout)
+                    module.weights.take_channels(engine, mapped, 0)
+            how = "mapped" if there else "packed and mapped"
+            report(modules, f"{how} {packed.path}:", start)
+            return
+    sources = experts.sources()
+    pack_in_memory({path: (module, sources[path]) for path, module in modules.items()})
+
+
+def _copy(resident: str | bool, packed: PackedFile, engine: Any) -> bool:
+    """Whether to copy the experts out of the mapped file; memory nodes need copies."""
+    split = isinstance(engine, NodeEngines)
+    if resident == "auto":
+        resident = split and packed.nbytes < _FITS * available_memory_bytes()
+    if split and not resident:
+        raise StoreError(
+            f"{packed.path}: {packed.nbytes / 1e9:.1f} GB of experts do not fit "
+            f"{available_memory_bytes() / 1e9:.1f} GB of free memory, which `numa: auto` needs; "
+            "set numa: off"
+        )
+    return bool(resident)

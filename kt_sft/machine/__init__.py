@@ -1,0 +1,1 @@
+"""The ground floor: what this machine has and allows, asked without torch. For everyone."""

@@ -1,0 +1,1 @@
+"""Memory, counted before anything is read. For loading and plugin."""

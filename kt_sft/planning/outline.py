@@ -1,0 +1,160 @@
+"""The memory plan of a model that is about to be loaded: printed, and refused where it is over."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from kt_sft.adapters.layer import HybridExpertsLinear
+from kt_sft.checkpoint.layouts import layout_of
+from kt_sft.checkpoint.sources import UnreadSource
+from kt_sft.config import HybridExpertsSettings
+from kt_sft.families.finding import FoundExperts
+from kt_sft.families.table import TOP_K_NAMES
+from kt_sft.kernels import WeightLayout
+from kt_sft.machine import allocator
+from kt_sft.machine.cpus import place_among_ranks
+from kt_sft.machine.memory import available_memory_bytes
+from kt_sft.planning.lora_targets import LoraTargets
+from kt_sft.planning.plan import LayerNeeds, MemoryPlan, RestOfModel, Workload, plan_memory
+
+logger = logging.getLogger(__name__)
+
+# Experts per token where a configuration does not tell; what most families have.
+_GUESSED_TOP_K = 8
+
+
+@dataclass(frozen=True)
+class TrainingOutline:
+    """What a recipe says about a training before its model exists.
+
+    tokens: of one micro batch at most. targets: the layers that get LoRA; trained: names of
+    modules that train in full. on_host: the training runs without an accelerator. frozen_models:
+    reference and reward models that are loaded after this one.
+    """
+
+    tokens: int
+    rank: int
+    targets: LoraTargets
+    trained: frozenset[str] = frozenset()
+    checkpointing: bool = True
+    on_host: bool = False
+    frozen_models: int = 0
+
+    def adapted(self, model: nn.Module) -> dict[str, tuple[str, ...]]:
+        """Path of a block of experts -> its projections that get LoRA."""
+        found: dict[str, tuple[str, ...]] = {}
+        for path, module in self.targets.modules(model):
+            if isinstance(module, HybridExpertsLinear):
+                block, _, name = path.rpartition(".")
+                found[block] = (*found.get(block, ()), name)
+        return found
+
+    def workload(self, model: nn.Module) -> Workload:
+        """With the parameters that train beside the experts counted."""
+        other = sum(
+            p.numel()
+            for path, module in model.named_modules()
+            if path.rpartition(".")[2] in self.trained
+            for p in module.parameters()
+        )
+        on_experts = False
+        for path, module in self.targets.modules(model):
+            if isinstance(module, HybridExpertsLinear):
+                on_experts = True
+            elif isinstance(module, nn.Linear) and path.rpartition(".")[2] not in self.trained:
+                other += self.rank * (module.in_features + module.out_features)
+        rank = self.rank if on_experts else 0
+        return Workload(self.tokens, rank, self.checkpointing, other, self.frozen_models)
+
+
+def _top_k(config: Any, experts: int) -> int:
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    named = (getattr(text, name, None) for name in TOP_K_NAMES)
+    known = next((k for k in named if isinstance(k, int)), None)
+    if known is None:
+        logger.warning(
+            "memory plan: the configuration of %s has no number of experts per token by a name "
+            "that kt_sft knows (%s); %d are planned for",
+            getattr(config, "model_type", type(config).__name__),
+            ", ".join(TOP_K_NAMES),
+            _GUESSED_TOP_K,
+        )
+    return min(experts, _GUESSED_TOP_K if known is None else known)
+
+
+def _layouts(
+    layers: Sequence[FoundExperts], open_source: Callable[[FoundExperts], Any], weights: str
+) -> list[WeightLayout]:
+    """Of every layer; those of one shape are stored alike, so one of them is looked at.
+
+    The checkpoint is opened only where its own form is kept.
+    """
+    known: dict[Any, WeightLayout] = {}
+    # A model that is being loaded is built on the meta device, where nothing can be read.
+    with torch.device("cpu"):
+        for layer in layers:
+            if layer.shape not in known:
+                source: Any = UnreadSource(layer)
+                if weights == "checkpoint":
+                    source = open_source(layer)
+                known[layer.shape] = layout_of(layer.shape, source, weights)
+    return [known[layer.shape] for layer in layers]
+
+
+def plan_of(
+    model: Any,
+    layers: Sequence[FoundExperts],
+    open_source: Callable[[FoundExperts], Any],
+    settings: HybridExpertsSettings,
+    outline: TrainingOutline | None,
+) -> MemoryPlan:
+    """The plan for a model whose stock experts are gone and whose weights are not there yet."""
+    text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else None
+    config = text or model.config
+    on_host = not torch.cuda.is_available() or (outline is not None and outline.on_host)
+    parameters = list(model.parameters())
+    rest = RestOfModel(
+        nbytes=sum(p.nbytes for p in parameters),
+        hidden=int(config.hidden_size),
+        layers=int(config.num_hidden_layers),
+        vocabulary=int(config.vocab_size),
+        element_bytes=max((p.element_size() for p in parameters), default=2),
+        on_host=on_host,
+    )
+    adapted = outline.adapted(model) if outline else {}
+    needs = [
+        LayerNeeds(
+            layout,
+            _top_k(model.config, layout.experts),
+            settings.expert_lora == "shared",
+            adapted.get(layer.hybrid_path, ()),
+        )
+        for layer, layout in zip(
+            layers, _layouts(layers, open_source, settings.weights), strict=True
+        )
+    ]
+    return plan_memory(
+        needs,
+        rest,
+        outline.workload(model) if outline else None,
+        compute=settings.compute,
+        keeps=settings.activations == "keep",
+        mapped=settings.store != "memory" and settings.resident is not True,
+        ranks=place_among_ranks()[1],
+    )
+
+
+def check_memory(plan: MemoryPlan, settings: HybridExpertsSettings) -> None:
+    """Prints the plan. Raises MemoryPlanError where it does not fit and is to be enforced."""
+    logger.info("%s", plan.text())
+    on_device = plan.of("device")
+    free = available_memory_bytes()
+    plan.require(free, torch.cuda.mem_get_info()[0] if on_device else None, settings.memory_check)
+    if not on_device:
+        allocator.settle(plan.host_bytes, free)

@@ -1,0 +1,92 @@
+"""The recipe's `export`: an adapter merged into the original checkpoint, with its tokenizer."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kt_sft.errors import SettingsError
+from kt_sft.plugin.modes import refuse_other_loaders
+
+if TYPE_CHECKING:
+    pass
+
+
+logger = logging.getLogger(__name__)
+
+
+def export_recipe(recipe: Mapping[str, Any]) -> Path:
+    """Merges the adapter of an export recipe into the original checkpoint."""
+    from llamafactory.data import get_template_and_fix_tokenizer
+    from llamafactory.hparams import get_infer_args
+    from llamafactory.model import load_tokenizer
+
+    from kt_sft.export.merge import export_merged
+
+    model_args, data_args, finetuning_args, _ = get_infer_args(dict(recipe))
+    refuse_other_loaders(model_args)
+    problems = []
+    if model_args.export_dir is None:
+        problems.append("export_dir: is missing")
+    for name in ("export_quantization_bit", "export_hub_model_id"):
+        if getattr(model_args, name) is not None:
+            problems.append(f"{name}: is not supported with hybrid experts")
+    adapters = model_args.adapter_name_or_path or []
+    if len(adapters) > 1:
+        problems.append(f"adapter_name_or_path: got {len(adapters)} adapters, expected one")
+    if problems:
+        raise SettingsError("export:\n" + "\n".join(f"  - {p}" for p in problems))
+    # The tokenizer as LLaMA-Factory saves it: with the template's chat format and stop tokens.
+    # Loading it turns the name on another hub into that of a local folder.
+    tokenizer = load_tokenizer(model_args)["tokenizer"]
+    template = get_template_and_fix_tokenizer(tokenizer, data_args)
+    base = Path(model_args.model_name_or_path)
+    if not base.is_dir():
+        from huggingface_hub import snapshot_download
+
+        base = Path(
+            snapshot_download(
+                model_args.model_name_or_path,
+                revision=model_args.model_revision,
+                cache_dir=model_args.cache_dir,
+                token=model_args.hf_hub_token,
+            )
+        )
+    out = export_merged(base, adapters[0] if adapters else None, model_args.export_dir)
+    grown, known = _vocabulary_size(out), _vocabulary_size(base)
+    if grown > known >= len(tokenizer):
+        logger.warning(
+            "the adapter has a vocabulary of %d, its base one of %d, and this tokenizer knows %d "
+            "tokens: export with the add_tokens or add_special_tokens of the training",
+            grown,
+            known,
+            len(tokenizer),
+        )
+    tokenizer.padding_side = "left"  # for generation, as the stock command leaves it
+    tokenizer.init_kwargs["padding_side"] = "left"
+    tokenizer.save_pretrained(out)
+    (out / "Modelfile").write_text(template.get_ollama_modelfile(tokenizer), encoding="utf-8")
+    if finetuning_args.stage == "rm":
+        _copy_value_head(Path(adapters[0]) if adapters else base, out)
+    logger.info("exported to %s", out)
+    return out
+
+
+def _vocabulary_size(folder: Path) -> int:
+    """As config.json says."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return int((config.get("text_config") or config).get("vocab_size") or 0)
+
+
+def _copy_value_head(source: Path, out: Path) -> None:
+    """The head of a reward model, which is saved beside its adapter."""
+    found = [source / n for n in ("value_head.safetensors", "value_head.bin")]
+    head = next((f for f in found if f.is_file()), None)
+    if head is None:
+        logger.warning("%s has no value head; the exported model has none either", source)
+    else:
+        shutil.copy(head, out / head.name)

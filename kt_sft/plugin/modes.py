@@ -1,0 +1,240 @@
+"""Which of LLaMA-Factory's ways of fine-tuning go with hybrid experts, and how they are let in."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from kt_sft.checkpoint.published import own_quantization
+from kt_sft.errors import SettingsError
+from kt_sft.planning.lora_targets import LoraTargets
+
+if TYPE_CHECKING:
+    from kt_sft.config import HybridExpertsSettings
+    from kt_sft.planning.outline import TrainingOutline
+
+logger = logging.getLogger(__name__)
+
+_FROZEN = (
+    "the routed experts' weights are frozen, packed in host memory and shared. Possible are "
+    "finetuning_type: lora on every layer, experts included, and training the router, the "
+    "embeddings or the head in full by additional_target: gate,embed_tokens,lm_head"
+)
+# (setting, values that are refused, whether only LoRA on the experts stands against it, reason)
+_REFUSED: tuple[tuple[str, tuple[Any, ...], bool, str], ...] = (
+    ("finetuning_type", ("full", "freeze"), False, _FROZEN),
+    (
+        "finetuning_type",
+        ("oft",),
+        True,
+        "the kernels compute LoRA on the experts; set expert_lora: false to train OFT on the rest",
+    ),
+    (
+        "use_dora",
+        (True,),
+        True,
+        "DoRA scales by the norms of W + BA for every output channel, and its gradient needs them "
+        "at each step from the packed experts; set expert_lora: false to train DoRA on the rest",
+    ),
+    (
+        "pissa_init",
+        (True,),
+        True,
+        "PiSSA moves the principal part of W into the adapter, which changes W, and the packed "
+        "experts are frozen; set expert_lora: false to train PiSSA on the rest",
+    ),
+    (
+        "use_muon",
+        (True,),
+        True,
+        "LLaMA-Factory hands Muon matrices and everything else to AdamW, the stacked factors of "
+        "the experts included; leave use_muon out, or set expert_lora: false to use it on the rest",
+    ),
+)
+# Parts of a model of several parts that get no adapter -> (the recipe's setting, its default).
+_FROZEN_PARTS = {
+    "vision_model_keys": ("freeze_vision_tower", True),
+    "projector_keys": ("freeze_multi_modal_projector", True),
+    "language_model_keys": ("freeze_language_model", False),
+}
+
+
+def _names(value: Any) -> list[str]:
+    """A recipe's list, written as one or with commas."""
+    parts = value.split(",") if isinstance(value, str) else value or []
+    return [str(part).strip() for part in parts]
+
+
+def _targets(recipe: Mapping[str, Any], model_type: str = "") -> LoraTargets:
+    """As LLaMA-Factory's `patch_target_modules` settles them for a type of model."""
+    from llamafactory.model.model_utils.visual import COMPOSITE_MODELS
+
+    names = frozenset(_names(recipe.get("lora_target", "all")))
+    composite = COMPOSITE_MODELS.get(model_type)
+    if composite is None:
+        return LoraTargets(names)
+    frozen = {
+        part
+        for keys, (setting, default) in _FROZEN_PARTS.items()
+        if recipe.get(setting, default)
+        for part in getattr(composite, keys)
+    }
+    return LoraTargets(names, frozenset({*frozen, *composite.lora_conflict_keys}), anywhere=True)
+
+
+def refuse_unsupported(recipe: Mapping[str, Any], settings: HybridExpertsSettings) -> None:
+    """Raises SettingsError that lists what cannot train, before any weight is read."""
+    if recipe.get("use_kt") or os.environ.get("USE_KT", "0").lower() in ("1", "true", "y", "yes"):
+        raise SettingsError(
+            "use_kt: is LLaMA-Factory's own way to other kernels, which needs forks of "
+            "Transformers and Accelerate and does not go together with the kt_sft section; remove "
+            "use_kt and the kt_... settings, and the environment variable USE_KT"
+        )
+    if not recipe.get("do_train"):
+        return
+    on_experts = bool(settings.expert_lora) and _targets(recipe).may_mean_experts()
+    problems = [
+        f"{name}: {recipe[name] if not isinstance(recipe[name], bool) else 'true'}: {reason}"
+        for name, values, for_experts, reason in _REFUSED
+        if recipe.get(name) in values and (on_experts or not for_experts)
+    ]
+    if problems:
+        raise SettingsError(
+            "kt_sft: not possible with hybrid experts\n" + "\n".join(f"  - {p}" for p in problems)
+        )
+
+
+# Stages that run two answers to a prompt through the model at once.
+_PAIRED = ("rm", "dpo", "kto")
+
+
+def outline_of(recipe: Mapping[str, Any], model_type: str = "") -> TrainingOutline | None:
+    """What the memory plan needs to know, with LLaMA-Factory's defaults; None without training."""
+    if not recipe.get("do_train"):
+        return None
+    from kt_sft.planning.outline import TrainingOutline
+
+    sequences = int(recipe.get("per_device_train_batch_size", 8))
+    if recipe.get("stage", "sft") in _PAIRED:
+        sequences *= 2
+    return TrainingOutline(
+        tokens=sequences * int(recipe.get("cutoff_len", 2048)),
+        rank=int(recipe.get("lora_rank", 8)),
+        targets=_targets(recipe, model_type),
+        trained=frozenset(_names(recipe.get("additional_target"))),
+        checkpointing=not recipe.get("disable_gradient_checkpointing"),
+        on_host=bool(recipe.get("use_cpu")),
+        frozen_models=bool(recipe.get("ref_model")) + (recipe.get("reward_model_type") == "full"),
+    )
+
+
+def warn_of_quantized_base(config: Any) -> None:
+    """Of what a training on such a base ends with, before it begins."""
+    method = own_quantization(getattr(config, "quantization_config", None)).get("quant_method")
+    if method is not None:
+        logger.warning(
+            "the base is quantized (%s), and export merges into full-precision checkpoints only: "
+            "serve the adapter beside the base, or merge it into the bf16 checkpoint of the model",
+            getattr(method, "value", method),
+        )
+
+
+def adjusted(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe with what would silently train something else put right, and said."""
+    changed = dict(recipe)
+    checkpointing = recipe.get("do_train") and not recipe.get("disable_gradient_checkpointing")
+    reentrant = recipe.get("use_reentrant_gc", True)
+    if recipe.get("moe_aux_loss_coef") and checkpointing and reentrant:
+        # Router outputs of a reentrant checkpoint carry no gradient.
+        changed["use_reentrant_gc"] = False
+        logger.warning(
+            "moe_aux_loss_coef: under reentrant gradient checkpointing the auxiliary loss has no "
+            "gradient; use_reentrant_gc is set to false"
+        )
+    adapters = _names(recipe.get("adapter_name_or_path"))
+    if recipe.get("do_train") and (
+        len(adapters) > 1 or (adapters and recipe.get("create_new_adapter"))
+    ):
+        logger.warning(
+            "this adapter is trained on top of others, and export merges one adapter into a "
+            "checkpoint: keep all of them and load them together, or continue the last one "
+            "(create_new_adapter: false)"
+        )
+    return changed
+
+
+@contextmanager
+def _unquantized(model: Any) -> Iterator[None]:
+    method = model.quantization_method
+    model.quantization_method = None
+    try:
+        yield
+    finally:
+        model.quantization_method = method
+
+
+def as_unquantized(stock: Callable) -> Callable:
+    """`init_adapter` that treats a hybrid model as an ordinary one where that is what it can do.
+
+    For quantized models LLaMA-Factory takes one adapter, ignores `create_new_adapter`, and refuses
+    DoRA and PiSSA. Here the layers beside the experts are not quantized, and expert LoRA can be
+    merged.
+    """
+
+    @functools.wraps(stock)
+    def init_adapter(
+        config: Any, model: Any, model_args: Any, finetuning_args: Any, is_trainable: bool
+    ) -> Any:
+        adapters = model_args.adapter_name_or_path or []
+        merges = len(adapters) > 1 or (
+            bool(adapters) and is_trainable and finetuning_args.create_new_adapter
+        )
+        if not (merges or finetuning_args.use_dora or finetuning_args.pissa_init):
+            return stock(config, model, model_args, finetuning_args, is_trainable)
+        with _unquantized(model):
+            return stock(config, model, model_args, finetuning_args, is_trainable)
+
+    return init_adapter
+
+
+def with_packed_experts(stock: Callable) -> Callable:
+    """`count_parameters` whose total holds the packed experts, which are no parameters."""
+
+    @functools.wraps(stock)
+    def count_parameters(model: Any) -> tuple[int, int]:
+        from kt_sft.training.trained import packed_weights
+
+        trainable, total = stock(model)
+        return trainable, total + packed_weights(model)
+
+    return count_parameters
+
+
+def resizing_as_unquantized(stock: Callable) -> Callable:
+    """`resize_embedding_layer` for hybrid models, whose embeddings are not quantized."""
+
+    @functools.wraps(stock)
+    def resize_embedding_layer(model: Any, *args: Any, **kwargs: Any) -> None:
+        with _unquantized(model):
+            stock(model, *args, **kwargs)
+
+    return resize_embedding_layer
+
+
+# Settings of LLaMA-Factory that load the model in another way, past our quantization config.
+_OTHER_LOADERS = ("quantization_bit", "use_unsloth", "train_from_scratch", "mixture_of_depths")
+
+
+def refuse_other_loaders(model_args: Any) -> None:
+    """Raises SettingsError that names each of them that is set."""
+    wrong = [name for name in _OTHER_LOADERS if getattr(model_args, name, None)]
+    if wrong:
+        raise SettingsError(
+            "kt_sft: the section does not go together with\n"
+            + "\n".join(f"  - {name}: {getattr(model_args, name)}" for name in wrong)
+            + "\nRemove these settings, or the section."
+        )

@@ -18,6 +18,7 @@ from torch import Tensor
 from kt_sft.kernels import PROJECTIONS, Engine, ExpertWeights, Gate, WeightLayout
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from layer_calls import run_backward, run_forward
 from reference import Experts64
 
 FORMATS = {
@@ -57,9 +58,11 @@ def measure(stored: str, compute: str, outliers: bool) -> tuple[float, float, fl
     index_TK = torch.rand(TOKENS, EXPERTS, generator=g).topk(TOP_K).indices
     weight_TK = torch.rand(TOKENS, TOP_K, generator=g)
     arguments = {"compute": compute, "gate": Gate()}
-    out, kept, _ = engine.forward(weights, hidden_TD, index_TK, weight_TK, keep=True, **arguments)
-    d_hidden, *_ = engine.backward(
-        weights, hidden_TD, index_TK, weight_TK, d_out_TD, kept, **arguments
+    out, kept, _ = run_forward(
+        engine, weights, hidden_TD, index_TK, weight_TK, keep=True, **arguments
+    )
+    d_hidden, *_ = run_backward(
+        engine, weights, hidden_TD, index_TK, weight_TK, d_out_TD, kept, **arguments
     )
     x64 = hidden_TD.double().requires_grad_()
     want = Experts64(tuple(dense))(x64, index_TK, weight_TK.double())

@@ -23,7 +23,18 @@ import torch
 from kt_sft.bench.case import LayerCase, LayerData, one_expert
 from kt_sft.bench.layer import OurLayer, default_threads, measure_layer
 from kt_sft.bench.peak import ReadBandwidth
-from kt_sft.kernels import Engine, ExpertWeights, Gate, WeightLayout, isa_report, requested_isa
+from kt_sft.kernels import (
+    Call,
+    Engine,
+    ExpertWeights,
+    Gate,
+    Inputs,
+    WeightLayout,
+    backward,
+    forward,
+    isa_report,
+    requested_isa,
+)
 from kt_sft.machine.report import cpu_name
 
 # Row of the table: (what, changes of the case, forward target, backward target).
@@ -99,16 +110,13 @@ def transposed_copy(rows: int, compute: str, threads: int, rounds: int) -> float
     hidden_TD = torch.randn(experts * rows, hidden)
     index_TK = torch.arange(experts).repeat(rows).unsqueeze(1)
     weight_TK = torch.ones(experts * rows, 1)
-    arguments = {"compute": compute, "gate": Gate("relu2", gated=False)}
+    call = Call(compute, Gate("relu2", gated=False))
+    inputs = Inputs(hidden_TD, index_TK, weight_TK)
     ratios = []
     for _ in range(rounds + 1):
-        _, kept, forward = engine.forward(
-            weights, hidden_TD, index_TK, weight_TK, keep=True, **arguments
-        )
-        *_, backward = engine.backward(
-            weights, hidden_TD, index_TK, weight_TK, hidden_TD, kept, **arguments
-        )
-        ratios.append(backward.phase_ms["d_x"] / forward.phase_ms["down"])
+        _, kept, there = forward(engine, weights, call, inputs, keep=True)
+        _, back = backward(engine, weights, call, inputs, hidden_TD, kept)
+        ratios.append(back.phase_ms["d_x"] / there.phase_ms["down"])
     return statistics.median(ratios[1:])
 
 

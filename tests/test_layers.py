@@ -1,4 +1,4 @@
-"""The house: who may import whom, whether anything goes in a circle, and what planted faults need."""
+"""The house: who may import whom, and that planted faults find what they change."""
 
 from __future__ import annotations
 
@@ -143,7 +143,9 @@ def test_every_fault_can_be_planted() -> None:
     spec.loader.exec_module(faults)
     for fault in faults.FAULTS:
         text = (ROOT / fault.file).read_text()
-        assert text.count(fault.old) == 1, f"{fault.name}: {fault.file} has it {text.count(fault.old)} times"
+        assert text.count(fault.old) == 1, (
+            f"{fault.name}: {fault.file} has it {text.count(fault.old)} times"
+        )
         for test in fault.tests:
             file, _, name = test.partition("::")
             assert re.search(rf"\bdef {name}\b", (ROOT / file).read_text()) or not name, test

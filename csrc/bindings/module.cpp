@@ -5,11 +5,9 @@
 #include <pybind11/stl.h>
 
 #include <map>
-#include <mutex>
 
 #include "../core/cpu_features.h"
-#include "../core/experts_block.h"
-#include "../core/thread_pool.h"
+#include "../core/engine.h"
 #include "single_kernels.h"
 
 namespace py = pybind11;
@@ -40,21 +38,19 @@ FloatType float_type(const std::string& name) {
   return named(names, "dtype", name);
 }
 
-// (activation, gated, alpha, limit, up_offset)
-using GateTuple = std::tuple<std::string, bool, float, float, float>;
-
-Gate gate_from(const GateTuple& tuple) {
+Gate gate_from(const std::string& activation, bool gated, float alpha, float limit,
+               float up_offset) {
   static const std::map<std::string, Activation> names = {{"swish", Activation::kSwish},
                                                           {"gelu", Activation::kGeluErf},
                                                           {"gelu_tanh", Activation::kGeluTanh},
                                                           {"relu", Activation::kRelu},
                                                           {"relu2", Activation::kRelu2}};
   Gate gate;
-  gate.activation = named(names, "activation", std::get<0>(tuple));
-  gate.gated = std::get<1>(tuple);
-  gate.alpha = std::get<2>(tuple);
-  gate.limit = std::get<3>(tuple);
-  gate.up_offset = std::get<4>(tuple);
+  gate.activation = named(names, "activation", activation);
+  gate.gated = gated;
+  gate.alpha = alpha;
+  gate.limit = limit;
+  gate.up_offset = up_offset;
   return gate;
 }
 
@@ -118,39 +114,6 @@ struct Buffer {
   std::shared_ptr<LargeBuffer> memory;
 };
 
-// Threads, kernels and temporary memory, shared by all layers of a model. Calls are serialized.
-class Engine {
- public:
-  Engine(int threads, const std::string& isa, const CpuFeatures& features)
-      : kernels_(select_kernels(isa, features)),
-        pool_(threads),
-        cache_(std::make_shared<BufferCache>()),
-        block_(kernels_, pool_, cache_) {}
-
-  const KernelTable& kernels() const { return kernels_; }
-  int threads() const { return pool_.size(); }
-  Buffer buffer(size_t bytes) { return {cache_->acquire(bytes)}; }
-  size_t trim() { return cache_->trim(); }
-  size_t cached_bytes() const { return cache_->cached_bytes(); }
-
-  template <class Work>
-  auto exclusively(const Work& work) {
-    // Before the lock, which another thread may have held when this process was forked.
-    process_.require_owner();
-    py::gil_scoped_release unlocked;
-    std::lock_guard<std::mutex> lock(mutex_);
-    return work(pool_, block_);
-  }
-
- private:
-  const KernelTable& kernels_;
-  ThreadPool pool_;
-  std::shared_ptr<BufferCache> cache_;
-  ExpertsBlock block_;
-  const ProcessGuard process_;
-  std::mutex mutex_;
-};
-
 py::dict as_dict(const BlockReport& report) {
   py::dict phases;
   for (const auto& [name, ms] : report.phase_ms) phases[py::str(name)] = ms;
@@ -162,51 +125,42 @@ py::dict as_dict(const BlockReport& report) {
   return out;
 }
 
-// One projection's LoRA as (rank, address of a, address of b, scaling).
-using LoraTuple = std::tuple<int, Address, Address, float>;
-
 BlockInput block_input(const PackedExperts& weights, const std::string& compute_name,
-                       const GateTuple& gate, int64_t tokens, int64_t top_k,
-                       const std::string& dtype, Address hidden, Address index,
-                       Address routing_weight, const std::array<LoraTuple, 3>& lora, float dropout,
+                       const Gate& gate, int64_t tokens, int64_t top_k, const std::string& dtype,
+                       Address hidden, Address index, Address routing_weight,
+                       const std::array<Lora, kProjectionCount>& lora, float dropout,
                        uint64_t dropout_seed, int64_t first_channel) {
   BlockInput in;
   in.weights = &weights;
   in.compute = compute(compute_name);
-  if ((in.compute == Compute::kBf16) != weights.layout().is_float())
-    throw std::invalid_argument(
-        "compute: bf16 goes with bf16 and coded weights, exact and int8 with int8 and int4");
-  in.gate = gate_from(gate);
-  if (in.gate.gated != weights.layout().gated)
-    throw std::invalid_argument(weights.layout().gated
-                                    ? "gate: these experts have a gate projection"
-                                    : "gate: these experts have no gate projection");
-  if (!weights.layout().gated && std::get<0>(lora[0]))
-    throw std::invalid_argument("gate_proj: LoRA on a projection that these experts lack");
+  in.gate = gate;
   in.tokens = tokens;
   in.top_k = top_k;
   in.type = float_type(dtype);
   in.hidden = pointer<const void>(hidden);
   in.index = pointer<const int64_t>(index);
   in.routing_weight = pointer<const float>(routing_weight);
-  for (size_t i = 0; i < lora.size(); ++i) {
-    in.lora[i].rank = std::get<0>(lora[i]);
-    in.lora[i].a = pointer<const float>(std::get<1>(lora[i]));
-    in.lora[i].b = pointer<const float>(std::get<2>(lora[i]));
-    in.lora[i].scaling = std::get<3>(lora[i]);
-  }
+  in.lora = lora;
   in.dropout = dropout;
   in.dropout_seed = dropout_seed;
   in.first_channel = first_channel;
   return in;
 }
 
-KeptActivations kept_activations(Address gate, Address up, const std::array<Address, 3>& lora) {
+KeptActivations kept_activations(Address gate, Address up,
+                                 const std::array<Address, kProjectionCount>& lora_down) {
   KeptActivations kept;
   kept.gate = pointer<float>(gate);
   kept.up = pointer<float>(up);
-  for (size_t i = 0; i < lora.size(); ++i) kept.lora_down[i] = pointer<float>(lora[i]);
+  for (size_t i = 0; i < lora_down.size(); ++i) kept.lora_down[i] = pointer<float>(lora_down[i]);
   return kept;
+}
+
+// The engine's work without the GIL.
+template <class Work>
+auto unlocked(const Work& work) {
+  py::gil_scoped_release released;
+  return work();
 }
 
 // The machine's flags, or the given ones in their place (for tests of the dispatch, and for AMX
@@ -299,9 +253,11 @@ PYBIND11_MODULE(_core, m) {
           [](PackedExperts& self, Engine& engine, int64_t expert, const std::string& name,
              Address codes, int64_t row_stride, Address scales, Address zeros) {
             const Projection p = projection(name);
-            engine.exclusively([&](ThreadPool& pool, ExpertsBlock&) {
-              self.pack_codes(pool, expert, p, pointer<const uint8_t>(codes), row_stride,
-                              pointer<const void>(scales), pointer<const uint8_t>(zeros));
+            unlocked([&] {
+              engine.exclusively([&](ThreadPool& pool) {
+                self.pack_codes(pool, expert, p, pointer<const uint8_t>(codes), row_stride,
+                                pointer<const void>(scales), pointer<const uint8_t>(zeros));
+              });
             });
           },
           py::arg("engine"), py::arg("expert"), py::arg("projection"), py::arg("codes"),
@@ -309,19 +265,33 @@ PYBIND11_MODULE(_core, m) {
       .def(
           "take_channels",
           [](PackedExperts& self, Engine& engine, const PackedExperts& from, int64_t first) {
-            engine.exclusively(
-                [&](ThreadPool& pool, ExpertsBlock&) { self.take_channels(pool, from, first); });
+            unlocked([&] {
+              engine.exclusively(
+                  [&](ThreadPool& pool) { self.take_channels(pool, from, first); });
+            });
           },
           py::arg("engine"), py::arg("source"), py::arg("first"))
+      .def(
+          "take_experts",
+          [](PackedExperts& self, Engine& engine, const PackedExperts& from,
+             const std::vector<int64_t>& chosen) {
+            unlocked([&] {
+              engine.exclusively(
+                  [&](ThreadPool& pool) { self.take_experts(pool, from, chosen); });
+            });
+          },
+          py::arg("engine"), py::arg("source"), py::arg("experts"))
       .def(
           "pack",
           [](PackedExperts& self, Engine& engine, int64_t expert, const std::string& name,
              const std::string& dtype, Address weight, int64_t row_stride) {
             const Projection p = projection(name);
             const FloatType type = float_type(dtype);
-            engine.exclusively([&](ThreadPool& pool, ExpertsBlock&) {
-              self.pack(pool, engine.kernels(), expert, p, type, pointer<const void>(weight),
-                        row_stride);
+            unlocked([&] {
+              engine.exclusively([&](ThreadPool& pool) {
+                self.pack(pool, engine.kernels(), expert, p, type, pointer<const void>(weight),
+                          row_stride);
+              });
             });
           },
           py::arg("engine"), py::arg("expert"), py::arg("projection"), py::arg("dtype"),
@@ -341,6 +311,33 @@ PYBIND11_MODULE(_core, m) {
           },
           py::arg("expert"), py::arg("projection"), py::arg("out"));
 
+  py::class_<Gate>(m, "Gate")
+      .def(py::init(&gate_from), py::kw_only(), py::arg("activation"), py::arg("gated"),
+           py::arg("alpha"), py::arg("limit"), py::arg("up_offset"));
+  py::class_<Lora>(m, "Lora")
+      .def(py::init<>())
+      .def(py::init([](int rank, Address a, Address b, float scaling, bool shared) {
+             return Lora{rank, pointer<const float>(a), pointer<const float>(b), scaling, shared};
+           }),
+           py::kw_only(), py::arg("rank"), py::arg("a"), py::arg("b"), py::arg("scaling"),
+           py::arg("shared"));
+  py::class_<LoraGradient>(m, "LoraGradient")
+      .def(py::init<>())
+      .def(py::init([](Address a, Address b) {
+             return LoraGradient{pointer<float>(a), pointer<float>(b)};
+           }),
+           py::kw_only(), py::arg("a"), py::arg("b"));
+  py::class_<KeptActivations>(m, "KeptActivations")
+      .def(py::init<>())
+      .def(py::init(&kept_activations), py::kw_only(), py::arg("gate"), py::arg("up"),
+           py::arg("lora_down"));
+  // Holds the weights; the other addresses must outlive the call.
+  py::class_<BlockInput>(m, "BlockInput")
+      .def(py::init(&block_input), py::keep_alive<1, 2>(), py::kw_only(), py::arg("weights"),
+           py::arg("compute"), py::arg("gate"), py::arg("tokens"), py::arg("top_k"),
+           py::arg("dtype"), py::arg("hidden"), py::arg("index"), py::arg("routing_weight"),
+           py::arg("lora"), py::arg("dropout"), py::arg("dropout_seed"), py::arg("first_channel"));
+
   py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine")
       .def(py::init([](int threads, const std::string& isa, const FlagMap& flags) {
              return std::make_shared<Engine>(threads, isa, features_from(flags));
@@ -349,43 +346,28 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly("isa", [](const Engine& e) { return e.kernels().name; })
       .def_property_readonly("threads", &Engine::threads)
       .def_property_readonly("cached_bytes", &Engine::cached_bytes)
-      .def("buffer", &Engine::buffer, py::arg("bytes"))
+      .def(
+          "buffer", [](Engine& self, size_t bytes) { return Buffer{self.buffer(bytes)}; },
+          py::arg("bytes"))
       .def("trim", &Engine::trim)
-      .def("forward",
-           [](Engine& self, const PackedExperts& weights, const std::string& compute,
-              const GateTuple& gate, int64_t tokens, int64_t top_k, const std::string& dtype,
-              Address hidden, Address index, Address routing_weight,
-              const std::array<LoraTuple, 3>& lora, float dropout, uint64_t dropout_seed,
-              int64_t first_channel, Address out, Address kept_gate, Address kept_up,
-              const std::array<Address, 3>& lora_down) {
-             const BlockInput in =
-                 block_input(weights, compute, gate, tokens, top_k, dtype, hidden, index,
-                             routing_weight, lora, dropout, dropout_seed, first_channel);
-             return as_dict(self.exclusively([&](ThreadPool&, ExpertsBlock& block) {
-               return block.forward(in, pointer<void>(out),
-                                    kept_activations(kept_gate, kept_up, lora_down));
-             }));
-           })
-      .def("backward",
-           [](Engine& self, const PackedExperts& weights, const std::string& compute,
-              const GateTuple& gate, int64_t tokens, int64_t top_k, const std::string& dtype,
-              Address hidden, Address index, Address routing_weight,
-              const std::array<LoraTuple, 3>& lora, float dropout, uint64_t dropout_seed,
-              int64_t first_channel, Address d_out, Address kept_gate, Address kept_up,
-              const std::array<Address, 3>& lora_down, Address d_hidden, Address d_weight,
-              const std::array<std::pair<Address, Address>, 3>& d_lora) {
-             const BlockInput in =
-                 block_input(weights, compute, gate, tokens, top_k, dtype, hidden, index,
-                             routing_weight, lora, dropout, dropout_seed, first_channel);
-             std::array<LoraGradient, kProjectionCount> gradients;
-             for (size_t i = 0; i < gradients.size(); ++i)
-               gradients[i] = {pointer<float>(d_lora[i].first), pointer<float>(d_lora[i].second)};
-             return as_dict(self.exclusively([&](ThreadPool&, ExpertsBlock& block) {
-               return block.backward(in, pointer<const void>(d_out),
-                                     kept_activations(kept_gate, kept_up, lora_down),
-                                     pointer<void>(d_hidden), pointer<float>(d_weight), gradients);
-             }));
-           });
+      .def(
+          "forward",
+          [](Engine& self, const BlockInput& in, Address out, const KeptActivations& kept) {
+            return as_dict(unlocked([&] { return self.forward(in, pointer<void>(out), kept); }));
+          },
+          py::arg("input"), py::kw_only(), py::arg("out"), py::arg("kept"))
+      .def(
+          "backward",
+          [](Engine& self, const BlockInput& in, Address d_out, const KeptActivations& kept,
+             Address d_hidden, Address d_weight,
+             const std::array<LoraGradient, kProjectionCount>& d_lora) {
+            return as_dict(unlocked([&] {
+              return self.backward(in, pointer<const void>(d_out), kept, pointer<void>(d_hidden),
+                                   pointer<float>(d_weight), d_lora);
+            }));
+          },
+          py::arg("input"), py::kw_only(), py::arg("d_out"), py::arg("kept"), py::arg("d_hidden"),
+          py::arg("d_weight"), py::arg("d_lora"));
 
   m.def(
       "kernel_rows",

@@ -24,12 +24,18 @@ namespace kt {
 
 enum class Compute : int { kExact = 0, kInt8 = 1, kBf16 = 2 };
 
-// LoRA of one projection over all experts, fp32: a [E, rank, inputs], b [E, outputs, rank].
+// LoRA of one projection over all experts, fp32: a [E, rank, inputs], b [E, outputs, rank]; of one
+// pair that all experts share, a [rank, inputs] and b [outputs, rank].
 struct Lora {
   int rank = 0;  // 0: none
   const float* a = nullptr;
   const float* b = nullptr;
   float scaling = 1.0f;
+  bool shared = false;
+
+  // Where an expert's factors lie, in pairs.
+  int64_t pair(int64_t expert) const { return shared ? 0 : expert; }
+  int64_t pairs(int64_t experts) const { return shared ? 1 : experts; }
 };
 
 struct LoraGradient {
@@ -50,6 +56,9 @@ struct BlockInput {
   float dropout = 0.0f;
   uint64_t dropout_seed = 0;
   int64_t first_channel = 0;  // of F in a layer whose channels are split, for down's dropout
+
+  // Throws std::invalid_argument where compute, gate or LoRA do not go with the weights.
+  void check() const;
 };
 
 // What forward keeps for backward. Rows are sorted by expert; null pointers: keep nothing.

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <stdexcept>
 
 #include "activation_rows.h"
 #include "experts_block.h"
@@ -7,6 +8,18 @@
 #include "work_items.h"
 
 namespace kt {
+
+void BlockInput::check() const {
+  const PackedLayout& layout = weights->layout();
+  if ((compute == Compute::kBf16) != layout.is_float())
+    throw std::invalid_argument(
+        "compute: bf16 goes with bf16 and coded weights, exact and int8 with int8 and int4");
+  if (gate.gated != layout.gated)
+    throw std::invalid_argument(layout.gated ? "gate: these experts have a gate projection"
+                                             : "gate: these experts have no gate projection");
+  if (!layout.gated && lora[0].rank)
+    throw std::invalid_argument("gate_proj: LoRA on a projection that these experts lack");
+}
 
 BlockReport ExpertsBlock::forward(const BlockInput& in, void* out, const KeptActivations& kept) {
   BlockReport report;

@@ -23,9 +23,9 @@ class LoraOperands {
       op.outputs = in.weights->layout().outputs(p);
       op.lda = padded(op.inputs);
       op.ldb = padded(op.outputs);
-      const int64_t experts = in.weights->layout().experts;
-      op.a_copy = op.lda == op.inputs ? nullptr : scratch.floats(experts * lora.rank * op.lda);
-      op.bt = scratch.floats(experts * lora.rank * op.ldb);
+      const int64_t pairs = lora.pairs(in.weights->layout().experts);
+      op.a_copy = op.lda == op.inputs ? nullptr : scratch.floats(pairs * lora.rank * op.lda);
+      op.bt = scratch.floats(pairs * lora.rank * op.ldb);
       present_ = true;
     }
     if (!present_) return;
@@ -142,26 +142,28 @@ class LoraOperands {
   struct Operand {
     int64_t inputs = 0, outputs = 0;
     int64_t lda = 0, ldb = 0;
-    float* a_copy = nullptr;  // [E, rank, inputs padded], only where padding is needed
-    float* bt = nullptr;      // [E, rank, outputs padded]
+    float* a_copy = nullptr;  // [pairs, rank, inputs padded], only where padding is needed
+    float* bt = nullptr;      // [pairs, rank, outputs padded]
   };
 
   const float* a(Projection p, int64_t expert) const {
     const Operand& op = operands_[static_cast<size_t>(p)];
     const Lora& lora = in_.lora[static_cast<size_t>(p)];
-    return (op.a_copy ? op.a_copy : lora.a) + expert * lora.rank * op.lda;
+    return (op.a_copy ? op.a_copy : lora.a) + lora.pair(expert) * lora.rank * op.lda;
   }
   const float* bt(Projection p, int64_t expert) const {
     const Operand& op = operands_[static_cast<size_t>(p)];
-    return op.bt + expert * in_.lora[static_cast<size_t>(p)].rank * op.ldb;
+    const Lora& lora = in_.lora[static_cast<size_t>(p)];
+    return op.bt + lora.pair(expert) * lora.rank * op.ldb;
   }
 
   void lay_out(int which, int64_t expert) {
     const Lora& lora = in_.lora[static_cast<size_t>(which)];
-    if (!lora.rank) return;
+    if (!lora.rank || (lora.shared && expert != routing_.active[0])) return;
     const Operand& op = operands_[static_cast<size_t>(which)];
-    const float* b = lora.b + expert * op.outputs * lora.rank;
-    float* bt = op.bt + expert * lora.rank * op.ldb;
+    const int64_t pair = lora.pair(expert);
+    const float* b = lora.b + pair * op.outputs * lora.rank;
+    float* bt = op.bt + pair * lora.rank * op.ldb;
     for (int j = 0; j < lora.rank; ++j) {
       float* row = bt + j * op.ldb;
       for (int64_t n = 0; n < op.outputs; ++n) row[n] = b[n * lora.rank + j];
@@ -169,8 +171,8 @@ class LoraOperands {
     }
     if (!op.a_copy) return;
     for (int j = 0; j < lora.rank; ++j) {
-      float* row = op.a_copy + (expert * lora.rank + j) * op.lda;
-      std::memcpy(row, lora.a + (expert * lora.rank + j) * op.inputs,
+      float* row = op.a_copy + (pair * lora.rank + j) * op.lda;
+      std::memcpy(row, lora.a + (pair * lora.rank + j) * op.inputs,
                   sizeof(float) * static_cast<size_t>(op.inputs));
       std::fill(row + op.inputs, row + op.lda, 0.0f);
     }

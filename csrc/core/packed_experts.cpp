@@ -461,6 +461,30 @@ void PackedExperts::take_channels(ThreadPool& pool, const PackedExperts& from, i
   });
 }
 
+void PackedExperts::take_experts(ThreadPool& pool, const PackedExperts& from,
+                                 const std::vector<int64_t>& chosen) {
+  process_.require_owner();
+  PackedLayout expected = from.layout_;
+  expected.experts = static_cast<int64_t>(chosen.size());
+  if (!layout_.same_as(expected))
+    throw std::invalid_argument("take_experts: the experts differ in more than their number");
+  for (const int64_t expert : chosen)
+    if (expert < 0 || expert >= from.layout_.experts)
+      throw std::invalid_argument("take_experts: got expert " + std::to_string(expert) +
+                                  ", expected 0 to " + std::to_string(from.layout_.experts - 1));
+  // A section holds its experts one after the other, and padding after the last.
+  pool.run(static_cast<int64_t>(chosen.size()), [&](int64_t expert, int) {
+    for (size_t i = 0; i < kSectionCount; ++i) {
+      const Section s = static_cast<Section>(i);
+      const int64_t bytes = layout_.expert_bytes(s);
+      if (!bytes) continue;
+      std::memcpy(writable(s) + expert * bytes,
+                  from.section(s) + chosen[static_cast<size_t>(expert)] * bytes,
+                  static_cast<size_t>(bytes));
+    }
+  });
+}
+
 void PackedExperts::unpack(int64_t expert, Projection projection, float* weight) const {
   process_.require_owner();
   const int64_t n_real = layout_.outputs(projection), k_real = layout_.inputs(projection);

@@ -5,6 +5,7 @@
 #include <array>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "memory.h"
 #include "packed_layout.h"
@@ -42,6 +43,9 @@ class PackedExperts {
   // Copies the intermediate channels from `first` on out of experts in the same format. `first`
   // must be a multiple of 64 and of the format's groups.
   void take_channels(ThreadPool& pool, const PackedExperts& from, int64_t first);
+  // Copies experts, one for each of these, out of experts of the same sizes and format.
+  void take_experts(ThreadPool& pool, const PackedExperts& from,
+                    const std::vector<int64_t>& chosen);
 
   // Super tiles [outputs / 32][inputs / 64] of a projection.
   const uint8_t* tiles(int64_t expert, Projection projection) const;

@@ -29,6 +29,12 @@ struct Coding {
   int64_t group_outputs = 1;
   int64_t group_inputs = 32;  // a multiple of 32, or longer than any row: one group
   bool zeros = false;         // each group has its zero point; otherwise that of the kind
+
+  bool same_as(const Coding& other) const {
+    return kind == other.kind && scale_type == other.scale_type &&
+           group_outputs == other.group_outputs && group_inputs == other.group_inputs &&
+           zeros == other.zeros;
+  }
 };
 
 // The memory is in sections, so that a store can keep each as one tensor.
@@ -102,25 +108,37 @@ struct PackedLayout {
     return expert * ((projections() - 1) * narrow + wide) + slot(p) * narrow;
   }
 
-  // Bytes of a section, a multiple of 64; 0 for what the format does not have.
-  int64_t section_bytes(Section section) const {
-    const int64_t code_groups =
-        is_coded() ? first_scale(experts, gated ? Projection::kGate : Projection::kUp) : 0;
+  // Bytes of one expert in a section; 0 for what the format does not have.
+  int64_t expert_bytes(Section section) const {
+    const int64_t groups =
+        is_coded() ? (projections() - 1) * matrix_scales(Projection::kUp) +
+                         matrix_scales(Projection::kDown)
+                   : 0;
     const int64_t bytes[] = {
-        experts * projections() * matrix_bytes(),
-        experts * projections() * matrix_multipliers(),
-        is_coded()  ? code_groups * kScaleBytes[static_cast<int>(coding.scale_type)]
+        projections() * matrix_bytes(),
+        projections() * matrix_multipliers(),
+        is_coded()  ? groups * kScaleBytes[static_cast<int>(coding.scale_type)]
         : is_bf16() ? 0
-                    : experts * channels() * 4,
-        coding.zeros ? code_groups : 0,
-        any_bias() ? experts * channels() * 4 : 0,
+                    : channels() * 4,
+        coding.zeros ? groups : 0,
+        any_bias() ? channels() * 4 : 0,
     };
-    return divided_up(bytes[static_cast<int>(section)], 64) * 64;
+    return bytes[static_cast<int>(section)];
+  }
+  // Bytes of a section, a multiple of 64.
+  int64_t section_bytes(Section section) const {
+    return divided_up(experts * expert_bytes(section), 64) * 64;
   }
   int64_t bytes() const {
     int64_t sum = 0;
     for (int i = 0; i < kSectionCount; ++i) sum += section_bytes(static_cast<Section>(i));
     return sum;
+  }
+
+  bool same_as(const PackedLayout& other) const {
+    return experts == other.experts && hidden == other.hidden &&
+           intermediate == other.intermediate && format == other.format && gated == other.gated &&
+           biased == other.biased && coding.same_as(other.coding);
   }
 
   // Throws std::invalid_argument.

@@ -19,7 +19,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from kt_sft.errors import SettingsError
-from kt_sft.kernels.engine import MAX_RANK
+from kt_sft.kernels.block import MAX_RANK
 
 _PLAIN = "the kernels compute plain LoRA"
 # Settings of LoraConfig that ask for another LoRA than W + BA, of any release.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kt_sft.kernels import PROJECTIONS, LoraFactors
+from kt_sft.kernels import NO_LORA, PROJECTIONS, Inputs, Lora, LoraFactors
 
 # One forward and the backward that belongs to it: milliseconds of each.
 Runner = Callable[[], tuple[float, float]]
@@ -63,7 +63,12 @@ class LayerData:
     index_TK: Tensor
     weight_TK: Tensor
     d_out_TD: Tensor
-    lora: list[LoraFactors | None]
+    lora: Lora
+
+    @property
+    def inputs(self) -> Inputs:
+        """As the kernels take them."""
+        return Inputs(self.hidden_TD, self.index_TK, self.weight_TK, self.lora)
 
     @classmethod
     def make(cls, case: LayerCase) -> LayerData:
@@ -80,17 +85,18 @@ class LayerData:
         index_TK = scores.topk(case.top_k).indices
         if case.skew:
             index_TK[torch.rand(index_TK.shape, generator=generator) < case.skew] = 0
-        lora: list[LoraFactors | None] = [None, None, None]
+        lora = NO_LORA
         if case.rank:
             widths = [(case.intermediate, case.hidden)] * 2 + [(case.hidden, case.intermediate)]
-            lora = [
+            gate, up, down = (
                 LoraFactors(
                     normal(case.experts, case.rank, inputs) / inputs**0.5,
                     normal(case.experts, outputs, case.rank) * 0.05,
                     LORA_SCALING,
                 )
                 for outputs, inputs in widths
-            ]
+            )
+            lora = (gate, up, down)
         return cls(
             hidden_TD=normal(case.tokens, case.hidden).bfloat16(),
             index_TK=index_TK,

@@ -10,11 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kt_sft.bench.case import LayerCase, LayerData, Runner, one_expert, timed
 from kt_sft.bench.peak import bf16_rate, exact_rate, int8_rate
 from kt_sft.bench.peers import PEERS, keep_freed_memory
-from kt_sft.kernels import PROJECTIONS, Engine, ExpertWeights, Gate, WeightLayout, requested_isa
+from kt_sft.kernels import (
+    PROJECTIONS,
+    Call,
+    Engine,
+    ExpertWeights,
+    Gate,
+    Kept,
+    WeightLayout,
+    backward,
+    forward,
+    requested_isa,
+)
 from kt_sft.machine.cpus import available_threads
 from kt_sft.machine.report import cpu_name
 
@@ -36,36 +48,31 @@ class OurLayer:
                 self.weights.pack(self.engine, expert, name, one[name])
         self.phases: dict[str, dict[str, float]] = {}
         self.active_experts = 0
-        self._kept: Any = None
+        self._kept: Kept | None = None
 
-    def _arguments(self) -> dict[str, Any]:
-        return {"compute": self.case.arithmetic, "gate": Gate(), "lora": self.data.lora}
+    @property
+    def _call(self) -> Call:
+        return Call(self.case.arithmetic, Gate())
 
-    def forward(self) -> None:
-        """Keeps what backward needs."""
-        data = self.data
-        _, self._kept, report = self.engine.forward(
-            self.weights,
-            data.hidden_TD,
-            data.index_TK,
-            data.weight_TK,
-            keep=True,
-            **self._arguments(),
+    def forward(self) -> Tensor:
+        """Keeps what backward needs; returns out [T, D]."""
+        out_TD, self._kept, report = forward(
+            self.engine, self.weights, self._call, self.data.inputs, keep=True
         )
         self.phases["forward"] = report.phase_ms
         self.active_experts = report.active_experts
+        return out_TD
 
     def backward(self) -> None:
         """Of the last forward."""
-        data = self.data
-        *_, report = self.engine.backward(
+        assert self._kept is not None
+        _, report = backward(
+            self.engine,
             self.weights,
-            data.hidden_TD,
-            data.index_TK,
-            data.weight_TK,
-            data.d_out_TD,
+            self._call,
+            self.data.inputs,
+            self.data.d_out_TD,
             self._kept,
-            **self._arguments(),
         )
         self._kept = None
         self.phases["backward"] = report.phase_ms

@@ -24,10 +24,12 @@ from kt_sft.checkpoint.configuration import read_config
 from kt_sft.checkpoint.folder import checkpoint_experts, model_class_of
 from kt_sft.checkpoint.layouts import layout_of
 from kt_sft.checkpoint.sources import ExpertSource
+from kt_sft.engines.cpu import CpuEngine
+from kt_sft.engines.protocol import PlacedExperts
 from kt_sft.errors import CheckpointError, KtSftError, SettingsError
 from kt_sft.experts import hybrid_experts_of
 from kt_sft.families.shape import ExpertsShape
-from kt_sft.kernels import CodedMatrix, Engine, ExpertWeights, requested_isa
+from kt_sft.kernels import CodedMatrix, Engine, requested_isa
 from kt_sft.loading.config import HybridExpertsConfig
 from kt_sft.loading.packing import pack_one
 from kt_sft.machine.cpus import available_threads
@@ -245,18 +247,18 @@ def weight_errors(
     found = checkpoint_experts(str(model))
     sources = found.sources()
     origins = checkpoint_experts(str(origin)).sources() if origin is not None else sources
-    engine = Engine(available_threads(), requested_isa("auto"))
+    engine = CpuEngine(Engine(available_threads(), requested_isa("auto")))
     errors = {}
     for layer in found.layers:
         source = sources[layer.hybrid_path]
         try:
-            packed = ExpertWeights(layout_of(layer.shape, source, weights))
+            packed = engine.new_experts(layout_of(layer.shape, source, weights))
         except CheckpointError:
             continue
         few = range(min(experts, layer.shape.experts))
         try:
             errors[layer.hybrid_path] = _error(
-                engine, packed, layer.shape, source, origins[layer.hybrid_path], few
+                packed, layer.shape, source, origins[layer.hybrid_path], few
             )
         except ValueError as error:
             raise CheckpointError(f"{layer.hybrid_path}: {error}") from error
@@ -269,8 +271,7 @@ def _overall(errors: Iterable[tuple[float, float]]) -> float:
 
 
 def _error(
-    engine: Engine,
-    packed: ExpertWeights,
+    packed: PlacedExperts,
     shape: ExpertsShape,
     source: ExpertSource,
     origin: ExpertSource,
@@ -280,7 +281,7 @@ def _error(
     for expert in experts:
         for projection in shape.projections:
             matrix = source.read(expert, projection)
-            pack_one(engine, packed, expert, projection, matrix)
+            pack_one(packed, expert, projection, matrix)
             exact = _floats(matrix if origin is source else origin.read(expert, projection))
             wrong += float((packed.unpack(expert, projection) - exact).square().sum())
             total += float(exact.square().sum())

@@ -12,24 +12,32 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from kt_sft.engines.host import HostExperts
+from kt_sft.kernels import (
+    BlockReport,
+    Call,
+    CodedMatrix,
+    Engine,
+    ExpertWeights,
+    Gradients,
+    Inputs,
+    Kept,
+    Lora,
+    LoraFactors,
+    WeightLayout,
+    backward,
+    forward,
+)
 from kt_sft.kernels._core import ForkedProcess
-from kt_sft.kernels.engine import BlockReport, Engine, Kept, LoraFactors
-from kt_sft.kernels.formats import CodedMatrix, WeightLayout
-from kt_sft.kernels.weights import ExpertWeights
 
 T = TypeVar("T")
-
-
-def engine_on(cpus: set[int], threads: int, isa: str = "auto") -> Engine:
-    """An engine whose own threads stay on some CPUs; the calling thread is left alone."""
-    with ThreadPoolExecutor(1, "kt-sft-bound", os.sched_setaffinity, (0, cpus)) as bound:
-        return bound.submit(Engine, threads, isa).result()
 
 
 def share_threads(threads: int, sizes: Sequence[int]) -> list[int]:
@@ -55,125 +63,137 @@ def split_channels(
     return list(pairwise(cuts))
 
 
-class SplitWeights:
-    """The weights of one layer, a range of intermediate channels on each node."""
+class NodeExperts(HostExperts):
+    """The experts of one layer, a range of intermediate channels on each node."""
 
-    def __init__(self, engines: NodeEngines, layout: WeightLayout) -> None:
+    def __init__(self, engine: NodeEngines, layout: WeightLayout) -> None:
         self.layout = layout
+        self._engine = engine
         cuts = split_channels(
-            layout.intermediate, [node.threads for node in engines.nodes], layout.channel_granule
+            layout.intermediate, [node.threads for node in engine.nodes], layout.channel_granule
         )
         # Of few channels, some nodes get none.
-        self.nodes = [i for i, (begin, end) in enumerate(cuts) if begin < end]
-        self.ranges = [cuts[i] for i in self.nodes]
+        self._nodes = [i for i, (begin, end) in enumerate(cuts) if begin < end]
+        self.ranges = [cuts[i] for i in self._nodes]
         # Down's bias is added on one node.
         self.parts = [
             ExpertWeights(layout.part(end - begin, down_bias=i == 0))
             for i, (begin, end) in enumerate(self.ranges)
         ]
 
-    def __deepcopy__(self, memo: dict) -> SplitWeights:
-        return self
-
-    @property
-    def experts(self) -> int:
-        """E."""
-        return self.layout.experts
-
-    @property
-    def hidden(self) -> int:
-        """D."""
-        return self.layout.hidden
-
-    @property
-    def intermediate(self) -> int:
-        """F, of all nodes together."""
-        return self.layout.intermediate
-
-    @property
-    def gated(self) -> bool:
-        """Whether there is a gate projection."""
-        return self.layout.gated
+    def _each(self, work: Callable[[int, Engine], T]) -> list[T]:
+        """work(part, its node's engine) on the threads of the nodes, all at once."""
+        return self._engine.on_nodes(
+            lambda part: work(part, self._engine.nodes[self._nodes[part]]), self._nodes
+        )
 
     @property
     def nbytes(self) -> int:
-        """Bytes of host memory on all nodes."""
+        """On all nodes."""
         return sum(part.nbytes for part in self.parts)
 
-    @property
-    def projections(self) -> tuple[str, ...]:
-        """The projections that these experts have, in order."""
-        return self.parts[0].projections
+    def pack(self, expert: int, projection: str, weight: Tensor) -> None:
+        """See PlacedExperts; every node's threads write its part, so that it lies there."""
 
-    def shape(self, projection: str) -> tuple[int, int]:
-        """(outputs, inputs) of one expert's projection, all nodes together."""
-        return self.layout.shape(projection)
+        def pack(part: int, engine: Engine) -> None:
+            begin, end = self.ranges[part]
+            cut = weight[:, begin:end] if projection == "down_proj" else weight[begin:end]
+            self.parts[part].pack(engine, expert, projection, cut)
 
-    def pack(self, engine: NodeEngines, expert: int, projection: str, weight: Tensor) -> None:
-        """As ExpertWeights.pack; every node's threads write its part, so that it lies there."""
-        engine.on_nodes(
-            lambda part: self.parts[part].pack(
-                engine.nodes[self.nodes[part]],
-                expert,
-                projection,
-                self._cut(projection, weight, part),
-            ),
-            self.nodes,
-        )
+        self._each(pack)
 
-    def pack_codes(
-        self, engine: NodeEngines, expert: int, projection: str, matrix: CodedMatrix
-    ) -> None:
-        """As ExpertWeights.pack_codes."""
+    def pack_codes(self, expert: int, projection: str, matrix: CodedMatrix) -> None:
+        """See PlacedExperts."""
 
-        def pack(part: int) -> None:
+        def pack(part: int, engine: Engine) -> None:
             begin, end = self.ranges[part]
             down = projection == "down_proj"
             cut = matrix.columns(begin, end) if down else matrix[begin:end]
-            self.parts[part].pack_codes(engine.nodes[self.nodes[part]], expert, projection, cut)
+            self.parts[part].pack_codes(engine, expert, projection, cut)
 
-        engine.on_nodes(pack, self.nodes)
-
-    def take_channels(self, engine: NodeEngines, source: ExpertWeights, first: int) -> None:
-        """As ExpertWeights.take_channels; every node's threads write its part."""
-        engine.on_nodes(
-            lambda part: self.parts[part].take_channels(
-                engine.nodes[self.nodes[part]], source, first + self.ranges[part][0]
-            ),
-            self.nodes,
-        )
-
-    def unpack(self, expert: int, projection: str) -> Tensor:
-        """The weights that the kernels compute with, fp32 [outputs, inputs]."""
-        dim = 1 if projection == "down_proj" else 0
-        return torch.cat([part.unpack(expert, projection) for part in self.parts], dim)
+        self._each(pack)
 
     def set_bias(self, expert: int, projection: str, bias: Tensor) -> None:
-        """As ExpertWeights.set_bias; down's is added on one node."""
+        """See PlacedExperts."""
         if projection == "down_proj":
             self.parts[0].set_bias(expert, projection, bias)
             return
         for part, (begin, end) in zip(self.parts, self.ranges, strict=True):
             part.set_bias(expert, projection, bias[begin:end])
 
-    def _cut(self, projection: str, weight: Tensor, part: int) -> Tensor:
+    def take_channels(self, source: ExpertWeights, first: int = 0) -> None:
+        """See PlacedExperts."""
+        self._each(
+            lambda part, engine: self.parts[part].take_channels(
+                engine, source, first + self.ranges[part][0]
+            )
+        )
+
+    def take_experts(self, source: ExpertWeights, experts: Sequence[int]) -> None:
+        """See PlacedExperts."""
+        chosen = ExpertWeights(replace(source.layout, experts=len(experts)))
+        chosen.take_experts(self._engine.packer, source, experts)
+        self.take_channels(chosen)
+
+    def unpack(self, expert: int, projection: str) -> Tensor:
+        """See PlacedExperts."""
+        dim = 1 if projection == "down_proj" else 0
+        return torch.cat([part.unpack(expert, projection) for part in self.parts], dim)
+
+    def _part(self, part: int, call: Call, inputs: Inputs) -> tuple[Call, Inputs]:
+        """The call and inputs of one part."""
         begin, end = self.ranges[part]
-        return weight[:, begin:end] if projection == "down_proj" else weight[begin:end]
+        own = replace(inputs, lora=_cut_lora(inputs.lora, begin, end))
+        return replace(call, first_channel=call.first_channel + begin), own
 
+    def _forward(
+        self, call: Call, inputs: Inputs, keep: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...], BlockReport]:
+        wide = replace(inputs, hidden_TD=inputs.hidden_TD.float())  # parts of a sum are not rounded
+        found = self._each(
+            lambda part, engine: forward(
+                engine, self.parts[part], *self._part(part, call, wide), keep
+            )
+        )
+        out_TD = _sum([out for out, _, _ in found]).to(inputs.hidden_TD.dtype)
+        kept = tuple(t for _, k, _ in found if k is not None for t in k.tensors())
+        return out_TD, kept, found[0][2]
 
-class SplitKept:
-    """What forward keeps for backward, of each node."""
-
-    def __init__(self, parts: Sequence[Kept]) -> None:
-        self.parts = list(parts)
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """Flat, for autograd."""
-        return tuple(t for part in self.parts for t in part.tensors())
+    def _backward(
+        self, call: Call, inputs: Inputs, d_out_TD: Tensor, kept: tuple[Tensor, ...]
+    ) -> tuple[Gradients, BlockReport]:
+        wide = replace(inputs, hidden_TD=inputs.hidden_TD.float())
+        wide_d_out_TD, count = d_out_TD.float(), Kept.COUNT
+        found = self._each(
+            lambda part, engine: backward(
+                engine,
+                self.parts[part],
+                *self._part(part, call, wide),
+                wide_d_out_TD,
+                Kept(*kept[part * count : (part + 1) * count]),
+            )
+        )
+        parts = [gradients for gradients, _ in found]
+        d_lora: list[tuple[Tensor, Tensor] | None] = []
+        for which, factors in enumerate(inputs.lora):
+            if factors is None:
+                d_lora.append(None)
+                continue
+            own = [pair for pair in (part.lora[which] for part in parts) if pair is not None]
+            d_a, d_b = [a for a, _ in own], [b for _, b in own]
+            if which == 2:  # down: its inputs are split
+                d_lora.append((torch.cat(d_a, 2), _sum(d_b)))
+            else:  # gate and up: their outputs are
+                d_lora.append((_sum(d_a), torch.cat(d_b, 1)))
+        d_hidden_TD = _sum([part.hidden_TD for part in parts]).to(inputs.hidden_TD.dtype)
+        d_weight_TK = _sum([part.weight_TK for part in parts])
+        return Gradients(d_hidden_TD, d_weight_TK, tuple(d_lora)), found[0][1]
 
 
 class NodeEngines:
-    """Has the face of Engine; each node's calls run on a thread that is bound to the node."""
+    """Implements ExpertsEngine; each node's calls run on a thread that is bound to the node."""
+
+    needs_copies = True
 
     def __init__(
         self,
@@ -196,7 +216,7 @@ class NodeEngines:
             lambda i: Engine(used[i][1], isa, cpu_flags=cpu_flags), range(len(used))
         )
 
-    def __deepcopy__(self, memo: dict) -> NodeEngines:
+    def __deepcopy__(self, memo: dict[int, Any]) -> NodeEngines:
         return self
 
     def on_nodes(self, work: Callable[[int], T], nodes: Sequence[int]) -> list[T]:
@@ -211,122 +231,45 @@ class NodeEngines:
 
     @property
     def isa(self) -> str:
-        """The instruction set in use."""
+        """See ExpertsEngine."""
         return self.nodes[0].isa
 
     @property
     def threads(self) -> int:
-        """Threads that compute, on all nodes."""
+        """See ExpertsEngine; on all nodes."""
         return sum(node.threads for node in self.nodes)
 
     @property
     def cached_bytes(self) -> int:
-        """Bytes of temporary memory that are kept for the next call and not in use."""
+        """See ExpertsEngine."""
         return sum(node.cached_bytes for node in self.nodes)
 
+    @property
+    def packer(self) -> Engine:
+        """See ExpertsEngine; one node's."""
+        return self.nodes[0]
+
     def trim(self) -> int:
-        """Gives unused temporary memory back to the system; returns the bytes."""
+        """See ExpertsEngine."""
         return sum(node.trim() for node in self.nodes)
 
-    def new_weights(self, layout: WeightLayout) -> SplitWeights:
-        """Empty weights, split over the nodes."""
-        return SplitWeights(self, layout)
+    def new_experts(self, layout: WeightLayout) -> NodeExperts:
+        """See ExpertsEngine; split over the nodes."""
+        return NodeExperts(self, layout)
 
-    @staticmethod
-    def kept(tensors: Sequence[Tensor]) -> SplitKept:
-        """From SplitKept.tensors()."""
-        width = Kept.COUNT
-        return SplitKept(
-            [Engine.kept(tensors[i : i + width]) for i in range(0, len(tensors), width)]
-        )
-
-    def forward(
-        self,
-        weights: SplitWeights,
-        hidden_TD: Tensor,
-        index_TK: Tensor,
-        weight_TK: Tensor,
-        *,
-        lora: Sequence[LoraFactors | None] = (None, None, None),
-        keep: bool = False,
-        **arguments: Any,
-    ) -> tuple[Tensor, SplitKept | None, BlockReport]:
-        """As Engine.forward."""
-        wide_TD = hidden_TD.float()
-        parts = self.on_nodes(
-            lambda i: self.nodes[weights.nodes[i]].forward(
-                weights.parts[i],
-                wide_TD,
-                index_TK,
-                weight_TK,
-                lora=_cut_lora(lora, weights.ranges[i]),
-                keep=keep,
-                first_channel=weights.ranges[i][0],
-                **arguments,
-            ),
-            weights.nodes,
-        )
-        out_TD = _sum([out for out, _, _ in parts]).to(hidden_TD.dtype)
-        kept = SplitKept([k for _, k, _ in parts if k is not None]) if keep else None
-        return out_TD, kept, parts[0][2]
-
-    def backward(
-        self,
-        weights: SplitWeights,
-        hidden_TD: Tensor,
-        index_TK: Tensor,
-        weight_TK: Tensor,
-        d_out_TD: Tensor,
-        kept: SplitKept,
-        *,
-        lora: Sequence[LoraFactors | None] = (None, None, None),
-        **arguments: Any,
-    ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor] | None], BlockReport]:
-        """As Engine.backward."""
-        wide_TD, wide_d_out_TD = hidden_TD.float(), d_out_TD.float()
-        parts = self.on_nodes(
-            lambda i: self.nodes[weights.nodes[i]].backward(
-                weights.parts[i],
-                wide_TD,
-                index_TK,
-                weight_TK,
-                wide_d_out_TD,
-                kept.parts[i],
-                lora=_cut_lora(lora, weights.ranges[i]),
-                first_channel=weights.ranges[i][0],
-                **arguments,
-            ),
-            weights.nodes,
-        )
-        d_lora: list[tuple[Tensor, Tensor] | None] = []
-        for which, factors in enumerate(lora):
-            if factors is None:
-                d_lora.append(None)
-                continue
-            own = [pair for pair in (part[2][which] for part in parts) if pair is not None]
-            d_a, d_b = [a for a, _ in own], [b for _, b in own]
-            if which == 2:  # down: its inputs are split
-                d_lora.append((torch.cat(d_a, 2), _sum(d_b)))
-            else:  # gate and up: their outputs are
-                d_lora.append((_sum(d_a), torch.cat(d_b, 1)))
-        d_hidden_TD = _sum([part[0] for part in parts]).to(hidden_TD.dtype)
-        return d_hidden_TD, _sum([part[1] for part in parts]), d_lora, parts[0][3]
+    def on(self, weights: ExpertWeights) -> NodeExperts:
+        """See ExpertsEngine; nodes compute on copies."""
+        placed = self.new_experts(weights.layout)
+        placed.take_channels(weights)
+        return placed
 
 
-def _cut_lora(
-    lora: Sequence[LoraFactors | None], channels: tuple[int, int]
-) -> list[LoraFactors | None]:
+def _cut_lora(lora: Lora, begin: int, end: int) -> Lora:
     """The factors that a node's channels meet."""
-    begin, end = channels
-    cut: list[LoraFactors | None] = []
-    for which, f in enumerate(lora):
-        if f is None:
-            cut.append(None)
-        elif which == 2:
-            cut.append(LoraFactors(f.a[:, :, begin:end].contiguous(), f.b, f.scaling))
-        else:
-            cut.append(LoraFactors(f.a, f.b[:, begin:end].contiguous(), f.scaling))
-    return cut
+    gate, up = (f and LoraFactors(f.a, f.b[:, begin:end].contiguous(), f.scaling) for f in lora[:2])
+    f = lora[2]
+    down = f and LoraFactors(f.a[:, :, begin:end].contiguous(), f.b, f.scaling)
+    return gate, up, down
 
 
 def _sum(tensors: Sequence[Tensor]) -> Tensor:

@@ -6,7 +6,8 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from kt_sft.kernels import BlockReport
+from kt_sft.engines.protocol import Report
+from kt_sft.kernels import WeightLayout
 
 
 @dataclass
@@ -69,10 +70,8 @@ class ExpertsMeter:
     def record(
         self,
         direction: Literal["forward", "backward"],
-        seconds: float,
-        flops: float,
-        report: BlockReport,
-        experts: int,
+        report: Report,
+        layout: WeightLayout,
         counted_tokens: int,
     ) -> None:
         """One call. `counted_tokens` is nonzero for one layer only, in backward.
@@ -81,15 +80,16 @@ class ExpertsMeter:
         """
         sums = self._sums
         if direction == "forward":
-            sums.forward += seconds
+            sums.forward += report.seconds
             sums.forward_calls += 1
         else:
-            sums.backward += seconds
+            sums.backward += report.seconds
             sums.backward_calls += 1
-        sums.flops += flops
+        # Multiply-adds of the three frozen products, counted twice each.
+        sums.flops += 6.0 * report.rows * layout.hidden * layout.intermediate
         sums.tokens += counted_tokens
         if report.rows:
-            sums.imbalance += report.max_rows * experts / report.rows
+            sums.imbalance += report.max_rows * layout.experts / report.rows
             sums.balanced += 1
 
     def mark(self) -> MeterMark:

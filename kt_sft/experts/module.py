@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import copy
 import weakref
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kt_sft.adapters.layer import HybridExpertsLinear, common_dropout
 from kt_sft.adapters.state_dict import collect_expert_factors, spread_expert_factors
-from kt_sft.engines.nodes import SplitWeights
+from kt_sft.engines.protocol import PlacedExperts
 from kt_sft.errors import CheckpointError
-from kt_sft.experts.function import ExpertsCall, ExpertsFunction
+from kt_sft.experts.function import ExpertsFunction, LayerPass
 from kt_sft.experts.runtime import ExpertsRuntime
 from kt_sft.families.calls import CALLS
 from kt_sft.families.shape import ExpertsShape
-from kt_sft.kernels import PROJECTIONS, ExpertWeights
+from kt_sft.kernels import PROJECTIONS, Call
 
 
 class HybridExperts(nn.Module):
@@ -25,7 +24,7 @@ class HybridExperts(nn.Module):
 
     The contract is that of Transformers: (hidden [T, D], top_k_index [T, K] int64, top_k_weights
     [T, K]) -> [T, D] in the dtype of hidden; an index equal to the number of experts is skipped.
-    `call` names another one of experts/conventions.py.
+    `call` names another one of families/calls.py.
 
     With LoRA the module has three children, gate_proj, up_proj and down_proj, so that PEFT finds
     them by the names that every other program uses. State dicts hold one pair of matrices per
@@ -52,7 +51,7 @@ class HybridExperts(nn.Module):
         self.counts_tokens = counts_tokens
         self.call = call
         self.top_k = top_k
-        self.weights: ExpertWeights | SplitWeights | None = None
+        self.weights: PlacedExperts | None = None
         self._parent = weakref.ref(parent)
         if runtime.settings.expert_lora:
             for name in shape.projections:
@@ -104,24 +103,28 @@ class HybridExperts(nn.Module):
         layers = self.lora_layers()
         stacks = [layer.active_factors() if layer is not None else None for layer in layers]
         empty = hidden_states.new_empty(0)
-        tensors: list[Tensor] = []
+        lora: list[Tensor] = []
         for stack in stacks:
-            tensors.extend((stack.a, stack.b) if stack else (empty, empty))
+            lora.extend((stack.a, stack.b) if stack else (empty, empty))
         dropout = common_dropout([s for s in stacks if s], self.path)
-        inputs: list[Any] = [hidden_states, top_k_weights, *tensors]
-        call = ExpertsCall(
+        learning = (hidden_states, top_k_weights, *lora)
+        layer = LayerPass(
             runtime=self.runtime,
             path=self.path,
-            weights=self.weights,
-            shape=self.shape,
-            scaling=tuple(s.scaling if s else 0.0 for s in stacks),  # type: ignore[arg-type]
-            dropout=dropout,
-            # From torch's CPU generator, which checkpointing restores: recompute drops the same.
-            dropout_seed=int(torch.randint(2**62, ()).item()) if dropout > 0 else 0,
+            experts=self.weights,
+            call=Call(
+                compute=self.weights.layout.arithmetic or self.runtime.settings.compute,
+                gate=self.shape.gate,
+                dropout=dropout,
+                # From torch's CPU generator, which checkpointing restores: recompute drops the
+                # same.
+                dropout_seed=int(torch.randint(2**62, ()).item()) if dropout > 0 else 0,
+            ),
+            scalings=tuple(s.scaling if s else None for s in stacks),
             counts_tokens=self.counts_tokens,
-            keep=torch.is_grad_enabled() and any(t.requires_grad for t in inputs),
+            keep=torch.is_grad_enabled() and any(t.requires_grad for t in learning),
         )
-        return ExpertsFunction.apply(call, hidden_states, top_k_index, top_k_weights, *tensors)
+        return ExpertsFunction.apply(layer, hidden_states, top_k_index, top_k_weights, *lora)
 
     def extra_repr(self) -> str:
         """For `print(model)`."""

@@ -20,31 +20,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from kt_sft.engines.protocol import Held
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
 class Computed:
-    """A forward of one block of experts, in host memory.
+    """A forward of one block of experts.
 
-    key: what the result depends on besides hidden and the values of LoRA.
+    key: what the result depends on besides the values of hidden and LoRA, and the routing.
     """
 
     key: Hashable
-    index_TK: Tensor
-    out_TD: Tensor
-    kept: tuple[Tensor, ...]
+    held: Held
 
     @property
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
-        return sum(t.nbytes for t in (self.index_TK, self.out_TD, *self.kept))
-
-    def serves(self, key: Hashable, index_TK: Tensor) -> bool:
-        """Whether this is the forward of a call with the same key and the same routing."""
-        return self.key == key and torch.equal(self.index_TK, index_TK)
+        return self.held.nbytes
 
 
 class KeptActivations:

@@ -1,25 +1,16 @@
 """Where NaN or Inf is first seen: layer, direction, tensor, token and expert.
 
-Looking is one sum over an output; the search for the place runs only when that sum is not finite.
+The engine says of each result whether it is finite; the search runs only where it is not.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from kt_sft.kernels import PROJECTIONS
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether all elements are finite; one pass over memory where they are."""
-    return math.isfinite(tensor.sum(dtype=torch.float32).item()) or bool(
-        torch.isfinite(tensor).all()
-    )
+from kt_sft.engines.protocol import PlacedExperts
+from kt_sft.kernels import PROJECTIONS, Inputs
+from kt_sft.kernels.checks import is_finite
 
 
 class FiniteWatch:
@@ -32,19 +23,11 @@ class FiniteWatch:
         """Starts a new step."""
         self.first = None
 
-    def forward(
-        self,
-        path: str,
-        weights: Any,
-        hidden_TD: Tensor,
-        index_TK: Tensor,
-        weight_TK: Tensor,
-        lora: Sequence[Tensor],
-        out_TD: Tensor,
-    ) -> None:
-        """After the forward of one block; `lora` is a and b of gate, up and down."""
-        if self.first is not None or is_finite(out_TD):
+    def forward(self, path: str, experts: PlacedExperts, inputs: Inputs, out_TD: Tensor) -> None:
+        """After a forward of one block whose output is not finite."""
+        if self.first is not None:
             return
+        hidden_TD, index_TK, weight_TK, *lora = inputs.tensors()
         for name, tensor in (("hidden states", hidden_TD), ("routing weights", weight_TK)):
             if not is_finite(tensor):
                 place = f"{name} that reach the experts, token {_first_row(tensor)}"
@@ -57,17 +40,17 @@ class FiniteWatch:
                 self.first = f"{path}: in {name} {whose}"
                 return
         token = _first_row(out_TD)
-        chosen = [e for e in index_TK[token].tolist() if e < weights.experts]
+        chosen = [e for e in index_TK[token].tolist() if e < experts.layout.experts]
         for expert in chosen:
-            for projection in weights.projections:
-                if not is_finite(weights.unpack(expert, projection)):
+            for projection in experts.layout.projections:
+                if not is_finite(experts.unpack(expert, projection)):
                     self.first = f"{path}: in the frozen {projection} of expert {expert}"
                     return
         self.first = f"{path}: out of finite inputs, for token {token} and experts {chosen}"
 
     def backward(self, path: str, d_out_TD: Tensor, d_hidden_TD: Tensor) -> None:
-        """After the backward of one block."""
-        if self.first is not None or is_finite(d_hidden_TD):
+        """After a backward of one block whose gradient of hidden is not finite."""
+        if self.first is not None:
             return
         if not is_finite(d_out_TD):
             self.first = f"{path}: in the gradient of its output, token {_first_row(d_out_TD)}"

@@ -4,7 +4,19 @@ Legend: T tokens, D hidden size, F intermediate size, E experts, K top-k, R = T*
 r LoRA rank, Dp and Fp are D and F rounded up to a multiple of 64.
 """
 
-from kt_sft.kernels.engine import BlockReport, Engine, Kept, LoraFactors
+from kt_sft.kernels.block import (
+    NO_LORA,
+    BlockReport,
+    Call,
+    Gradients,
+    Inputs,
+    Kept,
+    Lora,
+    LoraFactors,
+    backward,
+    forward,
+)
+from kt_sft.kernels.engine import Engine
 from kt_sft.kernels.formats import PROJECTIONS, CodedMatrix, Coding, WeightLayout
 from kt_sft.kernels.gate import ACTIVATIONS, Gate
 from kt_sft.kernels.isa import isa_report, kernel_rows, requested_isa, select_isa
@@ -12,16 +24,23 @@ from kt_sft.kernels.weights import ExpertWeights
 
 __all__ = [
     "ACTIVATIONS",
+    "NO_LORA",
     "PROJECTIONS",
     "BlockReport",
+    "Call",
     "CodedMatrix",
     "Coding",
     "Engine",
     "ExpertWeights",
     "Gate",
+    "Gradients",
+    "Inputs",
     "Kept",
+    "Lora",
     "LoraFactors",
     "WeightLayout",
+    "backward",
+    "forward",
     "isa_report",
     "kernel_rows",
     "requested_isa",

@@ -1,6 +1,6 @@
-"""Types of the compiled core; addresses are integers that `engine.py` has checked."""
+"""Types of the compiled core; block.py and weights.py check what the addresses point to."""
 
-from typing import Any
+from typing import Any, overload
 
 class ForkedProcess(RuntimeError): ...
 class ThreadsUnavailable(RuntimeError): ...
@@ -36,6 +36,7 @@ class PackedExperts:
         zeros: int,
     ) -> None: ...
     def take_channels(self, engine: Engine, source: PackedExperts, first: int) -> None: ...
+    def take_experts(self, engine: Engine, source: PackedExperts, experts: list[int]) -> None: ...
     def pack(
         self,
         engine: Engine,
@@ -48,6 +49,48 @@ class PackedExperts:
     def set_bias(self, expert: int, projection: str, bias: int) -> None: ...
     def unpack(self, expert: int, projection: str, out: int) -> None: ...
 
+class Gate:
+    def __init__(
+        self, *, activation: str, gated: bool, alpha: float, limit: float, up_offset: float
+    ) -> None: ...
+
+class Lora:
+    @overload
+    def __init__(self) -> None: ...
+    @overload
+    def __init__(self, *, rank: int, a: int, b: int, scaling: float, shared: bool) -> None: ...
+
+class LoraGradient:
+    @overload
+    def __init__(self) -> None: ...
+    @overload
+    def __init__(self, *, a: int, b: int) -> None: ...
+
+class KeptActivations:
+    @overload
+    def __init__(self) -> None: ...
+    @overload
+    def __init__(self, *, gate: int, up: int, lora_down: list[int]) -> None: ...
+
+class BlockInput:
+    def __init__(
+        self,
+        *,
+        weights: PackedExperts,
+        compute: str,
+        gate: Gate,
+        tokens: int,
+        top_k: int,
+        dtype: str,
+        hidden: int,
+        index: int,
+        routing_weight: int,
+        lora: list[Lora],
+        dropout: float,
+        dropout_seed: int,
+        first_channel: int,
+    ) -> None: ...
+
 class Engine:
     isa: str
     threads: int
@@ -57,8 +100,17 @@ class Engine:
     ) -> None: ...
     def buffer(self, bytes: int) -> Any: ...
     def trim(self) -> int: ...
-    def forward(self, *arguments: Any) -> dict[str, Any]: ...
-    def backward(self, *arguments: Any) -> dict[str, Any]: ...
+    def forward(self, input: BlockInput, *, out: int, kept: KeptActivations) -> dict[str, Any]: ...
+    def backward(
+        self,
+        input: BlockInput,
+        *,
+        d_out: int,
+        kept: KeptActivations,
+        d_hidden: int,
+        d_weight: int,
+        d_lora: list[LoraGradient],
+    ) -> dict[str, Any]: ...
 
 single: Any
 

@@ -1,7 +1,8 @@
-"""What is checked of a tensor before its address leaves for the compiled core."""
+"""What is checked of tensors before their addresses leave for the compiled core, and after."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -42,4 +43,11 @@ def refuse_pickling(self: object) -> tuple:
     raise TypeError(
         f"{type(self).__name__} cannot be pickled: packed experts and their threads belong to "
         "this process; load the model in the other process instead"
+    )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all elements are finite; one pass over memory where they are."""
+    return math.isfinite(tensor.sum(dtype=torch.float32).item()) or bool(
+        torch.isfinite(tensor).all()
     )

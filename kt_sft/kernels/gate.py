@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+
+import kt_sft.kernels._core as _core
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,10 @@ class Gate:
     limit: float = math.inf
     up_offset: float = 0.0
 
-    def as_tuple(self) -> tuple[str, bool, float, float, float]:
-        """In the order that the compiled core reads."""
-        return self.activation, self.gated, self.alpha, self.limit, self.up_offset
+    @property
+    def native(self) -> _core.Gate:
+        """The same for the compiled core. Raises ValueError for an unknown activation."""
+        return _core.Gate(**asdict(self))
 
 
 _GELU_TANH = Gate("gelu_tanh")

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from kt_sft.kernels.checks import FLOAT_NAMES, address_of, refuse_pickling
-
-if TYPE_CHECKING:
-    from kt_sft.kernels.engine import Engine
-
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 import kt_sft.kernels._core as _core
 from kt_sft.errors import KernelArgumentError
+from kt_sft.kernels.checks import FLOAT_NAMES, address_of, refuse_pickling
+from kt_sft.kernels.engine import Engine
 from kt_sft.kernels.formats import (
     INT8_CODING,
     SCALE_DTYPES,
@@ -159,6 +154,10 @@ class ExpertWeights:
     def take_channels(self, engine: Engine, source: ExpertWeights, first: int) -> None:
         """Copies the intermediate channels from `first` on out of weights of the same format."""
         self.handle.take_channels(engine.handle, source.handle, first)
+
+    def take_experts(self, engine: Engine, source: ExpertWeights, experts: Sequence[int]) -> None:
+        """Copies experts, one for each of these, out of weights of the same sizes and format."""
+        self.handle.take_experts(engine.handle, source.handle, list(experts))
 
     def unpack(self, expert: int, projection: str) -> Tensor:
         """The weights that the kernels compute with, fp32 [outputs, inputs]."""

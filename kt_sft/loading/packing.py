@@ -6,61 +6,61 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
 from kt_sft.checkpoint.layouts import layout_of
 from kt_sft.checkpoint.sources import ExpertSource
+from kt_sft.engines.cpu import CpuExperts
+from kt_sft.engines.protocol import PlacedExperts
 from kt_sft.errors import CheckpointError
 from kt_sft.experts import HybridExperts
-from kt_sft.kernels import CodedMatrix, Engine, ExpertWeights, WeightLayout
+from kt_sft.kernels import CodedMatrix, Engine, ExpertWeights
 from kt_sft.kernels.formats import INT8_CODING
 from kt_sft.store.packed_file import StoredLayer, StoreWriter, file_bytes
 
 logger = logging.getLogger(__name__)
 
 
-def pack_experts(engine: Any, weights: Any, source: ExpertSource, where: str) -> None:
-    """Packs every expert of one layer into empty `weights`; raises CheckpointError for NaN, Inf."""
-    layout: WeightLayout = weights.layout
-    for expert in range(layout.experts):
-        for projection in layout.projections:
+def pack_experts(placed: PlacedExperts, source: ExpertSource, where: str) -> None:
+    """Packs every expert of one layer; raises CheckpointError for NaN, Inf."""
+    for expert in range(placed.layout.experts):
+        for projection in placed.layout.projections:
             try:
-                pack_one(engine, weights, expert, projection, source.read(expert, projection))
+                pack_one(placed, expert, projection, source.read(expert, projection))
                 bias = source.bias(expert, projection)
                 if bias is not None:
-                    weights.set_bias(expert, projection, bias)
+                    placed.set_bias(expert, projection, bias)
             except ValueError as error:
                 raise CheckpointError(f"{where}: {error}") from error
 
 
 def pack_one(
-    engine: Any, weights: Any, expert: int, projection: str, matrix: Tensor | CodedMatrix
+    placed: PlacedExperts, expert: int, projection: str, matrix: Tensor | CodedMatrix
 ) -> None:
     """Packs one matrix, as published where the layout can hold that. Raises ValueError for NaN."""
     if isinstance(matrix, Tensor):
-        weights.pack(engine, expert, projection, matrix)
+        placed.pack(expert, projection, matrix)
         return
-    coding = weights.layout.coding
-    if coding is None and weights.layout.weights == "int8":
+    coding = placed.layout.coding
+    if coding is None and placed.layout.weights == "int8":
         exact = replace(matrix.coding, scales="float32") == INT8_CODING
         if exact:
             coding = INT8_CODING
             matrix = replace(matrix, coding=coding, scales=matrix.scales.float())
     if coding is None:
-        weights.pack(engine, expert, projection, matrix.dequantize())
+        placed.pack(expert, projection, matrix.dequantize())
     else:
-        weights.pack_codes(engine, expert, projection, matrix.fitted(coding))
+        placed.pack_codes(expert, projection, matrix.fitted(coding))
 
 
-def new_layer(module: HybridExperts, source: ExpertSource) -> Any:
-    """Packed weights in this process's memory, as the module's settings ask for."""
+def new_layer(module: HybridExperts, source: ExpertSource) -> PlacedExperts:
+    """Packed experts in this process's memory, as the module's settings ask for."""
     runtime = module.runtime
-    weights = runtime.engine.new_weights(layout_of(module.shape, source, runtime.settings.weights))
-    pack_experts(runtime.engine, weights, source, module.path)
-    return weights
+    placed = runtime.engine.new_experts(layout_of(module.shape, source, runtime.settings.weights))
+    pack_experts(placed, source, module.path)
+    return placed
 
 
 def pack_in_memory(experts: Mapping[str, tuple[HybridExperts, ExpertSource]]) -> None:
@@ -88,7 +88,7 @@ def write_layers(
             if staging is None or staging.layout != layer.layout:
                 staging = None  # freed before the next is there
                 staging = ExpertWeights(layer.layout)
-            pack_experts(engine, staging, source[layer.path], layer.path)
+            pack_experts(CpuExperts(engine, staging), source[layer.path], layer.path)
             writer.add(layer, staging)
             bar.update(sum(size for _, size in layer.tensors()))
 

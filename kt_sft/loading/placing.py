@@ -11,7 +11,7 @@ from typing import Any
 from kt_sft.checkpoint.folder import CheckpointExperts
 from kt_sft.checkpoint.layouts import layout_of
 from kt_sft.checkpoint.sources import ExpertSource, UnreadSource
-from kt_sft.engines.nodes import NodeEngines
+from kt_sft.engines.protocol import ExpertsEngine
 from kt_sft.errors import StoreError, StoreFolderError
 from kt_sft.experts import HybridExperts
 from kt_sft.families.finding import FoundExperts
@@ -74,10 +74,9 @@ def place_experts(modules: Mapping[str, HybridExperts], experts: CheckpointExper
     runtime = next(iter(modules.values())).runtime
     settings, engine = runtime.settings, runtime.engine
     if settings.store != "memory":
-        packer = engine.nodes[0] if isinstance(engine, NodeEngines) else engine
         try:
             folder = default_folder() if settings.store == "auto" else Path(settings.store)
-            packed, there = store_of(experts, settings.weights, folder, packer)
+            packed, there = store_of(experts, settings.weights, folder, engine.packer)
         except StoreFolderError as error:
             if settings.store != "auto":
                 raise
@@ -88,10 +87,11 @@ def place_experts(modules: Mapping[str, HybridExperts], experts: CheckpointExper
                 runtime.require_weights = packed.require_whole
             for path, module in modules.items():
                 mapped = packed.weights(path)
-                module.weights = mapped
                 if resident:
-                    module.weights = engine.new_weights(mapped.layout)
-                    module.weights.take_channels(engine, mapped, 0)
+                    module.weights = engine.new_experts(mapped.layout)
+                    module.weights.take_channels(mapped)
+                else:
+                    module.weights = engine.on(mapped)
             how = "mapped" if there else "packed and mapped"
             report(modules, f"{how} {packed.path}:", start)
             return
@@ -99,9 +99,9 @@ def place_experts(modules: Mapping[str, HybridExperts], experts: CheckpointExper
     pack_in_memory({path: (module, sources[path]) for path, module in modules.items()})
 
 
-def _copy(resident: str | bool, packed: PackedFile, engine: Any) -> bool:
+def _copy(resident: str | bool, packed: PackedFile, engine: ExpertsEngine) -> bool:
     """Whether to copy the experts out of the mapped file; memory nodes need copies."""
-    split = isinstance(engine, NodeEngines)
+    split = engine.needs_copies
     if resident == "auto":
         resident = split and packed.nbytes < _FITS * available_memory_bytes()
     if split and not resident:

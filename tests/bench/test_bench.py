@@ -43,10 +43,7 @@ def test_peers_compute_the_same_layer() -> None:
     case = LayerCase(**{**TINY, "weights": "bf16", "compute": "exact", "rank": 0})
     data = LayerData.make(case)
     ours = OurLayer(case, data)
-    arguments = ours._arguments()
-    out, _, _ = ours.engine.forward(
-        ours.weights, data.hidden_TD, data.index_TK, data.weight_TK, **arguments
-    )
+    out = ours.forward()
     from kt_sft.bench.case import one_expert
     from kt_sft.bench.peers.torch_loop import TorchExpertsLoop
 

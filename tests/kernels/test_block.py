@@ -12,6 +12,7 @@ import pytest
 import torch
 from comparators import assert_matches, crest_factor, tolerance
 from isas import ISAS, NATIVE, make_engine
+from layer_calls import run_backward, run_forward
 from reference import Experts64, dropout_keep
 from torch import Tensor
 
@@ -159,11 +160,11 @@ def check(
         "dropout": dropout,
         "dropout_seed": seed,
     }
-    out, kept, _ = engine.forward(block.weights, hidden, index, weight, keep=True, **arguments)
+    out, kept, _ = run_forward(engine, block.weights, hidden, index, weight, keep=True, **arguments)
     assert kept is not None
     d_out = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(9))
-    d_hidden, d_weight, d_lora, _ = engine.backward(
-        block.weights, hidden, index, weight, d_out, kept, **arguments
+    d_hidden, d_weight, d_lora, _ = run_backward(
+        engine, block.weights, hidden, index, weight, d_out, kept, **arguments
     )
 
     lora64 = tuple(
@@ -379,8 +380,8 @@ def test_packed_memory_may_lie_elsewhere(stored: str) -> None:
     compute = "bf16" if stored in CODINGS else "exact"
     arguments = {"compute": compute, "gate": SILU, "lora": block.lora}
     engine = ENGINES[ISAS[0]]
-    first, _, _ = engine.forward(block.weights, x, index, weight, **arguments)
-    second, _, _ = engine.forward(there, x, index, weight, **arguments)
+    first, _, _ = run_forward(engine, block.weights, x, index, weight, **arguments)
+    second, _, _ = run_forward(engine, there, x, index, weight, **arguments)
     assert torch.equal(first, second)
     with pytest.raises(ValueError, match="read only"):
         there.set_bias(0, "up_proj", torch.zeros(97))
@@ -436,12 +437,12 @@ def test_no_tokens_and_no_rows(isa: str) -> None:
     )  # fmt: skip
     x, _, weight = inputs(4, 64, 3, 2)
     skipped = torch.full((4, 2), 3)
-    out, kept, report = ENGINES[isa].forward(
-        block.weights, x, skipped, weight, compute="exact", gate=SILU, keep=True
+    out, kept, report = run_forward(
+        ENGINES[isa], block.weights, x, skipped, weight, compute="exact", gate=SILU, keep=True
     )
     assert report.rows == 0 and torch.count_nonzero(out) == 0
-    d_hidden, d_weight, _, _ = ENGINES[isa].backward(
-        block.weights, x, skipped, weight, x, kept, compute="exact", gate=SILU
+    d_hidden, d_weight, _, _ = run_backward(
+        ENGINES[isa], block.weights, x, skipped, weight, x, kept, compute="exact", gate=SILU
     )
     assert torch.count_nonzero(d_hidden) == 0 and torch.count_nonzero(d_weight) == 0
 
@@ -461,8 +462,8 @@ def test_half_precision_hidden_states(isa: str, dtype: torch.dtype) -> None:
     x, index, weight = inputs(19, 100, 4, 2)
     half = x.to(dtype)
     arguments = {"compute": "exact", "gate": SILU, "lora": block.lora}
-    out, _, _ = ENGINES[isa].forward(block.weights, half, index, weight, **arguments)
-    wide, _, _ = ENGINES[isa].forward(block.weights, half.float(), index, weight, **arguments)
+    out, _, _ = run_forward(ENGINES[isa], block.weights, half, index, weight, **arguments)
+    wide, _, _ = run_forward(ENGINES[isa], block.weights, half.float(), index, weight, **arguments)
     assert out.dtype == dtype
     assert torch.equal(out, wide.to(dtype))
 
@@ -475,8 +476,8 @@ def test_nan_and_inf_come_out(isa: str, stored: str, compute: str, bad: float) -
     block = Block.make(3, 64, 64, stored, 2)
     x, index, weight = inputs(9, 64, 3, 2)
     x[4, 10] = bad
-    out, _, _ = ENGINES[isa].forward(
-        block.weights, x, index, weight, compute=compute, gate=SILU, lora=block.lora
+    out, _, _ = run_forward(
+        ENGINES[isa], block.weights, x, index, weight, compute=compute, gate=SILU, lora=block.lora
     )
     finite = torch.isfinite(out)
     assert not finite[4].any()
@@ -491,9 +492,9 @@ def test_results_do_not_depend_on_threads_or_repetition(isa: str) -> None:
     results = []
     for threads in (1, 2, 5, 5):
         engine = make_engine(threads, isa)
-        out, kept, _ = engine.forward(block.weights, x, index, weight, keep=True, **arguments)
-        d_hidden, d_weight, d_lora, _ = engine.backward(
-            block.weights, x, index, weight, out, kept, **arguments
+        out, kept, _ = run_forward(engine, block.weights, x, index, weight, keep=True, **arguments)
+        d_hidden, d_weight, d_lora, _ = run_backward(
+            engine, block.weights, x, index, weight, out, kept, **arguments
         )
         results.append([out, d_hidden, d_weight, *(t for pair in d_lora for t in pair)])
     for other in results[1:]:
@@ -548,9 +549,8 @@ def test_adjoint_identity(isa: str) -> None:
         lambda t: reference(t, index, weight.double()), x.double(), v.double()
     )
     arguments = {"compute": "exact", "gate": SILU, "lora": block.lora}
-    _, kept, _ = ENGINES[isa].forward(block.weights, x, index, weight, keep=True, **arguments)
-    jtg, _, _, _ = ENGINES[isa].backward(
-        block.weights, x, index, weight, g, kept, **arguments
+    _, kept, _ = run_forward(ENGINES[isa], block.weights, x, index, weight, keep=True, **arguments)
+    jtg, _, _, _ = run_backward(ENGINES[isa], block.weights, x, index, weight, g, kept, **arguments
     )  # fmt: skip
     left, right = float((jv * g.double()).sum()), float((v.double() * jtg.double()).sum())
     scale = float(jv.norm() * g.double().norm())
@@ -581,9 +581,9 @@ def results_of(isa: str, block: Block, compute: str, x, index, weight, d_out, **
     """out, d_hidden, d_weight and the LoRA gradients."""
     arguments = {"compute": compute, "gate": SILU, "lora": block.lora, **extra}
     engine = ENGINES[isa]
-    out, kept, _ = engine.forward(block.weights, x, index, weight, keep=True, **arguments)
-    d_hidden, d_weight, d_lora, _ = engine.backward(
-        block.weights, x, index, weight, d_out, kept, **arguments
+    out, kept, _ = run_forward(engine, block.weights, x, index, weight, keep=True, **arguments)
+    d_hidden, d_weight, d_lora, _ = run_backward(
+        engine, block.weights, x, index, weight, d_out, kept, **arguments
     )
     return [out, d_hidden, d_weight, *(t for pair in d_lora if pair for t in pair)]
 
@@ -684,7 +684,9 @@ def test_idle_threads_cost_nothing() -> None:
     block = Block.make(4, 96, 80, "int8", 4)
     x, index, weight = inputs(200, 96, 4, 2)
     engine = make_engine(4, "portable")
-    engine.forward(block.weights, x, index, weight, compute="exact", gate=SILU, lora=block.lora)
+    run_forward(
+        engine, block.weights, x, index, weight, compute="exact", gate=SILU, lora=block.lora
+    )
     time.sleep(0.05)
     before = time.process_time()
     time.sleep(0.5)

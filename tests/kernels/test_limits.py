@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from layer_calls import run_forward
 
 from kt_sft import HybridExpertsSettings
 from kt_sft.errors import KernelArgumentError, SettingsError
@@ -81,7 +82,7 @@ def weights(engine: Engine) -> ExpertWeights:
 def forward(engine: Engine, weights: ExpertWeights, **changes):
     call = {"compute": "exact", "gate": Gate(), "keep": True, **changes}
     index = torch.tensor([[0, 1], [1, 0], [0, 1]])
-    return engine.forward(weights, torch.randn(3, 64), index, torch.rand(3, 2), **call)
+    return run_forward(engine, weights, torch.randn(3, 64), index, torch.rand(3, 2), **call)
 
 
 def in_a_fork(work: Callable[[], object]) -> str:

@@ -13,9 +13,10 @@ from comparators import assert_matches
 from test_block import Block, inputs
 
 from kt_sft.config import HybridExpertsSettings
-from kt_sft.engines.nodes import NodeEngines, SplitWeights, share_threads, split_channels
-from kt_sft.experts import runtime
-from kt_sft.kernels import PROJECTIONS, Engine, Gate, WeightLayout
+from kt_sft.engines import choose
+from kt_sft.engines.cpu import CpuEngine, CpuExperts
+from kt_sft.engines.nodes import NodeEngines, share_threads, split_channels
+from kt_sft.kernels import PROJECTIONS, Call, Engine, Gate, Inputs, WeightLayout
 from kt_sft.machine.numa import cpus_of_rank, numa_nodes
 
 
@@ -82,29 +83,29 @@ def test_the_threads_of_a_rank_stay_on_its_node(monkeypatch: pytest.MonkeyPatch)
     if len(cpus) < 2:
         pytest.skip("one CPU")
     nodes = [{cpus[0]}, {cpus[1]}]
-    monkeypatch.setattr(runtime, "numa_nodes", lambda: nodes)
+    monkeypatch.setattr(choose, "numa_nodes", lambda: nodes)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     for rank in (0, 1):
         monkeypatch.setenv("LOCAL_RANK", str(rank))
         before = threads_and_cpus()
-        engine = runtime.ExpertsRuntime(HybridExpertsSettings(threads=3)).engine
+        engine = choose.choose_engine(HybridExpertsSettings(threads=3))
         made = [cpus for task, cpus in threads_and_cpus().items() if task not in before]
         assert made == [nodes[rank]] * 2, "the calling thread is the third"
-        assert isinstance(engine, Engine) and os.sched_getaffinity(0) == set(cpus)
+        assert isinstance(engine, CpuEngine) and os.sched_getaffinity(0) == set(cpus)
     before = threads_and_cpus()
-    free = runtime.ExpertsRuntime(HybridExpertsSettings(threads=3, numa="off"))
+    free = choose.choose_engine(HybridExpertsSettings(threads=3, numa="off"))
     made = [cpus for task, cpus in threads_and_cpus().items() if task not in before]
-    assert made == [set(cpus)] * 2 and free.engine.threads == 3
+    assert made == [set(cpus)] * 2 and free.threads == 3
 
 
 def test_a_layer_with_fewer_blocks_than_nodes(engines: NodeEngines) -> None:
-    weights = engines.new_weights(WeightLayout(2, 64, 40, "int8"))
+    weights = engines.new_experts(WeightLayout(2, 64, 40, "int8"))
     assert len(weights.parts) == 1
     for e in range(2):
         for p in PROJECTIONS:
-            weights.pack(engines, e, p, torch.ones(weights.shape(p)))
+            weights.pack(e, p, torch.ones(weights.layout.shape(p)))
     x, index, weight = inputs(5, 64, 2, 1)
-    out, _, _ = engines.forward(weights, x, index, weight, compute="exact", gate=Gate())
+    out = weights.forward(Call("exact", Gate()), Inputs(x, index, weight), keep=False).out_TD
     assert torch.isfinite(out).all() and out.abs().sum() > 0
 
 
@@ -122,16 +123,16 @@ def test_split_layer_is_the_whole_layer(
 ) -> None:
     """Scales, and so the rounding of int formats, belong to a node's part; hence the bounds."""
     block = Block.make(3, 72, 200, stored, 4, is_gated=gate.gated, biased=True)
-    weights = engines.new_weights(
+    weights = engines.new_experts(
         WeightLayout(
             3, 72, 200, stored, gated=gate.gated, biased=frozenset(PROJECTIONS[not gate.gated :])
         )
     )
-    assert isinstance(weights, SplitWeights) and len(weights.parts) == 2
-    for projection in weights.projections:
+    assert len(weights.parts) == 2
+    for projection in weights.layout.projections:
         for e in range(3):
             source = block.weights.unpack(e, projection)
-            weights.pack(engines, e, projection, source)
+            weights.pack(e, projection, source)
             weights.set_bias(
                 e,
                 projection,
@@ -141,19 +142,15 @@ def test_split_layer_is_the_whole_layer(
             assert (weights.unpack(e, projection) - source).norm() <= step * source.norm()
     x, index, weight = inputs(31, 72, 3, 2)
     compute = "bf16" if stored == "bf16" else "exact"
-    arguments = {
-        "compute": compute, "gate": gate, "lora": block.lora, "dropout": dropout,
-        "dropout_seed": 77,
-    }  # fmt: skip
+    call = Call(compute, gate, dropout, dropout_seed=77)
+    taken = Inputs(x, index, weight, tuple(block.lora))
     d_out = torch.randn(31, 72, generator=torch.Generator().manual_seed(3))
     results = []
-    for engine, own in ((Engine(1), block.weights), (engines, weights)):
-        out, kept, _ = engine.forward(own, x, index, weight, keep=True, **arguments)
-        kept = engine.kept(kept.tensors())
-        d_hidden, d_weight, d_lora, _ = engine.backward(
-            own, x, index, weight, d_out, kept, **arguments
-        )
-        results.append([out, d_hidden, d_weight, *(t for pair in d_lora if pair for t in pair)])
+    for experts in (CpuExperts(Engine(1), block.weights), weights):
+        done = experts.forward(call, taken, keep=True)
+        found, _ = experts.backward(done.context, d_out)
+        lora = [t for pair in found.lora if pair for t in pair]
+        results.append([done.out_TD, found.hidden_TD, found.weight_TK, *lora])
     bound = {"int8": 0.02, "bf16": 0.02, "int4_g32": 0.25}[stored]
     for i, (whole, split) in enumerate(zip(*results, strict=True)):
         assert_matches(split, whole, bound, f"result {i}")

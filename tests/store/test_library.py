@@ -26,9 +26,10 @@ from transformers import AutoModelForCausalLM
 
 from kt_sft import HybridExpertsConfig
 from kt_sft.cli.main import main
-from kt_sft.engines.nodes import SplitWeights
+from kt_sft.engines import choose
+from kt_sft.engines.nodes import NodeExperts
 from kt_sft.errors import CheckpointError, StoreError, StoreFolderError
-from kt_sft.experts import hybrid_experts_of, runtime
+from kt_sft.experts import hybrid_experts_of
 from kt_sft.files.identity import checkpoint_identity
 from kt_sft.loading import placing
 from kt_sft.machine.memory import available_memory_bytes
@@ -206,19 +207,19 @@ def test_memory_nodes_get_copies_of_their_part(
     """Two pretended nodes on the same CPUs; intermediate size 72: channels 0 to 63, and 8 more."""
     cpus = os.sched_getaffinity(0)
     whole = load(model, store=str(tmp_path), numa="off")
-    monkeypatch.setattr(runtime, "numa_nodes", lambda: [cpus, cpus])
+    monkeypatch.setattr(choose, "numa_nodes", lambda: [cpus, cpus])
     split = load(model, store=str(tmp_path), threads=2)
     assert len(stores_in(tmp_path)) == 1
     ids = torch.arange(9).reshape(1, 9) + 3
     for path, module in hybrid_experts_of(split).items():
-        assert isinstance(module.weights, SplitWeights) and len(module.weights.parts) == 2
+        assert isinstance(module.weights, NodeExperts) and len(module.weights.parts) == 2
         there = hybrid_experts_of(whole)[path].weights
         for p in module.shape.projections:
             assert torch.equal(module.weights.unpack(4, p), there.unpack(4, p))
     with torch.no_grad():
         assert torch.allclose(split(ids).logits, whole(ids).logits, atol=2e-3)
     mapped = load(model, store=str(tmp_path), threads=2, resident=False)
-    assert not isinstance(hybrid_experts_of(mapped)[path].weights, SplitWeights)
+    assert not isinstance(hybrid_experts_of(mapped)[path].weights, NodeExperts)
     monkeypatch.setattr(placing, "available_memory_bytes", lambda: 1000)
     with pytest.raises(StoreError, match="set numa: off"):
         load(model, store=str(tmp_path), threads=2)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from layer_calls import run_forward
 from llamafactory.hparams import FinetuningArguments
 from llamafactory.train.trainer_utils import create_custom_optimizer
 from peft import LoraConfig, get_peft_model
@@ -256,7 +257,7 @@ def test_a_forked_child_raises_and_does_not_hang(tokens: int) -> None:
     inputs = torch.zeros(tokens, 64), torch.zeros(tokens, 1, dtype=torch.int64)
 
     def forward() -> None:
-        engine.forward(weights, *inputs, torch.ones(tokens, 1), compute="exact", gate=Gate())
+        run_forward(engine, weights, *inputs, torch.ones(tokens, 1), compute="exact", gate=Gate())
 
     forward()
     assert "forked child" in _forked(forward)
@@ -310,27 +311,27 @@ def test_engine_refuses_what_it_cannot_read() -> None:
     ]
     for arguments, message in cases:
         with pytest.raises(KernelArgumentError, match=message):
-            engine.forward(weights, *arguments, **good)
+            run_forward(engine, weights, *arguments, **good)
     for bad in (-1, 3):
         with pytest.raises(ValueError, match=f"token 1 names expert {bad}, expected 0 to 1"):
-            engine.forward(
-                weights, hidden, index.index_fill(0, torch.tensor([1]), bad), weight, **good
+            run_forward(
+                engine, weights, hidden, index.index_fill(0, torch.tensor([1]), bad), weight, **good
             )
     with pytest.raises(ValueError, match="compute: got 'fast', expected one of bf16, exact, int8"):
-        engine.forward(weights, hidden, index, weight, compute="fast", gate=Gate())
+        run_forward(engine, weights, hidden, index, weight, compute="fast", gate=Gate())
     with pytest.raises(ValueError, match="bf16 goes with bf16 and coded weights"):
-        engine.forward(weights, hidden, index, weight, compute="bf16", gate=Gate())
+        run_forward(engine, weights, hidden, index, weight, compute="bf16", gate=Gate())
     with pytest.raises(ValueError, match="these experts have a gate projection"):
-        engine.forward(weights, hidden, index, weight, compute="exact", gate=Gate(gated=False))
+        run_forward(engine, weights, hidden, index, weight, compute="exact", gate=Gate(gated=False))
     with pytest.raises(ValueError, match="activation: got 'tanh', expected one of gelu"):
-        engine.forward(weights, hidden, index, weight, compute="exact", gate=Gate("tanh"))
+        run_forward(engine, weights, hidden, index, weight, compute="exact", gate=Gate("tanh"))
     ungated = ExpertWeights(WeightLayout(2, 64, 64, "int8", gated=False))
     with pytest.raises(KernelArgumentError, match="projection: got 'gate_proj', expected up_proj"):
         ungated.pack(engine, 0, "gate_proj", torch.ones(64, 64))
     with pytest.raises(ValueError, match="bias: up_proj of expert 1 has nan at"):
         weights.set_bias(1, "up_proj", torch.full((64,), float("nan")))
     with pytest.raises(KernelArgumentError, match=r"dropout: got 1\.0"):
-        engine.forward(weights, hidden, index, weight, **good, dropout=1.0)
+        run_forward(engine, weights, hidden, index, weight, **good, dropout=1.0)
 
 
 def test_lora_plus_takes_the_experts_factors_for_what_they_are(tmp_path: Path) -> None:

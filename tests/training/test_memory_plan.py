@@ -230,7 +230,7 @@ def test_freed_memory_goes_back_where_it_is_short(
 
 _HOLD = """
 import ctypes, sys
-from kt_sft import allocator
+from kt_sft.machine import allocator
 from kt_sft.machine.memory import anonymous_memory_bytes
 malloc, free = ctypes.CDLL(None).malloc, ctypes.CDLL(None).free
 malloc.restype, free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]

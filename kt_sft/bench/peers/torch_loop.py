@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kt_sft.bench.case import LayerCase, LayerData, Runner, one_expert, timed
-from kt_sft.kernels import PROJECTIONS, LoraFactors
+from kt_sft.kernels import PROJECTIONS, Lora
 
 _Factors = dict[str, tuple[tuple[Tensor, ...], tuple[Tensor, ...], float]]
 
@@ -25,7 +25,7 @@ class TorchExpertsLoop:
         experts: int,
         index_TK: Tensor,
         weight_TK: Tensor,
-        lora: list[LoraFactors | None],
+        lora: Lora,
     ) -> None:
         self.weights = {n: w.unsqueeze(0).repeat(experts, 1, 1) for n, w in weights.items()}
         self.experts = experts

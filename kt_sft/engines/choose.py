@@ -1,0 +1,36 @@
+"""The engine that a model's settings mean on this machine."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+from kt_sft.config import HybridExpertsSettings
+from kt_sft.engines.cpu import CpuEngine
+from kt_sft.engines.nodes import NodeEngines
+from kt_sft.engines.protocol import ExpertsEngine
+from kt_sft.kernels import Engine, requested_isa
+from kt_sft.machine.cpus import available_threads, place_among_ranks
+from kt_sft.machine.numa import cpus_of_rank, numa_nodes
+
+
+def choose_engine(settings: HybridExpertsSettings) -> ExpertsEngine:
+    """For this process. Raises ThreadsError, and ValueError for an instruction set."""
+    threads = available_threads() if settings.threads == "auto" else int(settings.threads)
+    isa = requested_isa(settings.isa)
+    nodes = numa_nodes() if settings.numa == "auto" else []
+    rank, ranks = place_among_ranks()
+    if ranks > 1:
+        # Ranks keep one copy of the experts between them, and stay out of each other's way.
+        cpus = cpus_of_rank(nodes, rank, ranks)
+        return CpuEngine(Engine(threads, isa) if cpus is None else engine_on(cpus, threads, isa))
+    # A mapped file lies where the system put it: nodes share the work on copies only.
+    if 1 < len(nodes) <= threads and settings.resident is not False:
+        return NodeEngines(nodes, threads, isa)
+    return CpuEngine(Engine(threads, isa))
+
+
+def engine_on(cpus: set[int], threads: int, isa: str = "auto") -> Engine:
+    """An engine whose own threads stay on some CPUs; the calling thread is left alone."""
+    with ThreadPoolExecutor(1, "kt-sft-bound", os.sched_setaffinity, (0, cpus)) as bound:
+        return bound.submit(Engine, threads, isa).result()

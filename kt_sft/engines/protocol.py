@@ -1,0 +1,171 @@
+"""The seam between the torch module and whatever computes its experts.
+
+An engine places the experts of a layer, and what it placed computes: forward from tensors on any
+device, backward from what forward left. Moving tensors to where it computes, and results back, is
+the engine's own business; so are its threads, its memory, and how it parts the experts.
+
+Legend: T tokens, D hidden size, K top-k, E experts, r LoRA rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from kt_sft.kernels import (
+    Call,
+    CodedMatrix,
+    Engine,
+    ExpertWeights,
+    Gradients,
+    Inputs,
+    WeightLayout,
+)
+
+Home = tuple[torch.device, torch.dtype]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one call did.
+
+    seconds: of computing, without moving tensors. finite: whether out, or the gradient of hidden,
+    has neither NaN nor Inf.
+    """
+
+    rows: int
+    max_rows: int
+    seconds: float
+    finite: bool
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a forward leaves for its backward: the inputs where they were computed, and more.
+
+    Autograd holds the tensors, so that it can free them: `replace(context, tensors=())` and back.
+    homes: where the gradients of hidden, weight and LoRA belong.
+    """
+
+    call: Call
+    scalings: tuple[float | None, ...]
+    homes: tuple[Home, ...]
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def inputs(self) -> Inputs:
+        """Of the forward, where the engine computes."""
+        return Inputs.of(self.tensors[: Inputs.NUMBER], self.scalings)
+
+    @property
+    def kept(self) -> tuple[Tensor, ...]:
+        """What the engine kept of its arithmetic."""
+        return self.tensors[Inputs.NUMBER :]
+
+
+@dataclass(eq=False)
+class Held:
+    """A forward that a second run of the same layer may take over, in host memory."""
+
+    index_TK: Tensor
+    out_TD: Tensor
+    kept: tuple[Tensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(t.nbytes for t in (self.index_TK, self.out_TD, *self.kept))
+
+
+class Forward(NamedTuple):
+    """The result of a forward: out [T, D] where hidden is.
+
+    context: without `keep`, of no use to a backward. held: for `resume`.
+    """
+
+    out_TD: Tensor
+    context: Context
+    held: Held
+    report: Report
+
+
+class PlacedExperts(Protocol):
+    """The experts of one layer, where an engine has put them. A deep copy of a model shares them.
+
+    Packing raises KernelArgumentError, and ValueError for NaN and Inf.
+    """
+
+    @property
+    def layout(self) -> WeightLayout:
+        """Of the whole layer."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the weights take."""
+
+    def pack(self, expert: int, projection: str, weight: Tensor) -> None:
+        """Quantizes and packs one matrix [outputs, inputs] in fp32, bf16 or fp16."""
+
+    def pack_codes(self, expert: int, projection: str, matrix: CodedMatrix) -> None:
+        """Packs one matrix as published, in the coding of the layout, or in int8."""
+
+    def set_bias(self, expert: int, projection: str, bias: Tensor) -> None:
+        """Adds a frozen bias [outputs] to a projection that the layout has one for."""
+
+    def take_channels(self, source: ExpertWeights, first: int = 0) -> None:
+        """Copies the intermediate channels from `first` on."""
+
+    def take_experts(self, source: ExpertWeights, experts: Sequence[int]) -> None:
+        """Copies experts, one for each of these."""
+
+    def unpack(self, expert: int, projection: str) -> Tensor:
+        """The weights that are computed with, fp32 [outputs, inputs] on the CPU."""
+
+    def forward(self, call: Call, inputs: Inputs, keep: bool) -> Forward:
+        """The weighted sum of each token's experts. `keep`: a backward or a second run follows.
+
+        Raises KernelArgumentError, and ValueError for an index outside 0..E.
+        """
+
+    def resume(self, call: Call, inputs: Inputs, held: Held) -> Forward | None:
+        """The same forward again, without computing it; None where its tokens went elsewhere."""
+
+    def backward(self, context: Context, d_out_TD: Tensor) -> tuple[Gradients, Report]:
+        """Gradients of the inputs, each where it belongs."""
+
+
+class ExpertsEngine(Protocol):
+    """What computes the experts of all layers of a model."""
+
+    @property
+    def isa(self) -> str:
+        """The instruction set in use."""
+
+    @property
+    def threads(self) -> int:
+        """Threads that compute."""
+
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes of temporary memory that are kept for the next call and not in use."""
+
+    @property
+    def packer(self) -> Engine:
+        """The kernels and threads that pack a store of experts."""
+
+    @property
+    def needs_copies(self) -> bool:
+        """Whether it computes on copies of its own only, never on a mapped file."""
+
+    def trim(self) -> int:
+        """Gives unused temporary memory back to the system; returns the bytes."""
+
+    def new_experts(self, layout: WeightLayout) -> PlacedExperts:
+        """Empty experts of one layer, to be packed."""
+
+    def on(self, weights: ExpertWeights) -> PlacedExperts:
+        """Experts that are packed already, computed where they lie."""

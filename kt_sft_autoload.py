@@ -34,9 +34,9 @@ class _AfterImport(importlib.abc.Loader):
         module.__spec__.loader = self._loader
         self._loader.exec_module(module)
         try:
-            from kt_sft.plugin.llamafactory import HOOKS
+            from kt_sft.plugin.llamafactory import hook
 
-            HOOKS[module.__name__](module)
+            hook(module.__name__)
         except (Exception, SystemExit) as error:
             # LLaMA-Factory goes on, and refuses a recipe with our section as unknown.
             _say(error)

@@ -37,6 +37,10 @@ class ThreadsError(KtSftError, RuntimeError):
     """The system gives fewer threads than asked for; says how many, and its limits."""
 
 
+class PatchError(KtSftError, RuntimeError):
+    """Another program's function is not the one that kt_sft replaces; names both and releases."""
+
+
 class PeerError(KtSftError, RuntimeError):
     """A peer that a measurement should run against cannot be started or failed."""
 

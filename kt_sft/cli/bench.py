@@ -24,7 +24,7 @@ _SHAPE = {
 _WEIGHTS = ("int8", "bf16", "int4_g128", "int4_g32")
 
 
-def add_bench(commands: argparse._SubParsersAction) -> None:
+def add(commands: argparse._SubParsersAction) -> None:
     """Adds `bench` with `peak`, `layer` and `sweep`."""
     bench = commands.add_parser("bench", help="measure the kernels on this machine")
     what = bench.add_subparsers(dest="what", required=True, metavar="WHAT")
@@ -95,7 +95,7 @@ def _print(result: Mapping[str, Any], as_json: bool) -> None:
         sys.stdout.write(f"{name:<{width}}  {value}\n")
 
 
-def run_bench(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> int:
     """Runs one of the three commands."""
     if arguments.what == "peak":
         from kt_sft.bench.layer import default_threads
@@ -119,3 +119,4 @@ def run_bench(arguments: argparse.Namespace) -> None:
         ]
         for path in run_sweep(cases, arguments.out):
             sys.stdout.write(f"{path}\n")
+    return 0

@@ -16,7 +16,7 @@ from kt_sft.errors import SettingsError
 FORMATS = ("bf16", "int8", "int4_g32", "int4_g128", "checkpoint")
 
 
-def add_errors(commands: Any) -> None:
+def add(commands: Any) -> None:
     """Adds the command to the parser of `kt-sft`."""
     text = (
         "what each weight format costs on a checkpoint: the error of the weights by layer; with "
@@ -45,7 +45,7 @@ def add_errors(commands: Any) -> None:
     errors.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON, too")
 
 
-def run_errors(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> int:
     """Runs `kt-sft errors`. Raises KtSftError."""
     if arguments.experts < 1:
         raise SettingsError(f"--experts: got {arguments.experts}, expected at least 1")
@@ -53,6 +53,7 @@ def run_errors(arguments: argparse.Namespace) -> None:
         _save(arguments, {"weight_errors": _by_layer(arguments)})
     else:
         _on_text(arguments)
+    return 0
 
 
 def _save(arguments: argparse.Namespace, found: dict[str, Any]) -> None:

@@ -11,11 +11,8 @@ from pathlib import Path
 
 import kt_sft_autoload
 from kt_sft import __version__
-from kt_sft.cli.bench import add_bench, run_bench
-from kt_sft.cli.errors import add_errors, run_errors
+from kt_sft.cli import bench, doctor, errors, pack
 from kt_sft.cli.help_text import sentence
-from kt_sft.cli.pack import add_pack, run_pack
-from kt_sft.config import shipped_folder
 from kt_sft.errors import KtSftError
 
 _RECIPE_COMMANDS = {
@@ -25,6 +22,8 @@ _RECIPE_COMMANDS = {
     "webchat": "talk to a model in the browser",
     "export": "merge an adapter into the original checkpoint, in full precision",
 }
+
+_VERBS = (pack, errors, bench, doctor)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,45 +48,23 @@ def _parser() -> argparse.ArgumentParser:
             metavar="key=value",
             help="override settings of the recipe",
         )
-    add_pack(commands)
-    add_errors(commands)
-    add_bench(commands)
-    text = "show what this machine offers: instruction sets, threads, memory, versions"
-    commands.add_parser("doctor", help=text, description=sentence(text))
+        command.set_defaults(run=_run_llamafactory)
+    for verb in _VERBS:
+        verb.add(commands)
     return parser
 
 
-def _run_llamafactory(command: str, recipe: str, overrides: Sequence[str]) -> None:
+def _run_llamafactory(arguments: argparse.Namespace) -> int:
+    if not Path(arguments.recipe).is_file():
+        raise FileNotFoundError(f"recipe: no file {arguments.recipe}")
     # The hooks are installed here whatever the environment says, in torchrun's workers too.
     os.environ.pop("KT_SFT_DISABLE", None)
     kt_sft_autoload.install()
-    sys.argv = ["llamafactory-cli", command, recipe, *overrides]
+    sys.argv = ["llamafactory-cli", arguments.command, arguments.recipe, *arguments.overrides]
     from llamafactory.cli import main as llamafactory_main
 
     llamafactory_main()
-
-
-def _doctor() -> None:
-    from importlib.metadata import PackageNotFoundError, version
-
-    from kt_sft.kernels import isa_report, kernel_rows, requested_isa
-    from kt_sft.kernels.report import machine_description
-
-    lines = [f"{name:<18}{value}" for name, value in machine_description().items()]
-    dots = {isa: f"{integer}, {floating}" for isa, integer, floating in kernel_rows()}
-    for isa, missing in isa_report():
-        usable = f"lacks {', '.join(missing)}" if missing else f"usable: {dots[isa]}"
-        lines.append(f"isa {isa:<14}{usable}")
-    lines.append(f"{'isa in use':<18}{requested_isa('auto')}")
-    for package in ("kt_sft", "torch", "transformers", "peft", "llamafactory", "deepspeed"):
-        try:
-            lines.append(f"{package:<18}{version(package)}")
-        except PackageNotFoundError:
-            lines.append(f"{package:<18}not installed")
-    lines.append(f"{'recipes':<18}{shipped_folder() / 'recipes'}")
-    off = kt_sft_autoload.plugin_disabled()
-    lines.append(f"{'plug-in hook':<18}" + ("off (KT_SFT_DISABLE)" if off else "on"))
-    sys.stdout.write("\n".join(lines) + "\n")
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,20 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     arguments = _parser().parse_args(argv)
     try:
-        recipe = getattr(arguments, "recipe", None)
-        if recipe is not None and not Path(recipe).is_file():
-            raise FileNotFoundError(f"recipe: no file {recipe}")
-        if arguments.command in _RECIPE_COMMANDS:
-            _run_llamafactory(arguments.command, arguments.recipe, arguments.overrides)
-        elif arguments.command == "bench":
-            run_bench(arguments)
-        elif arguments.command == "pack":
-            run_pack(arguments)
-        elif arguments.command == "errors":
-            run_errors(arguments)
-        else:
-            _doctor()
+        return int(arguments.run(arguments))
     except (KtSftError, FileNotFoundError) as error:
         sys.stderr.write(f"kt-sft: {error}\n")
         return 2
-    return 0

@@ -20,7 +20,7 @@ from kt_sft.store.packed_file import PackedFile
 FORMATS = ("int8", "int4", "int4_g32", "int4_g128", "bf16", "checkpoint")
 
 
-def add_pack(commands: Any) -> None:
+def add(commands: Any) -> None:
     """Adds the command to the parser of `kt-sft`."""
     text = "pack a checkpoint's experts ahead of time, or check and describe packed ones"
     pack = commands.add_parser("pack", help=text, description=sentence(text))
@@ -32,7 +32,7 @@ def add_pack(commands: Any) -> None:
     pack.add_argument("--info", type=Path, metavar="STORE", help="describe a store")
 
 
-def run_pack(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> int:
     """Runs `kt-sft pack`. Raises KtSftError."""
     chosen = [a for a in (arguments.model, arguments.verify, arguments.info) if a is not None]
     if len(chosen) != 1:
@@ -60,6 +60,7 @@ def run_pack(arguments: argparse.Namespace) -> None:
         sys.stdout.write(f"{packed.path}: {packed.nbytes / 1e9:.3f} GB, {what}\n")
         if arguments.out is not None:
             sys.stdout.write(f"Use it with `store: {arguments.out}` in the kt_sft section.\n")
+    return 0
 
 
 def _describe(packed: PackedFile) -> Iterator[str]:

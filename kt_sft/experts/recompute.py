@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kt_sft import patches
 from kt_sft.engines.protocol import Held
 
 logger = logging.getLogger(__name__)
@@ -156,17 +157,22 @@ def keep_activations(model: Any) -> None:
 
     Where checkpointing is switched on already, too. Any other model is left as it is.
     """
-    stock = getattr(model, "_set_gradient_checkpointing", None)
-    if stock is None:
-        return
+    patches.install_on(model, "checkpointing")
+    if isinstance(getattr(model, "_set_gradient_checkpointing", None), types.MethodType):
+        _wrap_functions(model)
 
-    @functools.wraps(stock)
+
+def keeping(model: Any) -> Callable:
+    """A model's `_set_gradient_checkpointing`, which wraps the function that it sets.
+
+    Bound to its model, so that a copy of the model has one of its own.
+    """
+
     def set_checkpointing(self: Any, *args: Any, **kwargs: Any) -> None:
         type(self)._set_gradient_checkpointing(self, *args, **kwargs)
         _wrap_functions(self)
 
-    model._set_gradient_checkpointing = types.MethodType(set_checkpointing, model)
-    _wrap_functions(model)
+    return types.MethodType(set_checkpointing, model)
 
 
 def _wrap_functions(model: nn.Module) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from transformers.quantizers.auto import (
-    AutoHfQuantizer,
-    register_quantization_config,
-)
+from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from kt_sft.checkpoint.published import own_quantization
@@ -50,16 +48,13 @@ class HybridExpertsConfig(QuantizationConfigMixin):
         return f"{type(self).__name__}({self.settings})"
 
 
-_merge_stock = AutoHfQuantizer.merge_quantization_configs
+def merging_ours(stock: Callable) -> Callable:
+    """`merge_quantization_configs` for a checkpoint that is quantized already: ours reads it."""
 
+    def merge(cls: type, found: Any, given: Any) -> Any:
+        if not isinstance(given, HybridExpertsConfig):
+            return stock(cls, found, given)
+        given.published = own_quantization(found)
+        return given
 
-def _merge_configs(cls: type, found: Any, given: Any) -> Any:
-    """A checkpoint that is quantized already: ours reads it, so ours is the one in force."""
-    if not isinstance(given, HybridExpertsConfig):
-        return _merge_stock(found, given)
-    given.published = own_quantization(found)
-    return given
-
-
-# Transformers has no other place where one quantizer can take the checkpoint of another.
-setattr(AutoHfQuantizer, "merge_quantization_configs", classmethod(_merge_configs))  # noqa: B010
+    return merge

@@ -10,14 +10,12 @@ second is told of the names that expert LoRA has in a state dict.
 
 from __future__ import annotations
 
-import functools
-import importlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from peft import LoraConfig, LoraModel, PeftType
 from peft.tuners import tuners_utils
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from kt_sft.adapters.layer import HybridExpertsLinear, variants_without_kernels
@@ -25,9 +23,6 @@ from kt_sft.errors import SettingsError
 from kt_sft.experts import HybridExperts, hybrid_experts_of
 from kt_sft.families.table import STOCK_EXPERT_NAMES
 from kt_sft.planning.lora_targets import LoraTargets
-
-_PREFIXES = "_get_tuner_state_dict_key_prefixes"
-_CONVERSIONS = "peft.utils.transformers_weight_conversion"
 
 
 def _projections(experts: Mapping[str, HybridExperts]) -> tuple[str, ...]:
@@ -105,8 +100,9 @@ def _has_adapter(module: nn.Module) -> bool:
     return isinstance(module, BaseTunerLayer)
 
 
-def _checked(stock: Callable) -> Callable:
-    @functools.wraps(stock)
+def checked(stock: Callable) -> Callable:
+    """`inject_adapter` that refuses what hybrid experts cannot be given, before and after."""
+
     def inject_adapter(
         self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> Any:
@@ -140,14 +136,12 @@ def _checked(stock: Callable) -> Callable:
             )
         return done
 
-    inject_adapter.kt_sft_stock = stock  # type: ignore[attr-defined]
     return inject_adapter
 
 
-def _with_expert_names(stock: Callable) -> Callable:
+def with_expert_names(stock: Callable) -> Callable:
     """The prefixes of an adapter's keys, and those of expert LoRA: `<experts>.<e>.<projection>`."""
 
-    @functools.wraps(stock)
     def prefixes_of(model: nn.Module, adapter_name: str | None = None) -> set[str]:
         found = stock(model, adapter_name)
         for path, experts in hybrid_experts_of(model).items():
@@ -161,50 +155,33 @@ def _with_expert_names(stock: Callable) -> Callable:
                         found.add(f"{path}.{expert}.{projection}.{factor}.{adapter_name}")
         return found
 
-    prefixes_of.kt_sft_stock = stock  # type: ignore[attr-defined]
     return prefixes_of
 
 
 def _unless_hybrid(stock: Callable, model_of: Callable, unchanged: Callable) -> Callable:
     """A conversion that leaves what it is given as it is where the model is hybrid."""
 
-    @functools.wraps(stock)
     def convert(*args: Any, **kwargs: Any) -> Any:
         if hybrid_experts_of(model_of(*args, **kwargs)):
             return unchanged(*args, **kwargs)
         return stock(*args, **kwargs)
 
-    convert.kt_sft_stock = stock  # type: ignore[attr-defined]
     return convert
 
 
-def install() -> None:
-    """Puts both in their places; more than once is no more than once."""
-    if not hasattr(BaseTuner.inject_adapter, "kt_sft_stock"):
-        BaseTuner.inject_adapter = _checked(BaseTuner.inject_adapter)  # type: ignore[method-assign]
-    stock = getattr(tuners_utils, _PREFIXES, None)
-    if stock is not None and not hasattr(stock, "kt_sft_stock"):
-        setattr(tuners_utils, _PREFIXES, _with_expert_names(stock))
-    try:
-        conversions = importlib.import_module(_CONVERSIONS)
-    except ImportError:  # before 0.19
-        return
-    # (function, the model among its arguments, what is returned when nothing is converted)
-    rows: tuple[tuple[str, Callable, Callable], ...] = (
-        (
-            "convert_peft_config_for_transformers",
-            lambda peft_config, model, conversions: model,
-            lambda peft_config, model, conversions: None,
-        ),
-        (
-            "convert_peft_adapter_state_dict_for_transformers",
-            lambda model, peft_config, adapter_state_dict, adapter_name="default": model,
-            lambda model, peft_config, adapter_state_dict, adapter_name="default": (
-                adapter_state_dict
-            ),
-        ),
+def without_config_conversion(stock: Callable) -> Callable:
+    """`convert_peft_config_for_transformers` that lets a hybrid model's targets be."""
+    return _unless_hybrid(
+        stock,
+        lambda peft_config, model, conversions: model,
+        lambda peft_config, model, conversions: None,
     )
-    for name, model_of, unchanged in rows:
-        stock = getattr(conversions, name)
-        if not hasattr(stock, "kt_sft_stock"):
-            setattr(conversions, name, _unless_hybrid(stock, model_of, unchanged))
+
+
+def without_state_conversion(stock: Callable) -> Callable:
+    """`convert_peft_adapter_state_dict_for_transformers` that lets a hybrid model's adapter be."""
+    return _unless_hybrid(
+        stock,
+        lambda model, peft_config, adapter_state_dict, adapter_name="default": model,
+        lambda model, peft_config, adapter_state_dict, adapter_name="default": adapter_state_dict,
+    )

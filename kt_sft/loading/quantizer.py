@@ -30,8 +30,6 @@ from kt_sft.loading.swap import swap_experts
 from kt_sft.machine.memory import host_memory_bytes
 from kt_sft.planning.outline import check_memory, plan_of
 
-peft_injection.install()
-
 
 @register_quantizer(METHOD)
 class HybridExpertsQuantizer(HfQuantizer):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
+from kt_sft import patches
 from kt_sft.adapters.state_dict import refuse_other_layers, refuse_other_vocabulary
 from kt_sft.errors import UnsupportedModelError
 from kt_sft.experts import ExpertsRuntime, HybridExperts
@@ -42,7 +44,7 @@ def swap_experts(
         swapped[path] = (hybrid, layer)
     model.register_load_state_dict_pre_hook(refuse_other_layers)
     model.register_load_state_dict_pre_hook(refuse_other_vocabulary)
-    model.save_pretrained = _refuse_saving
+    patches.install_on(model, "model")
     if runtime.settings.activations == "keep":
         keep_activations(model)
     # PEFT takes our empty LoRA layers for an adapter that is already there.
@@ -52,8 +54,12 @@ def swap_experts(
     return swapped
 
 
+def refusing_to_save(model: Any) -> Callable:
+    """What stands for save_pretrained, which would write a checkpoint without experts."""
+    return _refuse_saving
+
+
 def _refuse_saving(*args: Any, **kwargs: Any) -> None:
-    """Stands for save_pretrained, which would write a checkpoint without experts."""
     raise UnsupportedModelError(
         "save_pretrained: the packed experts of a hybrid model are not written to a checkpoint. "
         "Save the adapter, with save_pretrained of the PeftModel; merge it into the original "

@@ -153,7 +153,6 @@ def guarded_arguments(stock: Callable) -> Callable:
         generation["stopping_criteria"] = StoppingCriteriaList([_SenderGone(gone)])
         return generation, prompt
 
-    process_args.kt_sft_stock = stock  # type: ignore[attr-defined]
     return process_args
 
 

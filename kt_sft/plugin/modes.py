@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -177,7 +176,7 @@ def _unquantized(model: Any) -> Iterator[None]:
         model.quantization_method = method
 
 
-def as_unquantized(stock: Callable) -> Callable:
+def as_unquantized(stock: Callable, **given: Any) -> Callable:
     """`init_adapter` that treats a hybrid model as an ordinary one where that is what it can do.
 
     For quantized models LLaMA-Factory takes one adapter, ignores `create_new_adapter`, and refuses
@@ -185,7 +184,6 @@ def as_unquantized(stock: Callable) -> Callable:
     merged.
     """
 
-    @functools.wraps(stock)
     def init_adapter(
         config: Any, model: Any, model_args: Any, finetuning_args: Any, is_trainable: bool
     ) -> Any:
@@ -201,10 +199,9 @@ def as_unquantized(stock: Callable) -> Callable:
     return init_adapter
 
 
-def with_packed_experts(stock: Callable) -> Callable:
+def with_packed_experts(stock: Callable, **given: Any) -> Callable:
     """`count_parameters` whose total holds the packed experts, which are no parameters."""
 
-    @functools.wraps(stock)
     def count_parameters(model: Any) -> tuple[int, int]:
         from kt_sft.training.trained import packed_weights
 
@@ -214,10 +211,9 @@ def with_packed_experts(stock: Callable) -> Callable:
     return count_parameters
 
 
-def resizing_as_unquantized(stock: Callable) -> Callable:
+def resizing_as_unquantized(stock: Callable, **given: Any) -> Callable:
     """`resize_embedding_layer` for hybrid models, whose embeddings are not quantized."""
 
-    @functools.wraps(stock)
     def resize_embedding_layer(model: Any, *args: Any, **kwargs: Any) -> None:
         with _unquantized(model):
             stock(model, *args, **kwargs)

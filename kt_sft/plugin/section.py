@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kt_sft import patches
 from kt_sft.errors import KtSftError, SettingsError
 
 if TYPE_CHECKING:
@@ -43,9 +44,12 @@ def show_errors_in_one_message() -> None:
 
     In other programs an uncaught error is theirs to show.
     """
-    stock = sys.excepthook
-    if Path(sys.argv[0]).name not in _COMMANDS or hasattr(stock, "kt_sft_stock"):
-        return
+    if Path(sys.argv[0]).name in _COMMANDS:
+        patches.install("errors")
+
+
+def one_message(stock: Callable) -> Callable:
+    """`sys.excepthook` that shows our errors as their message."""
 
     def show(kind: type[BaseException], error: BaseException, trace: Any) -> None:
         if isinstance(error, KtSftError) and not os.environ.get("KT_SFT_TRACEBACK"):
@@ -53,8 +57,7 @@ def show_errors_in_one_message() -> None:
         else:
             stock(kind, error, trace)
 
-    show.kt_sft_stock = stock  # type: ignore[attr-defined]
-    sys.excepthook = show
+    return show
 
 
 def recipe_dir() -> Path | None:

@@ -6,25 +6,23 @@ from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers import trainer as trainer_module
 
+from kt_sft import patches
 from kt_sft.experts import hybrid_experts_of
 from kt_sft.loading.config import HybridExpertsConfig
 from kt_sft.loading.in_memory import hybridize
 from kt_sft.training.guard import RunGuard
 from kt_sft.training.metrics import HybridExpertsMetrics
-from kt_sft.training.saving import install_safe_saving
 
 
 def register() -> None:
-    """Prepares every Trainer of the process for models with hybrid experts; idempotent.
+    """Prepares every Trainer of the process for models with hybrid experts; idempotent."""
+    patches.install("trainer")
 
-    Metrics and guard are among the default callbacks, because those run before the trackers'.
-    """
-    for callback in (HybridExpertsMetrics, RunGuard):
-        if callback not in trainer_module.DEFAULT_CALLBACKS:
-            trainer_module.DEFAULT_CALLBACKS.append(callback)  # type: ignore[arg-type]
-    install_safe_saving()
+
+def with_our_callbacks(stock: list) -> list:
+    """`DEFAULT_CALLBACKS` with metrics and guard, which run before the trackers'."""
+    return [*stock, HybridExpertsMetrics, RunGuard]
 
 
 class HybridExpertsCallback(TrainerCallback):

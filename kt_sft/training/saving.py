@@ -1,15 +1,11 @@
 """The Trainer's checkpoints, published whole, and resumed only when they are whole.
 
-Transformers has no hook around saving and resuming, so four of its functions are wrapped:
-`Trainer._save_checkpoint` writes into a staging folder, `CallbackHandler.on_save`, after which a
-checkpoint has all its files, publishes it, `Trainer.train` looks before it resumes, and ends with
-the status that belongs to a signal, and `Trainer._run_epoch` trains nothing in a run that was
-resumed after its last step. A model without hybrid experts is trained and saved as ever.
+Transformers has no hook around saving and resuming, so four of its functions are replaced (group
+trainer of the patches). A model without hybrid experts is trained and saved as ever.
 """
 
 from __future__ import annotations
 
-import functools
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from transformers import Trainer, trainer_utils
+from transformers import trainer_utils
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import CallbackHandler
 
 from kt_sft.errors import CheckpointError, KtSftError, NonFiniteError
 from kt_sft.experts import hybrid_experts_of
@@ -166,16 +161,9 @@ class _Staging:
         self.staged.discard()
 
 
-def _wrap(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
-    stock = getattr(owner, name)
-    if hasattr(stock, "kt_sft_stock"):
-        return
-    wrapped = functools.wraps(stock)(make(stock))
-    wrapped.kt_sft_stock = stock  # type: ignore[attr-defined]
-    setattr(owner, name, wrapped)
+def staged_save(stock: Callable) -> Callable:
+    """`Trainer._save_checkpoint` that writes into a staging folder."""
 
-
-def _staged_save(stock: Callable) -> Callable:
     def save_checkpoint(self: Any, model: Any, trial: Any) -> None:
         if trial is not None or not hybrid_experts_of(self.model):
             return stock(self, model, trial)
@@ -187,7 +175,9 @@ def _staged_save(stock: Callable) -> Callable:
     return save_checkpoint
 
 
-def _publishing_on_save(stock: Callable) -> Callable:
+def publishing_on_save(stock: Callable) -> Callable:
+    """`CallbackHandler.on_save` that publishes what was staged."""
+
     def on_save(self: Any, *args: Any, **kwargs: Any) -> Any:
         staging = self.__dict__.pop("kt_sft_staging", None)
         if staging is None:
@@ -203,7 +193,9 @@ def _publishing_on_save(stock: Callable) -> Callable:
     return on_save
 
 
-def _careful_train(stock: Callable) -> Callable:
+def careful_train(stock: Callable) -> Callable:
+    """`Trainer.train` that looks before it resumes, and ends as a signal asks."""
+
     def train(self: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         if not hybrid_experts_of(self.model):
             return stock(self, resume_from_checkpoint, *args, **kwargs)
@@ -239,8 +231,8 @@ def _restored_on_cpu(storage: Any, location: str) -> Any:
 torch.serialization.register_package(_AFTER_TORCH, lambda storage: None, _restored_on_cpu)
 
 
-def _no_step_too_many(stock: Callable) -> Callable:
-    """The stock loop looks whether it is at its end only after a step."""
+def no_step_too_many(stock: Callable) -> Callable:
+    """`Trainer._run_epoch`, whose loop looks whether it is at its end only after a step."""
 
     def run_epoch(self: Any, *args: Any, **kwargs: Any) -> Any:
         if hybrid_experts_of(self.model) and self.state.global_step >= self.state.max_steps:
@@ -249,11 +241,3 @@ def _no_step_too_many(stock: Callable) -> Callable:
         return stock(self, *args, **kwargs)
 
     return run_epoch
-
-
-def install_safe_saving() -> None:
-    """Wraps the Trainer's saving and resuming; more than once is no more than once."""
-    _wrap(Trainer, "_save_checkpoint", _staged_save)
-    _wrap(CallbackHandler, "on_save", _publishing_on_save)
-    _wrap(Trainer, "train", _careful_train)
-    _wrap(Trainer, "_run_epoch", _no_step_too_many)

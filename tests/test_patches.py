@@ -1,0 +1,224 @@
+"""The register of patches: what it promises, and that it fits what is installed."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from kt_sft import patches
+from kt_sft.errors import PatchError
+from kt_sft.patches import PATCHES, Patch
+
+PACKAGE = Path(patches.__file__).parent
+
+_REPORT = """
+from kt_sft.patches import states
+for state in states():
+    print(f"{state.works}|{state.patch.place}|{state.text}")
+"""
+
+
+def report(path: str = "") -> dict[str, tuple[str, str]]:
+    """Place -> (whether it works, what there is of it), in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", _REPORT],
+        env={**os.environ, "PYTHONPATH": path, "KT_SFT_DISABLE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [line.split("|", 2) for line in done.stdout.splitlines() if "|" in line]
+    return {place: (works, text) for works, place, text in rows}
+
+
+def test_every_row_fits_what_is_installed() -> None:
+    found = report()
+    assert set(found) == {row.place for row in PATCHES}
+    assert {place: state for place, state in found.items() if state[0] != "True"} == {}
+
+
+# The functions of LLaMA-Factory's next release, 0.9.6.dev, by their signatures.
+_NEXT = {
+    "hparams/parser.py": """
+def get_last_checkpoint(folder): ...
+def read_args(args=None): ...
+def _parse_args(parser, args=None, allow_extra_keys=False): ...
+""",
+    "train/tuner.py": "def export_model(args=None): ...",
+    "launcher.py": "import subprocess",
+    "api/app.py": "def create_app(chat_model): ...",
+    "chat/hf_engine.py": """
+class HuggingfaceEngine:
+    @staticmethod
+    def _process_args(model, tokenizer, processor, template, generating_args, messages,
+                      system=None, tools=None, images=None, videos=None, audios=None,
+                      input_kwargs={}): ...
+""",
+    "model/patcher.py": """
+def configure_quantization(config, tokenizer, model_args, is_trainable, init_kwargs): ...
+def resize_embedding_layer(model, tokenizer, new_tokens=None, new_special_tokens_config=None,
+                           init_special_tokens="noise_init"): ...
+""",
+    "model/loader.py": """
+def load_config(model_args): ...
+def init_adapter(config, model, model_args, finetuning_args, is_trainable): ...
+def count_parameters(model): ...
+""",
+}
+
+
+def imitate(folder: Path, files: dict[str, str]) -> str:
+    for name, text in files.items():
+        file = folder / "llamafactory" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+        (file.parent / "__init__.py").touch()
+    (folder / "llamafactory" / "__init__.py").touch()
+    return str(folder)
+
+
+def test_every_row_fits_the_next_llamafactory(tmp_path: Path) -> None:
+    found = report(imitate(tmp_path, _NEXT))
+    assert {place: state for place, state in found.items() if state[0] != "True"} == {}
+
+
+def test_a_function_that_is_gone_or_changed_is_reported(tmp_path: Path) -> None:
+    changed = {
+        **_NEXT,
+        "train/tuner.py": "def export_model(args=None, hub=None): ...",
+        "api/app.py": "def make_app(chat_model): ...",
+    }
+    found = report(imitate(tmp_path, changed))
+    wrong = {place: text for place, (works, text) in found.items() if works != "True"}
+    assert set(wrong) == {
+        "llamafactory.train.tuner:export_model",
+        "llamafactory.api.app:create_app",
+    }
+    assert "got (args, hub), expected (args)" in wrong["llamafactory.train.tuner:export_model"]
+    assert "got no such place, expected (chat_model)" in wrong["llamafactory.api.app:create_app"]
+    assert "tested: 0.9.5" in export and "tested: 0.9.5" in app
+
+
+def loud(stock: Callable, **given: str) -> Callable:
+    def ours(*args: object) -> str:
+        return f"ours{given or ''} {stock(*args)}"
+
+    return ours
+
+
+class Victim:
+    """Another program's class."""
+
+    def plain(self, one: int, two: int) -> str:
+        return f"plain {one} {two}"
+
+    @classmethod
+    def of_class(cls, one: int) -> str:
+        return f"{cls.__name__} {one}"
+
+    @staticmethod
+    def static(one: int) -> str:
+        return f"static {one}"
+
+
+@pytest.fixture
+def register(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Sets the rows of the register to (name, signature) in a module of another program."""
+    module = ModuleType("victims")
+    module.Victim = type("Victim", (), dict(vars(Victim)))  # type: ignore[attr-defined]
+    module.alone = lambda one: f"alone {one}"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "victims", module)
+    monkeypatch.setitem(patches.TESTED, "victims", "none")
+
+    def rows(*wanted: tuple[str, str], fallback: str = "") -> None:
+        made = (
+            Patch("test", f"victims:{name}", signature, f"{__name__}:loud", "is loud", fallback)
+            for name, signature in wanted
+        )
+        monkeypatch.setattr(patches, "PATCHES", tuple(made))
+
+    yield rows
+    patches.restore("test")
+
+
+@pytest.mark.parametrize(
+    ("name", "signature", "arguments", "stock"),
+    [
+        ("alone", "one", (1,), "alone 1"),
+        ("Victim.plain", "self, one, two", (1, 2), "plain 1 2"),
+        ("Victim.plain", "self, ...", (1, 2), "plain 1 2"),
+        ("Victim.of_class", "cls, one", (1,), "Victim 1"),
+        ("Victim.static", "one", (1,), "static 1"),
+    ],
+)
+def test_installed_and_restored(
+    register: Callable, name: str, signature: str, arguments: tuple, stock: str
+) -> None:
+    register((name, signature))
+    victims = importlib.import_module("victims")
+
+    def call() -> str:
+        owner = victims.Victim() if "." in name else victims
+        return getattr(owner, name.rpartition(".")[2])(*arguments)
+
+    patches.install("test")
+    patches.install("test")
+    assert call() == f"ours {stock}"
+    patches.install("test", voice="high")
+    assert call() == f"ours{{'voice': 'high'}} {stock}"
+    patches.restore("test")
+    patches.restore("test")
+    assert call() == stock
+
+
+def test_what_was_added_by_others_stays(register: Callable) -> None:
+    register(("alone", "one"))
+    victims = importlib.import_module("victims")
+    patches.install("test")
+    victims.alone = functools.partial(lambda inner, one: f"theirs {inner(one)}", victims.alone)
+    patches.install("test")
+    assert victims.alone(1) == "theirs ours alone 1"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([("alone", "one"), ("Victim.plain", "self, one")],
+         r"victims:Victim.plain: got \(self, one, two\), expected \(self, one\)"),
+        ([("alone", "one"), ("Victim.plain", "self, two, ...")], r"got \(self, one, two\)"),
+        ([("alone", "one"), ("Victim.gone", "self")], "victims:Victim.gone: got no such place"),
+        ([("alone", "one"), ("Nobody.gone", "self")], "victims:Nobody.gone: got no such place"),
+    ],
+    ids=["fewer", "others", "no function", "no class"],
+)  # fmt: skip
+def test_a_misfit_is_an_error_and_changes_nothing(
+    register: Callable, rows: list[tuple[str, str]], message: str
+) -> None:
+    register(*rows)
+    victims = importlib.import_module("victims")
+    with pytest.raises(PatchError, match=message):
+        patches.install("test")
+    assert victims.alone(1) == "alone 1"
+
+
+def test_a_fallback_is_named(register: Callable) -> None:
+    register(("gone", "one"), fallback="before 2.0 nothing is loud")
+    patches.install("test")
+    assert [s.text for s in patches.states()] == ["not needed: before 2.0 nothing is loud"]
+
+
+def test_nothing_is_replaced_outside_of_the_register() -> None:
+    makers = {row.make.partition(":")[0] for row in PATCHES}
+    for name in makers:
+        importlib.import_module(name)
+    marked = [f.name for f in PACKAGE.rglob("*.py") if "kt_sft_stock" in f.read_text()]
+    assert marked == ["patches.py"]

@@ -1,4 +1,4 @@
-"""The command `kt-sft`."""
+"""The command `kt-sft`. For people."""
 
 import os
 

@@ -1,4 +1,7 @@
-"""Routed experts that live in host memory, as a torch module with the Transformers contract."""
+"""Routed experts as a torch module with the Transformers contract.
+
+For loading, training and everything above them.
+"""
 
 from kt_sft.experts.meter import ExpertsMeter, MeterMark
 from kt_sft.experts.module import HybridExperts, hybrid_experts_of

@@ -1,5 +1,7 @@
 """The typed, checked face of the compiled core: every tensor is verified before its address leaves.
 
+For every room that packs or computes.
+
 Legend: T tokens, D hidden size, F intermediate size, E experts, K top-k, R = T*K routed rows,
 r LoRA rank, Dp and Fp are D and F rounded up to a multiple of 64.
 """

@@ -6,7 +6,7 @@ Legend: T tokens, D hidden size, F intermediate size, E experts, K top-k, r LoRA
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -677,6 +677,67 @@ def test_permutations(isa: str) -> None:
         assert_matches(b, a, 1e-5, "renamed")
     for a, b in zip(plain[3:], again[3:], strict=True):
         assert_matches(b[names], a, 1e-5, "renamed LoRA gradient")
+
+
+@pytest.mark.parametrize("stored", ["int8", "bf16", "int4_g32", "int4_g128", *CODINGS])
+def test_a_layer_is_the_sum_of_its_experts_in_two_parts(stored: str) -> None:
+    """Each part sees the other's experts as skipped; what both give adds up to the whole."""
+    block = Block.make(5, 130, 70, stored, 3, biased=stored not in CODINGS)
+    engine, layout = ENGINES["portable"], block.weights.layout
+    compute = layout.arithmetic or "exact"
+    x, index, weight = inputs(23, 130, 5, 2)
+    d_out = torch.randn(23, 130, generator=torch.Generator().manual_seed(8))
+    whole = results_of("portable", block, compute, x, index, weight, d_out)
+    sums = [torch.zeros_like(t) for t in whole]
+    for chosen in ([3, 0], [1, 2, 4]):
+        part = ExpertWeights(replace(layout, experts=len(chosen)))
+        part.take_experts(engine, block.weights, chosen)
+        for here, there in enumerate(chosen):
+            for p in layout.projections:
+                assert torch.equal(part.unpack(here, p), block.weights.unpack(there, p))
+        place = torch.full((6,), len(chosen))
+        place[torch.tensor(chosen)] = torch.arange(len(chosen))
+        lora = [f and LoraFactors(f.a[chosen], f.b[chosen], f.scaling) for f in block.lora]
+        own = Block(part, block.dense, lora)
+        found = results_of("portable", own, compute, x, place[index], weight, d_out)
+        for total, one in zip(sums[:3], found[:3], strict=True):
+            total += one
+        for total, one in zip(sums[3:], found[3:], strict=True):
+            total[chosen] += one
+    for total, want in zip(sums, whole, strict=True):
+        assert_matches(total, want, 1e-5, "sum of the parts")
+
+
+def test_experts_of_another_layer_are_not_taken() -> None:
+    weights = Block.make(3, 64, 64, "int8", 0).weights
+    engine = ENGINES["portable"]
+    part = ExpertWeights(replace(weights.layout, experts=2))
+    for source, chosen, message in (
+        (weights, [0, 3], "got expert 3, expected 0 to 2"),
+        (weights, [0], "differ in more than their number"),
+        (Block.make(3, 64, 64, "bf16", 0).weights, [0, 1], "differ in more than their number"),
+        (Block.make(3, 128, 64, "int8", 0).weights, [0, 1], "differ in more than their number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            part.take_experts(engine, source, chosen)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("hidden", [64, 100])
+def test_a_shared_pair_is_that_pair_for_every_expert(isa: str, hidden: int) -> None:
+    """To the last bit; its gradients come for every expert."""
+    block = Block.make(4, hidden, 80, "int8", 5)
+    x, index, weight = inputs(29, hidden, 4, 2)
+    d_out = torch.randn(29, hidden, generator=torch.Generator().manual_seed(4))
+    shared = [f and LoraFactors(f.a[:1].clone(), f.b[:1].clone(), f.scaling) for f in block.lora]
+    copies = [
+        f and LoraFactors(f.a.repeat(4, 1, 1), f.b.repeat(4, 1, 1), f.scaling) for f in shared
+    ]
+    found = [
+        results_of(isa, replace(block, lora=lora), "exact", x, index, weight, d_out, dropout=0.2)
+        for lora in (shared, copies)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_idle_threads_cost_nothing() -> None:

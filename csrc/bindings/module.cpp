@@ -370,6 +370,28 @@ PYBIND11_MODULE(_core, m) {
           py::arg("d_weight"), py::arg("d_lora"));
 
   m.def(
+      "backward_bytes",
+      [](const std::string& isa, int threads, const PackedLayout& layout,
+         const std::string& compute_name, int64_t tokens, int64_t top_k, const std::string& dtype,
+         const std::array<int, kProjectionCount>& ranks, bool shared) {
+        const PackedExperts outline = PackedExperts::outline(layout);
+        BlockInput in;
+        in.weights = &outline;
+        in.compute = compute(compute_name);
+        in.tokens = tokens;
+        in.top_k = top_k;
+        in.type = float_type(dtype);
+        for (size_t i = 0; i < ranks.size(); ++i) {
+          in.lora[i].rank = ranks[i];
+          in.lora[i].shared = shared;
+        }
+        return ExpertsBlock::backward_bytes(select_kernels(isa, detect_cpu_features()), threads,
+                                            in);
+      },
+      py::kw_only(), py::arg("isa"), py::arg("threads"), py::arg("layout"), py::arg("compute"),
+      py::arg("tokens"), py::arg("top_k"), py::arg("dtype"), py::arg("ranks"), py::arg("shared"),
+      "Temporary bytes of a backward on such experts.");
+  m.def(
       "kernel_rows",
       [] {
         std::vector<std::tuple<std::string, std::string, std::string>> out;

@@ -85,6 +85,9 @@ class ExpertsBlock {
   BlockReport backward(const BlockInput& input, const void* d_out, const KeptActivations& kept,
                        void* d_hidden, float* d_weight,
                        const std::array<LoraGradient, kProjectionCount>& d_lora);
+  // Temporary bytes of a backward, which takes more than a forward. Nothing that `input` points to
+  // is read but the layout of its weights.
+  static int64_t backward_bytes(const KernelTable& kernels, int threads, const BlockInput& input);
 
  private:
   const KernelTable& kernels_;

@@ -34,7 +34,8 @@ BlockReport ExpertsBlock::forward(const BlockInput& in, void* out, const KeptAct
   const int64_t token_items = ceil_div(in.tokens, kTokensPerItem);
 
   Scratch scratch(cache_, pool_.size());
-  const LoraOperands lora(in, routing, kernels_, phases, scratch);
+  const LoraOperands lora(in, routing, kernels_, scratch);
+  lora.lay_out(phases);
   const FloatRows x(in.hidden, in.type, in.tokens, d, scratch);
   ActivationRows x_rows(kernels_, in.compute, routing.rows, dp, scratch);
   ActivationRows h_rows(kernels_, in.compute, routing.rows, fp, scratch);

@@ -12,7 +12,7 @@ namespace kt {
 class LoraOperands {
  public:
   LoraOperands(const BlockInput& in, const Routing& routing, const KernelTable& kernels,
-               Phases& phases, Scratch& scratch)
+               Scratch& scratch)
       : in_(in), routing_(routing), kernels_(kernels) {
     for (int i = 0; i < kProjectionCount; ++i) {
       const Lora& lora = in.lora[static_cast<size_t>(i)];
@@ -26,14 +26,17 @@ class LoraOperands {
       const int64_t pairs = lora.pairs(in.weights->layout().experts);
       op.a_copy = op.lda == op.inputs ? nullptr : scratch.floats(pairs * lora.rank * op.lda);
       op.bt = scratch.floats(pairs * lora.rank * op.ldb);
-      present_ = true;
     }
-    if (!present_) return;
-    const int64_t active = static_cast<int64_t>(routing.active.size());
+  }
+
+  // Fills what the products read.
+  void lay_out(Phases& phases) const {
+    if (!rank_sum()) return;
+    const int64_t active = static_cast<int64_t>(routing_.active.size());
     phases.run("lora_layout", active * kProjectionCount, active * rank_sum() * 1024,
                [&](int64_t item, int) {
                  lay_out(static_cast<int>(item % kProjectionCount),
-                         routing.active[item / kProjectionCount]);
+                         routing_.active[static_cast<size_t>(item / kProjectionCount)]);
                });
   }
 
@@ -157,7 +160,7 @@ class LoraOperands {
     return op.bt + lora.pair(expert) * lora.rank * op.ldb;
   }
 
-  void lay_out(int which, int64_t expert) {
+  void lay_out(int which, int64_t expert) const {
     const Lora& lora = in_.lora[static_cast<size_t>(which)];
     if (!lora.rank || (lora.shared && expert != routing_.active[0])) return;
     const Operand& op = operands_[static_cast<size_t>(which)];
@@ -182,7 +185,6 @@ class LoraOperands {
   const Routing& routing_;
   const KernelTable& kernels_;
   std::array<Operand, kProjectionCount> operands_;
-  bool present_ = false;
 };
 
 }  // namespace kt

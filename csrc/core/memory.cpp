@@ -13,6 +13,8 @@ constexpr size_t kHugePage = size_t{2} << 20;
 
 size_t rounded_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
+}  // namespace
+
 // Eight classes to the doubling waste at most an eighth and make sizes of neighbouring batches
 // fall together.
 size_t size_class(size_t bytes) {
@@ -22,8 +24,6 @@ size_t size_class(size_t bytes) {
   while (step * 16 <= bytes) step *= 2;
   return rounded_up(bytes, step);
 }
-
-}  // namespace
 
 LargeBuffer::LargeBuffer(size_t bytes) : size_(rounded_up(bytes ? bytes : 1, 4096)) {
   const size_t slack = size_ >= kHugePage ? kHugePage : 0;

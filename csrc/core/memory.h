@@ -32,6 +32,9 @@ class LargeBuffer {
   pid_t owner_ = getpid();
 };
 
+// What a request is rounded up to.
+size_t size_class(size_t bytes);
+
 // Keeps released buffers for later requests. A training step asks for the same sizes again and
 // again; giving the pages back to the system and faulting them in anew costs more than the
 // arithmetic on them. What is kept and unused never exceeds the most that was in use at one time.

@@ -21,6 +21,9 @@ class PackedExperts {
   PackedExperts(const PackedLayout& layout,
                 const std::array<const uint8_t*, kSectionCount>& packed);
 
+  // Without memory: to ask what a call on such experts would take.
+  static PackedExperts outline(const PackedLayout& layout) { return PackedExperts(layout, {}, 0); }
+
   const PackedLayout& layout() const { return layout_; }
   // Throws ForkedProcess where memory of its own is not mapped.
   void require_owner() const { process_.require_owner(); }
@@ -62,6 +65,10 @@ class PackedExperts {
                    CodeScales& out) const;
 
  private:
+  PackedExperts(const PackedLayout& layout,
+                const std::array<const uint8_t*, kSectionCount>& packed, int)
+      : layout_(layout), memory_(packed) {}
+
   void read_scales(int64_t first, int64_t count, float* out) const;
   float code_scale(int64_t index) const;
   float code_zero(int64_t index) const;

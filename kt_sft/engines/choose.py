@@ -10,13 +10,13 @@ from kt_sft.engines.cpu import CpuEngine
 from kt_sft.engines.nodes import NodeEngines
 from kt_sft.engines.protocol import ExpertsEngine
 from kt_sft.kernels import Engine, requested_isa
-from kt_sft.machine.cpus import available_threads, place_among_ranks
+from kt_sft.machine.cpus import place_among_ranks, threads_of
 from kt_sft.machine.numa import cpus_of_rank, numa_nodes
 
 
 def choose_engine(settings: HybridExpertsSettings) -> ExpertsEngine:
     """For this process. Raises ThreadsError, and ValueError for an instruction set."""
-    threads = available_threads() if settings.threads == "auto" else int(settings.threads)
+    threads = threads_of(settings.threads)
     isa = requested_isa(settings.isa)
     nodes = numa_nodes() if settings.numa == "auto" else []
     rank, ranks = place_among_ranks()

@@ -16,7 +16,9 @@ from kt_sft.kernels.block import (
     Lora,
     LoraFactors,
     backward,
+    backward_bytes,
     forward,
+    kept_bytes,
 )
 from kt_sft.kernels.engine import Engine
 from kt_sft.kernels.formats import PROJECTIONS, CodedMatrix, Coding, WeightLayout
@@ -42,8 +44,10 @@ __all__ = [
     "LoraFactors",
     "WeightLayout",
     "backward",
+    "backward_bytes",
     "forward",
     "isa_report",
+    "kept_bytes",
     "kernel_rows",
     "requested_isa",
     "select_isa",

@@ -117,3 +117,15 @@ single: Any
 def isa_report(cpu_flags: dict[str, bool] | None = None) -> list[tuple[str, list[str]]]: ...
 def kernel_rows() -> list[tuple[str, str, str]]: ...
 def select_isa(isa: str, cpu_flags: dict[str, bool] | None = None) -> str: ...
+def backward_bytes(
+    *,
+    isa: str,
+    threads: int,
+    layout: PackedLayout,
+    compute: str,
+    tokens: int,
+    top_k: int,
+    dtype: str,
+    ranks: list[int],
+    shared: bool,
+) -> int: ...

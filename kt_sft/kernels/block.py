@@ -19,7 +19,7 @@ import kt_sft.kernels._core as _core
 from kt_sft.errors import KernelArgumentError
 from kt_sft.kernels.checks import FLOAT_NAMES, address_of
 from kt_sft.kernels.engine import Engine
-from kt_sft.kernels.formats import PROJECTIONS
+from kt_sft.kernels.formats import PROJECTIONS, WeightLayout
 from kt_sft.kernels.gate import Gate
 from kt_sft.kernels.weights import ExpertWeights
 
@@ -217,6 +217,42 @@ def backward(
         ],
     )
     return Gradients(d_hidden_TD, d_weight_TK, d_lora), BlockReport(**report)
+
+
+def kept_bytes(layout: WeightLayout, rows: int, ranks: Sequence[int]) -> int:
+    """Of what forward keeps for `rows` rows, with LoRA of these ranks."""
+    channels = (2 if layout.gated else 1) * _round_up(layout.intermediate)
+    return 4 * rows * (channels + sum(ranks))
+
+
+def backward_bytes(
+    layout: WeightLayout,
+    compute: str,
+    tokens: int,
+    top_k: int,
+    dtype: torch.dtype,
+    ranks: Sequence[int],
+    *,
+    shared: bool,
+    isa: str,
+    threads: int,
+) -> int:
+    """Temporary memory of a backward, which takes more than a forward; the core counts it.
+
+    dtype: of hidden. ranks: of the LoRA of gate, up and down, 0 without; shared: by all experts.
+    The gradients of LoRA are not among it.
+    """
+    return _core.backward_bytes(
+        isa=isa,
+        threads=threads,
+        layout=layout.native,
+        compute=layout.arithmetic or compute,
+        tokens=tokens,
+        top_k=top_k,
+        dtype=FLOAT_NAMES[dtype],
+        ranks=list(ranks),
+        shared=shared,
+    )
 
 
 def _round_up(n: int) -> int:

@@ -28,6 +28,11 @@ def available_threads(
     return max(1, limit // (local_ranks or place_among_ranks()[1]))
 
 
+def threads_of(setting: int | str) -> int:
+    """The threads that a setting means: a number, or auto."""
+    return available_threads() if setting == "auto" else int(setting)
+
+
 def machine_cpus() -> int:
     """Logical CPUs of the machine, whatever this process may use of them."""
     return os.cpu_count() or 1

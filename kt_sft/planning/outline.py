@@ -16,12 +16,19 @@ from kt_sft.checkpoint.sources import UnreadSource
 from kt_sft.config import HybridExpertsSettings
 from kt_sft.families.finding import FoundExperts
 from kt_sft.families.table import TOP_K_NAMES
-from kt_sft.kernels import WeightLayout
+from kt_sft.kernels import WeightLayout, requested_isa
 from kt_sft.machine import allocator
-from kt_sft.machine.cpus import place_among_ranks
+from kt_sft.machine.cpus import place_among_ranks, threads_of
 from kt_sft.machine.memory import available_memory_bytes
 from kt_sft.planning.lora_targets import LoraTargets
-from kt_sft.planning.plan import LayerNeeds, MemoryPlan, RestOfModel, Workload, plan_memory
+from kt_sft.planning.plan import (
+    Arithmetic,
+    LayerNeeds,
+    MemoryPlan,
+    RestOfModel,
+    Workload,
+    plan_memory,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +150,9 @@ def plan_of(
         needs,
         rest,
         outline.workload(model) if outline else None,
-        compute=settings.compute,
+        arithmetic=Arithmetic(
+            settings.compute, requested_isa(settings.isa), threads_of(settings.threads)
+        ),
         keeps=settings.activations == "keep",
         mapped=settings.store != "memory" and settings.resident is not True,
         ranks=place_among_ranks()[1],

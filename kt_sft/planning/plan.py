@@ -10,12 +10,13 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from kt_sft.errors import MemoryPlanError
-from kt_sft.kernels import PROJECTIONS, WeightLayout
+from kt_sft.kernels import PROJECTIONS, WeightLayout, backward_bytes, kept_bytes
 
 logger = logging.getLogger(__name__)
 
-_BLOCK = 64  # channels are padded to multiples of it
 _FLOAT = 4
 _STATES = 4  # of a trained parameter in fp32: itself, its gradient, two of Adam
 # Tensors of [T, D] that a layer's attention, norms and shared parts hold for backward, and those
@@ -25,7 +26,6 @@ _LOGIT_COPIES = 2
 # Not handed out: what the system and the allocator's slack take.
 _MARGIN_BYTES = 512 << 20
 _MARGIN_SHARE = 0.03
-_ACTIVATION_BYTES = {"exact": 2, "int8": 1, "bf16": 2}
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,15 @@ class RestOfModel:
     vocabulary: int
     element_bytes: int
     on_host: bool
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How the experts are computed: compute of the settings, instruction set, threads."""
+
+    compute: str
+    isa: str
+    threads: int
 
 
 @dataclass(frozen=True)
@@ -140,15 +149,6 @@ def _margin(free: int) -> int:
     return max(_MARGIN_BYTES, int(_MARGIN_SHARE * free))
 
 
-def _padded(width: int) -> int:
-    return -(-width // _BLOCK) * _BLOCK
-
-
-def _gate_and_up(layout: WeightLayout) -> int:
-    """Padded channels of gate and up together."""
-    return (2 if layout.gated else 1) * _padded(layout.intermediate)
-
-
 def lora_parameters(layer: LayerNeeds, rank: int) -> int:
     """Parameters of the LoRA of one layer of experts."""
     layout = layer.layout
@@ -156,13 +156,11 @@ def lora_parameters(layer: LayerNeeds, rank: int) -> int:
     return copies * rank * sum(sum(layout.shape(p)) for p in layer.factors)
 
 
-def kept_bytes(layer: LayerNeeds, work: Workload, element_bytes: int) -> int:
+def held_bytes(layer: LayerNeeds, work: Workload, element_bytes: int) -> int:
     """What one layer holds between forward and backward."""
     rows = work.tokens * layer.top_k
-    factors = len(layer.factors) * work.rank
-    routing = rows * 8  # indices
-    output = work.tokens * layer.layout.hidden * element_bytes
-    return rows * _FLOAT * (_gate_and_up(layer.layout) + factors) + routing + output
+    kept = kept_bytes(layer.layout, rows, [work.rank] * len(layer.factors))
+    return kept + rows * 8 + work.tokens * layer.layout.hidden * element_bytes
 
 
 def staged_bytes(layer: LayerNeeds, work: Workload, element_bytes: int) -> int:
@@ -171,20 +169,25 @@ def staged_bytes(layer: LayerNeeds, work: Workload, element_bytes: int) -> int:
     return hidden + work.tokens * layer.top_k * (8 + _FLOAT)
 
 
-def workspace_bytes(layer: LayerNeeds, work: Workload, compute: str) -> int:
-    """The kernels' temporary memory in a backward, which needs more than a forward."""
-    layout = layer.layout
-    rows = work.tokens * layer.top_k
-    wide, deep = _gate_and_up(layout), _padded(layout.hidden)
-    element = _ACTIVATION_BYTES[layout.arithmetic or compute]
-    floats = rows * (wide + deep) + 2 * work.tokens * deep
-    stacked = 0
-    if work.rank and layer.factors:
-        floats += rows * (_padded(layout.intermediate) + len(layer.factors) * work.rank)
-        # Factors and gradients of every expert on the host, of one layer at a time.
-        per_expert = replace(layer, shared_lora=False)
-        stacked = 2 * lora_parameters(per_expert, work.rank)
-    return rows * element * (deep + wide) + _FLOAT * (floats + stacked)
+def workspace_bytes(
+    layer: LayerNeeds, work: Workload, arithmetic: Arithmetic, rest: RestOfModel
+) -> int:
+    """Temporary memory of one layer's backward, its LoRA's gradients included."""
+    ranks = [work.rank if p in layer.factors else 0 for p in PROJECTIONS]
+    temporary = backward_bytes(
+        layer.layout,
+        arithmetic.compute,
+        work.tokens,
+        layer.top_k,
+        torch.float32 if rest.element_bytes == 4 else torch.bfloat16,
+        ranks,
+        shared=layer.shared_lora,
+        isa=arithmetic.isa,
+        threads=arithmetic.threads,
+    )
+    gradients = lora_parameters(replace(layer, shared_lora=False), work.rank)
+    factors = 0 if rest.on_host else lora_parameters(layer, work.rank)  # copied to the host
+    return temporary + _FLOAT * (gradients + factors)
 
 
 def plan_memory(
@@ -192,7 +195,7 @@ def plan_memory(
     rest: RestOfModel,
     work: Workload | None,
     *,
-    compute: str,
+    arithmetic: Arithmetic,
     keeps: bool,
     mapped: bool,
     ranks: int,
@@ -210,7 +213,8 @@ def plan_memory(
     ]
     if work is not None:
         trained = sum(lora_parameters(layer, work.rank) for layer in layers)
-        kept = [kept_bytes(layer, work, rest.element_bytes) for layer in layers]
+        workspaces = [workspace_bytes(layer, work, arithmetic, rest) for layer in {*layers}]
+        kept = [held_bytes(layer, work, rest.element_bytes) for layer in layers]
         # Without checkpointing autograd holds every layer's; recompute has one at a time.
         held = sum(kept) if keeps or not work.checkpointing else max(kept, default=0)
         # The same goes for what an accelerator's tensors are copied to; LoRA's for one layer is in
@@ -233,11 +237,7 @@ def plan_memory(
             Component("other trained parameters", there, _STATES * _FLOAT * work.other_trained),
             Component("experts' activations", "host", held),
             Component("copies for the host", "host", 0 if rest.on_host else copied),
-            Component(
-                "kernels' workspace",
-                "host",
-                max((workspace_bytes(layer, work, compute) for layer in layers), default=0),
-            ),
+            Component("kernels' workspace", "host", max(workspaces, default=0)),
             Component("other activations (estimate)", there, tensor * tensors + logits),
         ]
     return MemoryPlan(tuple(parts), ranks)

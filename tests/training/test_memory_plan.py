@@ -25,18 +25,30 @@ import memory_plan
 from kt_sft import HybridExpertsConfig, hybridize
 from kt_sft.errors import MemoryPlanError
 from kt_sft.experts import hybrid_experts_of
-from kt_sft.kernels import WeightLayout
+from kt_sft.kernels import (
+    Call,
+    Engine,
+    ExpertWeights,
+    Gate,
+    Inputs,
+    LoraFactors,
+    WeightLayout,
+    backward,
+    backward_bytes,
+    forward,
+)
 from kt_sft.loading import quantizer as transformers
 from kt_sft.machine import allocator
 from kt_sft.planning import outline as memory
 from kt_sft.planning.lora_targets import LoraTargets
 from kt_sft.planning.outline import TrainingOutline
 from kt_sft.planning.plan import (
+    Arithmetic,
     LayerNeeds,
     MemoryPlan,
     RestOfModel,
     Workload,
-    kept_bytes,
+    held_bytes,
     lora_parameters,
     plan_memory,
     workspace_bytes,
@@ -46,6 +58,7 @@ from kt_sft.plugin.modes import outline_of
 SCRIPT = Path(memory_plan.__file__)
 LAYER = LayerNeeds(WeightLayout(128, 2048, 768, "int8"), top_k=8)
 WORK = Workload(tokens=4096, rank=8)
+EXACT = Arithmetic("exact", "portable", threads=8)
 REST = RestOfModel(
     nbytes=3_000_000_000,
     hidden=2048,
@@ -57,7 +70,7 @@ REST = RestOfModel(
 
 
 def plan(work: Workload | None = WORK, rest: RestOfModel = REST, **changes: object) -> MemoryPlan:
-    settings = {"compute": "exact", "keeps": True, "mapped": True, "ranks": 1, **changes}
+    settings = {"arithmetic": EXACT, "keeps": True, "mapped": True, "ranks": 1, **changes}
     return plan_memory([LAYER] * 48, rest, work, **settings)  # type: ignore[arg-type]
 
 
@@ -66,9 +79,39 @@ def test_numbers_of_a_layer() -> None:
     assert lora_parameters(LAYER, 8) == 128 * 8 * 3 * (2048 + 768)
     assert lora_parameters(replace(LAYER, shared_lora=True), 8) == 8 * 3 * (2048 + 768)
     rows = 4096 * 8
-    assert kept_bytes(LAYER, WORK, 2) == rows * (2 * 768 + 24) * 4 + rows * 8 + 4096 * 2048 * 2
-    without = workspace_bytes(LAYER, replace(WORK, rank=0), "exact")
-    assert without == rows * 2 * (2048 + 1536) + 4 * (rows * (1536 + 2048) + 2 * 4096 * 2048)
+    assert held_bytes(LAYER, WORK, 2) == rows * (2 * 768 + 24) * 4 + rows * 8 + 4096 * 2048 * 2
+    without = workspace_bytes(LAYER, replace(WORK, rank=0), EXACT, REST)
+    by_hand = rows * 2 * (2048 + 1536) + 4 * (rows * (1536 + 2048) + 2 * 4096 * 2048)
+    assert 1.0 < without / by_hand < 1.06, "scales and sums of rows, and threads' own, beside them"
+    factors = 4 * (lora_parameters(LAYER, 8) + lora_parameters(LAYER, 8))
+    with_lora = workspace_bytes(LAYER, WORK, EXACT, REST)
+    assert with_lora > without + factors + 4 * rows * (768 + 24)
+    on_host = workspace_bytes(LAYER, WORK, EXACT, replace(REST, on_host=True))
+    assert with_lora - on_host == factors // 2, "only an accelerator's factors are copied"
+
+
+@pytest.mark.parametrize("weights", ["int8", "bf16", "int4_g32"])
+@pytest.mark.parametrize("rank", [0, 5])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_core_counts_what_it_takes(weights: str, rank: int, threads: int) -> None:
+    """A fresh engine keeps what one backward took, and nothing else."""
+    layout = WeightLayout(6, 200, 136, weights)
+    experts = ExpertWeights(layout)
+    index = torch.arange(600).remainder(6).reshape(300, 2)
+    one = LoraFactors(torch.randn(6, rank, 200), torch.randn(6, 136, rank), 1.0) if rank else None
+    inputs = Inputs(torch.randn(300, 200).bfloat16(), index, torch.rand(300, 2), (None, one, None))
+    call = Call(layout.arithmetic or "exact", Gate())
+    _, kept, _ = forward(Engine(1, "portable"), experts, call, inputs, keep=True)
+    assert kept is not None
+    engine = Engine(threads, "portable")
+    gradients = backward(engine, experts, call, inputs, inputs.hidden_TD, kept)[0].lora
+    lora = sum(t.nbytes for pair in gradients if pair for t in pair)
+    del gradients
+    counted = backward_bytes(
+        layout, "exact", 300, 2, torch.bfloat16, [0, rank, 0],
+        shared=False, isa="portable", threads=threads,
+    )  # fmt: skip
+    assert 0 <= engine.cached_bytes - counted - lora <= 0.05 * counted + 2 * (1 << 16)
 
 
 def test_what_changes_the_plan() -> None:

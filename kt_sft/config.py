@@ -15,7 +15,6 @@ from kt_sft.errors import SettingsError
 from kt_sft.machine.cpus import machine_cpus
 
 _CHOICES = {
-    "weights": ("int8", "bf16", "int4", "int4_g128", "int4_g32", "checkpoint"),
     "compute": ("exact", "int8"),
     "activations": ("keep", "recompute"),
     "expert_lora": (True, False, "shared"),
@@ -93,8 +92,10 @@ class HybridExpertsSettings:
 
 
 def _problems(values: Mapping[str, Any]) -> list[str]:
+    from kt_sft.kernels.formats import WEIGHTS
+
     found = []
-    for name, choices in _CHOICES.items():
+    for name, choices in {"weights": WEIGHTS, **_CHOICES}.items():
         value = values[name]
         # 1 equals True but is not what the setting offers.
         if any(value == c and type(value) is type(c) for c in choices):

@@ -39,6 +39,7 @@ _DOTS = "csrc/kernels/vector_dots.inl"
 _FORWARD = "csrc/core/experts_forward.cpp"
 _BACKWARD = "csrc/core/experts_backward.cpp"
 _LORA = "csrc/core/lora_operands.h"
+_LORA_GRADIENTS = "csrc/core/lora_gradients.h"
 _PACKED = "csrc/core/packed_experts.cpp"
 _TABLE = "kt_sft/families/table.py"
 _CALLS = "kt_sft/families/calls.py"
@@ -116,12 +117,11 @@ FAULTS = (
     Fault("bias left out", _FORWARD, "kernels_.add_row(rows, bias + col, tile);", ";"),
     Fault("down's bias left out of the routing gradient", _BACKWARD,
           "bias ? kernels_.dot_row(dp, dout_of_row(r), bias) : 0.0f", "0.0f"),
-    Fault("LoRA gradient without the routing weight", _BACKWARD,
-          "add_products({{Projection::kDown, q[2], true}});",
-          "add_products({{Projection::kDown, q[2], false}});"),
-    Fault("idle experts keep stale gradients", _BACKWARD, "if (!routing.count(e)) add_items(e);",
-          "if (routing.count(e) < 0) add_items(e);"),
-    Fault("LoRA B transposed", _BACKWARD, "out[n * rank + j] = sum;",
+    Fault("LoRA gradient without the routing weight", _LORA_GRADIENTS,
+          "          weigh(count, r, weight_R + begin, factor, weighted);\n          factor = weighted;\n", ""),
+    Fault("idle experts keep stale gradients", _LORA_GRADIENTS, "if (!routing_.count(e)) add(e);",
+          "if (routing_.count(e) < 0) add(e);"),
+    Fault("LoRA B transposed", _LORA_GRADIENTS, "out[n * r + j] = sum;",
           "out[j * outputs + n] = sum;"),
     Fault("LoRA scaling left out of the gradient", _LORA,
           "bt(p, expert), op.ldb, lora.scaling,", "bt(p, expert), op.ldb, 1.0f,"),
@@ -135,12 +135,12 @@ FAULTS = (
           "(magnitude < 1 ? float_bits(small) : normal) | sign"),
     Fault("published: zero point left out", _ROWS, "(kIntegers ? value - zero[j] : value) * scale[j]",
           "value * scale[j]"),
-    Fault("published: groups of the first half for both", _PACKED,
-          "if (half && group == b * kBlock / coding.group_inputs) {", "if (half) {"),
+    Fault("published: groups of the first half for both", "csrc/formats/coded.h",
+          "if (half && group == block * kBlock / coding.group_inputs) {", "if (half) {"),
     Fault("int4: raised levels ignored", _ROWS, "const VecU byte = 128 - (8 - (stored >> 7)) * m;",
           "const VecU byte = 128 - 8 * m;"),
-    Fault("channels: taken from the front", _PACKED, "const int64_t panel0 = down ? 0 : first / kPanelCols",
-          "const int64_t panel0 = 0 * first"),
+    Fault("channels: taken from the front", _PACKED, "const int64_t output = down ? 0 : first, input",
+          "const int64_t output = 0, input"),
     Fault("families: gate and up exchanged", _TABLE, '(_gpt_oss_row(("even", "odd")),)',
           '(_gpt_oss_row(("odd", "even")),)', _FAMILIES),
     Fault("families: halves exchanged", _TABLE, 'rows: tuple[str, str] = ("first", "second"),',

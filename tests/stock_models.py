@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from kt_sft.experts import hybrid_experts_of
-from kt_sft.families.finding import FoundExperts, find_experts, select_rows
+from kt_sft.families.finding import FoundExperts, find_experts
 from kt_sft.families.table import Part, parameter
 
 
@@ -24,8 +24,7 @@ def expert_tensors(model: nn.Module) -> list[str]:
 
 
 def _view(layer: FoundExperts, part: Part, whole: Tensor, expert: int) -> Tensor:
-    one = layer.slice(part, whole, expert)
-    return select_rows(part, one.T if part.transposed and one.dim() == 2 else one)
+    return layer.part(part, expert).of(whole)
 
 
 def take_effective_weights(stock: nn.Module, hybrid: nn.Module) -> None:

@@ -68,12 +68,9 @@ Projection projection(const std::string& name) {
 }
 
 WeightFormat weight_format(const std::string& name) {
-  static const std::map<std::string, WeightFormat> names = {
-      {"int8", WeightFormat::kInt8},
-      {"bf16", WeightFormat::kBf16},
-      {"int4_g32", WeightFormat::kInt4Group32},
-      {"int4_g128", WeightFormat::kInt4Group128},
-      {"coded", WeightFormat::kCoded}};
+  std::map<std::string, WeightFormat> names;
+  for (size_t i = 0; i < std::size(kFormatNames); ++i)
+    names.emplace(kFormatNames[i], static_cast<WeightFormat>(i));
   return named(names, "weights", name);
 }
 
@@ -101,7 +98,7 @@ PackedLayout packed_layout(int64_t experts, int64_t hidden, int64_t intermediate
                            const std::array<bool, kProjectionCount>& biased,
                            const std::optional<CodingTuple>& coding) {
   PackedLayout layout{experts, hidden, intermediate, weight_format(weights), gated, biased, {}};
-  if (layout.is_coded() != coding.has_value())
+  if (layout.form().takes_floats() == coding.has_value())
     throw std::invalid_argument("coding: goes with coded weights");
   if (coding)
     layout.coding = {code_kind(std::get<0>(*coding)), scale_type(std::get<1>(*coding)),
@@ -221,7 +218,14 @@ PYBIND11_MODULE(_core, m) {
                 out[kSectionNames[i]] = bytes;
             return out;
           },
-          "Name -> bytes of every section that is not empty.");
+          "Name -> bytes of every section that is not empty.")
+      .def_property_readonly("is_float", &PackedLayout::is_float)
+      .def_property_readonly("channel_granule", &PackedLayout::channel_granule);
+  std::vector<std::string> own_formats;
+  for (size_t i = 0; i < std::size(kFormatNames); ++i)
+    if (form_of(static_cast<WeightFormat>(i)).takes_floats())
+      own_formats.emplace_back(kFormatNames[i]);
+  m.attr("OWN_FORMATS") = own_formats;
   m.attr("SECTIONS") = py::cast(kSectionNames);
 
   py::class_<PackedExperts, std::shared_ptr<PackedExperts>>(m, "PackedExperts")
@@ -266,8 +270,7 @@ PYBIND11_MODULE(_core, m) {
           "take_channels",
           [](PackedExperts& self, Engine& engine, const PackedExperts& from, int64_t first) {
             unlocked([&] {
-              engine.exclusively(
-                  [&](ThreadPool& pool) { self.take_channels(pool, from, first); });
+              engine.exclusively([&](ThreadPool& pool) { self.take_channels(pool, from, first); });
             });
           },
           py::arg("engine"), py::arg("source"), py::arg("first"))
@@ -276,8 +279,7 @@ PYBIND11_MODULE(_core, m) {
           [](PackedExperts& self, Engine& engine, const PackedExperts& from,
              const std::vector<int64_t>& chosen) {
             unlocked([&] {
-              engine.exclusively(
-                  [&](ThreadPool& pool) { self.take_experts(pool, from, chosen); });
+              engine.exclusively([&](ThreadPool& pool) { self.take_experts(pool, from, chosen); });
             });
           },
           py::arg("engine"), py::arg("source"), py::arg("experts"))
@@ -311,9 +313,9 @@ PYBIND11_MODULE(_core, m) {
           },
           py::arg("expert"), py::arg("projection"), py::arg("out"));
 
-  py::class_<Gate>(m, "Gate")
-      .def(py::init(&gate_from), py::kw_only(), py::arg("activation"), py::arg("gated"),
-           py::arg("alpha"), py::arg("limit"), py::arg("up_offset"));
+  py::class_<Gate>(m, "Gate").def(py::init(&gate_from), py::kw_only(), py::arg("activation"),
+                                  py::arg("gated"), py::arg("alpha"), py::arg("limit"),
+                                  py::arg("up_offset"));
   py::class_<Lora>(m, "Lora")
       .def(py::init<>())
       .def(py::init([](int rank, Address a, Address b, float scaling, bool shared) {

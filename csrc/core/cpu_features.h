@@ -30,7 +30,7 @@ struct CpuFeatures {
 
 struct CpuFlag {
   const char* name;
-  bool CpuFeatures::*value;
+  bool CpuFeatures::* value;
 };
 const std::vector<CpuFlag>& cpu_flags();
 

@@ -131,39 +131,40 @@ BlockReport ExpertsBlock::backward(const BlockInput& in, const void* d_out,
 
   const std::vector<ExpertItem> dh_items =
       expert_items(routing, f_blocks, pool_.size(), arrays.dy_rows.row_bytes());
-  phases.run("d_h", static_cast<int64_t>(dh_items.size()), routing.rows * fp * dp,
-             [&](int64_t i, int thread) {
-               const ExpertItem& item = dh_items[i];
-               BackwardPanels panels(kernels_, weights, item.expert, {Projection::kDown},
-                                     scratch.thread_bytes(thread, BackwardPanels::buffer_bytes(
-                                                                      kernels_, weights, dp)));
-               for (int64_t unit = item.begin; unit < item.end; ++unit)
-                 multiply(arrays.dy_rows, panels, unit, unit + 1 < item.end, item.row_begin, item.row_end,
-                          {}, [&](int64_t row, int rows, const std::array<float*, 2>& dh) {
-                            float* parts = d_weight_parts + row * weight_parts + unit;
-                            for (int m = 0; m < rows; ++m) parts[m * weight_parts] = 0.0f;
-                            for (int64_t half = 0; half < 2; ++half) {
-                              const int64_t col = unit * kBlock + half * kPanelCols;
-                              lora.add_input(Projection::kDown, item.expert, row, rows,
-                                             gradients.q(Projection::kDown), col, dh[half]);
-                              GateBackward io{};
-                              io.rows = rows;
-                              io.weight = weight_R + row;
-                              io.dh = dh[half];
-                              io.gate = gated ? kept.gate + row * fp + col : nullptr;
-                              io.up = kept.up + row * fp + col;
-                              io.ldk = io.ldh = fp;
-                              io.dgate = gated ? dgate_of_row(row) + col : nullptr;
-                              io.dup = dup_of_row(row) + col;
-                              io.ldd = gp;
-                              io.h = h_RF ? h_of_row(row) + col : nullptr;
-                              io.d_weight = parts;
-                              io.ldw = weight_parts;
-                              io.stream = stream_f;
-                              kernels_.gate_backward(in.gate, io);
-                            }
-                          });
-             });
+  phases.run(
+      "d_h", static_cast<int64_t>(dh_items.size()), routing.rows * fp * dp,
+      [&](int64_t i, int thread) {
+        const ExpertItem& item = dh_items[i];
+        BackwardPanels panels(
+            kernels_, weights, item.expert, {Projection::kDown},
+            scratch.thread_bytes(thread, BackwardPanels::buffer_bytes(kernels_, weights, dp)));
+        for (int64_t unit = item.begin; unit < item.end; ++unit)
+          multiply(arrays.dy_rows, panels, unit, unit + 1 < item.end, item.row_begin, item.row_end,
+                   {}, [&](int64_t row, int rows, const std::array<float*, 2>& dh) {
+                     float* parts = d_weight_parts + row * weight_parts + unit;
+                     for (int m = 0; m < rows; ++m) parts[m * weight_parts] = 0.0f;
+                     for (int64_t half = 0; half < 2; ++half) {
+                       const int64_t col = unit * kBlock + half * kPanelCols;
+                       lora.add_input(Projection::kDown, item.expert, row, rows,
+                                      gradients.q(Projection::kDown), col, dh[half]);
+                       GateBackward io{};
+                       io.rows = rows;
+                       io.weight = weight_R + row;
+                       io.dh = dh[half];
+                       io.gate = gated ? kept.gate + row * fp + col : nullptr;
+                       io.up = kept.up + row * fp + col;
+                       io.ldk = io.ldh = fp;
+                       io.dgate = gated ? dgate_of_row(row) + col : nullptr;
+                       io.dup = dup_of_row(row) + col;
+                       io.ldd = gp;
+                       io.h = h_RF ? h_of_row(row) + col : nullptr;
+                       io.d_weight = parts;
+                       io.ldw = weight_parts;
+                       io.stream = stream_f;
+                       kernels_.gate_backward(in.gate, io);
+                     }
+                   });
+      });
 
   phases.run("pack_d_gate_up", static_cast<int64_t>(blocks.size()),
              routing.rows * fp * (8 + 2 * lora.rank_sum()), [&](int64_t i, int) {
@@ -174,7 +175,8 @@ BlockReport ExpertsBlock::backward(const BlockInput& in, const void* d_out,
                gradients.begin_block(Projection::kGate, i);
                gradients.begin_block(Projection::kUp, i);
                in_batches(item, [&](int64_t begin, int64_t end) {
-                 for (int64_t r = begin; r < end; ++r) arrays.dgu_rows.pack(r, dgu_RG + r * gp, fold);
+                 for (int64_t r = begin; r < end; ++r)
+                   arrays.dgu_rows.pack(r, dgu_RG + r * gp, fold);
                  gradients.add_rows(Projection::kGate, i, begin, end, kept.lora_down[0], weight_R,
                                     dgate_of_row);
                  gradients.add_rows(Projection::kUp, i, begin, end, kept.lora_down[1], weight_R,
@@ -194,8 +196,8 @@ BlockReport ExpertsBlock::backward(const BlockInput& in, const void* d_out,
             kernels_, weights, item.expert, inner,
             scratch.thread_bytes(thread, BackwardPanels::buffer_bytes(kernels_, weights, gp)));
         for (int64_t unit = item.begin; unit < item.end; ++unit)
-          multiply(arrays.dgu_rows, panels, unit, unit + 1 < item.end, item.row_begin, item.row_end, {},
-                   [&](int64_t row, int rows, const std::array<float*, 2>& dx) {
+          multiply(arrays.dgu_rows, panels, unit, unit + 1 < item.end, item.row_begin, item.row_end,
+                   {}, [&](int64_t row, int rows, const std::array<float*, 2>& dx) {
                      for (int64_t half = 0; half < 2; ++half) {
                        const int64_t col = unit * kBlock + half * kPanelCols;
                        for (const Projection proj : {Projection::kGate, Projection::kUp})

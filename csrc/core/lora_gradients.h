@@ -25,10 +25,10 @@ class LoraGradients {
         kernels_(kernels),
         lora_(lora),
         // Without LoRA the blocks are only there to be packed, and small ones spread better.
-        blocks_(row_items(routing, lora.rank_sum()
-                                       ? kBlockRows * std::max<int64_t>(
-                                                          1, lora.max_rank() / kBlockRank)
-                                       : kRowsPerItem)) {
+        blocks_(
+            row_items(routing, lora.rank_sum()
+                                   ? kBlockRows * std::max<int64_t>(1, lora.max_rank() / kBlockRank)
+                                   : kRowsPerItem)) {
     for (int i = 0; i < kProjectionCount; ++i) {
       const Projection p = static_cast<Projection>(i);
       if (!lora.any(p)) continue;
@@ -43,8 +43,7 @@ class LoraGradients {
   const float* q(Projection p) const { return q_[place(p)]; }
 
   void begin_block(Projection p, int64_t block) const {
-    if (lora_.any(p))
-      std::fill_n(share(p, block), rank(p) * output_width(p), 0.0f);
+    if (lora_.any(p)) std::fill_n(share(p, block), rank(p) * output_width(p), 0.0f);
   }
   // Of each thread, while dA is made.
   int64_t thread_floats() const {
@@ -196,8 +195,7 @@ class LoraGradients {
 
   template <class RowOf>
   void write_columns(const ColumnItem& item, const float* weight_R, const RowOf& row_of,
-                     float* buffer,
-                     const std::array<LoraGradient, kProjectionCount>& out) const {
+                     float* buffer, const std::array<LoraGradient, kProjectionCount>& out) const {
     const Group& group = *item.group;
     const int64_t width = in_.weights->layout().inputs(group[0]);
     const int64_t cols = std::min(kColumns, padded(width) - item.col);
@@ -212,8 +210,7 @@ class LoraGradients {
     for (int64_t m = 0; m < kRows; ++m) rows[m] = gathered + m * kColumns;
     const auto bring_near = [&](int64_t begin) {
       for (int64_t r = begin; r < std::min(end, begin + kRows); ++r)
-        for (int64_t j = 0; j < cols; j += 16)
-          __builtin_prefetch(row_of(r) + item.col + j, 0, 2);
+        for (int64_t j = 0; j < cols; j += 16) __builtin_prefetch(row_of(r) + item.col + j, 0, 2);
     };
     bring_near(first);
     for (int64_t begin = first; begin < end; begin += kRows) {

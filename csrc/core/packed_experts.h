@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "../formats/weight_form.h"
 #include "memory.h"
 #include "packed_layout.h"
 #include "thread_pool.h"
@@ -50,39 +51,19 @@ class PackedExperts {
   void take_experts(ThreadPool& pool, const PackedExperts& from,
                     const std::vector<int64_t>& chosen);
 
-  // Super tiles [outputs / 32][inputs / 64] of a projection.
-  const uint8_t* tiles(int64_t expert, Projection projection) const;
-  // One scale per output channel, padded with zeros; null for float formats.
+  // One matrix, to be read by its form.
+  StoredMatrix matrix(int64_t expert, Projection projection) const;
+  // One scale per output channel, padded with zeros; null for formats without.
   const float* scales(int64_t expert, Projection projection) const;
   // One bias per output channel, padded with zeros; null where the layout has none.
   const float* bias(int64_t expert, Projection projection) const;
-  // The multipliers of 16 outputs (half h of panel i) in block b of 64 inputs, for its k < 32 and
-  // k >= 32.
-  std::array<const uint8_t*, 2> multipliers(int64_t expert, Projection projection, int64_t i,
-                                            int64_t b, int64_t h) const;
-  // The groups that coded super tile (i, b) meets.
-  void code_scales(int64_t expert, Projection projection, int64_t i, int64_t b,
-                   CodeScales& out) const;
 
  private:
-  PackedExperts(const PackedLayout& layout,
-                const std::array<const uint8_t*, kSectionCount>& packed, int)
+  PackedExperts(const PackedLayout& layout, const std::array<const uint8_t*, kSectionCount>& packed,
+                int)
       : layout_(layout), memory_(packed) {}
-
-  void read_scales(int64_t first, int64_t count, float* out) const;
-  float code_scale(int64_t index) const;
-  float code_zero(int64_t index) const;
-  uint8_t* writable(Section section) const;
-  uint8_t* mutable_tiles(int64_t expert, Projection projection) const;
-  uint8_t* mutable_multipliers(int64_t expert, Projection projection) const;
-  float* mutable_scales(int64_t expert, Projection projection) const;
-
-  struct PanelBuffers;
-  // Channel n, in panel.values, as units of 4 bytes in the order of k; its scale and multipliers go
-  // where they belong.
-  void quantize_row(const KernelTable& kernels, PanelBuffers& panel, int64_t expert,
-                    Projection projection, int64_t n, uint32_t* units) const;
-  void check_code_scales(int64_t expert, Projection projection, const void* scales) const;
+  // Throws std::invalid_argument over memory that was packed before.
+  WritableMatrix writable_matrix(int64_t expert, Projection projection) const;
 
   const PackedLayout layout_;
   const ProcessGuard process_;

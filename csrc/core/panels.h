@@ -23,47 +23,30 @@ class StoredTiles {
   StoredTiles(const KernelTable& kernels, const PackedExperts& weights, int64_t expert,
               Projection projection)
       : kernels_(kernels),
-        weights_(weights),
-        expert_(expert),
-        projection_(projection),
-        tiles_(weights.tiles(expert, projection)),
-        blocks_(padded(weights.layout().inputs(projection)) / kBlock),
-        panels_(padded(weights.layout().outputs(projection)) / kPanelCols) {}
+        form_(weights.layout().form()),
+        matrix_(weights.matrix(expert, projection)),
+        tile_bytes_(weights.layout().tile_bytes()),
+        blocks_(matrix_.blocks()),
+        panels_(matrix_.panels()) {}
 
   int64_t blocks() const { return blocks_; }  // super tiles along the inputs
   int64_t panels() const { return panels_; }  // along the outputs
   const uint8_t* tile(int64_t panel, int64_t block) const {
-    return tiles_ + (panel * blocks_ + block) * weights_.layout().tile_bytes();
+    return matrix_.in(Section::kTiles) + (panel * blocks_ + block) * tile_bytes_;
   }
-
-  // Half a super tile, 16 outputs, in int8; unpacked into `buffer` when stored in int4.
+  // See WeightForm.
   const uint8_t* int8_half(int64_t panel, int64_t block, int64_t half, uint8_t* buffer) const {
-    const uint8_t* stored = tile(panel, block);
-    if (!weights_.layout().is_int4()) return stored + half * kTileBytesInt8 / 2;
-    kernels_.unpack_int4(stored + half * kTileBytesInt4 / 2,
-                         weights_.multipliers(expert_, projection_, panel, block, half).data(),
-                         buffer);
-    return buffer;
+    return form_.int8_half(kernels_, matrix_, panel, block, half, buffer);
   }
-
-  // A super tile in bf16; decoded into `buffer` when it is stored in codes.
   const uint16_t* bf16_tile(int64_t panel, int64_t block, uint16_t* buffer) const {
-    const uint8_t* stored = tile(panel, block);
-    const PackedLayout& layout = weights_.layout();
-    if (!layout.is_coded()) return reinterpret_cast<const uint16_t*>(stored);
-    CodeScales groups;
-    weights_.code_scales(expert_, projection_, panel, block, groups);
-    kernels_.decode_tile(layout.coding.kind, stored, groups, buffer);
-    return buffer;
+    return form_.bf16_tile(kernels_, matrix_, panel, block, buffer);
   }
 
  private:
   const KernelTable& kernels_;
-  const PackedExperts& weights_;
-  int64_t expert_;
-  Projection projection_;
-  const uint8_t* tiles_;
-  int64_t blocks_, panels_;
+  const WeightForm& form_;
+  StoredMatrix matrix_;
+  int64_t tile_bytes_, blocks_, panels_;
 };
 
 inline int tile_lines_shift(const PackedExperts& weights) {
@@ -90,10 +73,7 @@ class ForwardPanels {
                 const std::vector<Projection>& projections, uint8_t* buffer)
       : kernels_(kernels), weights_(weights), block_bytes_(panel_block_bytes(kernels, weights)) {
     for (const Projection p : projections) sources_.emplace_back(kernels, weights, expert, p);
-    const PanelForm form = panel_form(kernels, weights);
-    in_place_ = weights.layout().is_float()
-                    ? form == PanelForm::kBf16 && !weights.layout().is_coded()
-                    : form == PanelForm::kU8 && !weights.layout().is_int4();
+    in_place_ = weights.layout().form().is_panel(panel_form(kernels, weights));
     buffers_ = {buffer, buffer + blocks() * block_bytes_};
   }
 

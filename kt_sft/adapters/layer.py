@@ -18,6 +18,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from kt_sft.adapters.names import scaling
 from kt_sft.errors import SettingsError
 from kt_sft.kernels.block import MAX_RANK
 
@@ -133,7 +134,7 @@ class HybridExpertsLinear(nn.Module, LoraLayer):
             )
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
-        self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        self.scaling[adapter_name] = scaling(r, lora_alpha, use_rslora)
         self.use_rslora[adapter_name] = use_rslora
         self.use_dora[adapter_name] = False
         self.lora_bias[adapter_name] = False

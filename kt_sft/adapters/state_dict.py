@@ -1,24 +1,16 @@
-"""The portable form of expert LoRA: one pair of matrices per expert and projection.
+"""Expert LoRA in state dicts: one pair of matrices per expert and projection, see names.py.
 
-In a state dict, `<path>.experts.gate_proj.lora_A.<adapter>` [E, r, in] becomes
-`<path>.experts.<e>.gate_proj.lora_A.<adapter>.weight` [r, in], the keys that vLLM, SGLang,
-llama.cpp and PEFT read for models whose checkpoints hold one tensor per expert. Factors that all
-experts share are repeated, and are taken back where those of all experts are equal.
+Factors that all experts share are repeated, and are taken back where all of them are equal.
 """
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from torch import Tensor, nn, stack
 
+from kt_sft.adapters import names
 from kt_sft.errors import AdapterMismatchError
-from kt_sft.kernels import PROJECTIONS
-
-_STACKED = re.compile(rf"({'|'.join(PROJECTIONS)})\.(lora_[AB])\.([^.]+)$")
-# Without an adapter's name where PEFT knows no parameter of this model for the key (0.21 on).
-_PER_EXPERT = re.compile(rf"(\d+)\.({'|'.join(PROJECTIONS)})\.(lora_[AB])(?:\.([^.]+))?\.weight$")
 
 
 def spread_expert_factors(
@@ -26,17 +18,16 @@ def spread_expert_factors(
 ) -> None:
     """State-dict hook of HybridExperts: stacked factors to one pair per expert (views)."""
     for key in [k for k in state_dict if k.startswith(prefix)]:
-        match = _STACKED.fullmatch(key[len(prefix) :])
-        if match is None:
+        found = names.stacked(key[len(prefix) :])
+        if found is None:
             continue
-        projection, factor, adapter = match.groups()
-        stacked = state_dict.pop(key)
-        layer = getattr(module, projection)
+        factors = state_dict.pop(key)
+        layer = getattr(module, found.projection)
         if layer.shared:
             # Copies: a safetensors file cannot hold one tensor under several names.
-            stacked = stacked.repeat(layer.experts, 1, 1)
-        for expert, matrix in enumerate(stacked.unbind(0)):
-            state_dict[f"{prefix}{expert}.{projection}.{factor}.{adapter}.weight"] = matrix
+            factors = factors.repeat(layer.experts, 1, 1)
+        for expert, matrix in enumerate(factors.unbind(0)):
+            state_dict[prefix + names.expert_key(expert, *found)] = matrix
 
 
 def collect_expert_factors(
@@ -55,11 +46,11 @@ def collect_expert_factors(
     """
     groups: dict[tuple[str, str, str | None], dict[int, Tensor]] = {}
     for key in [k for k in state_dict if k.startswith(prefix)]:
-        match = _PER_EXPERT.fullmatch(key[len(prefix) :])
-        if match is None:
+        found = names.of_expert(key[len(prefix) :])
+        if found is None or found.path:
             continue
-        expert, projection, factor, adapter = match.groups()
-        groups.setdefault((projection, factor, adapter), {})[int(expert)] = state_dict.pop(key)
+        which = found.projection, found.factor, found.adapter
+        groups.setdefault(which, {})[found.expert] = state_dict.pop(key)
     for projection, factor, adapter in [key for key in groups if key[2] is None]:
         # Experts that this model does not have, beside those that it has.
         others = [key for key in groups if key[:2] == (projection, factor) and key[2]]
@@ -72,17 +63,13 @@ def collect_expert_factors(
             continue
         shared = getattr(module, projection).shared
         stacked = stack([matrices[e] for e in range(1 if shared else len(matrices))])
-        state_dict[f"{prefix}{projection}.{factor}.{adapter}"] = stacked
+        state_dict[prefix + names.stacked_key(projection, factor, adapter)] = stacked
     if problems:
         raise AdapterMismatchError(
             f"the adapter does not fit {prefix.rstrip('.')} of this base model:\n"
             + "\n".join(f"  - {p}" for p in problems)
             + "\nLoad it on the base model it was trained on."
         )
-
-
-# In the path of what PEFT trains in full.
-_IN_FULL = ".modules_to_save."
 
 
 def refuse_other_layers(
@@ -94,9 +81,9 @@ def refuse_other_layers(
     initial values, both without an error. Raises AdapterMismatchError.
     """
     found = {
-        key[len(prefix) : match.start() - 1]
-        for key in state_dict
-        if key.startswith(prefix) and (match := _PER_EXPERT.search(key))
+        key.path
+        for key in (names.of_expert(k[len(prefix) :]) for k in state_dict if k.startswith(prefix))
+        if key is not None
     }
     if not found:
         return
@@ -123,7 +110,11 @@ def refuse_other_vocabulary(
 
     Raises AdapterMismatchError where torch would list sizes without what to do.
     """
-    own = {prefix + name: p.shape for name, p in model.named_parameters() if _IN_FULL in f".{name}"}
+    own = {
+        prefix + name: p.shape
+        for name, p in model.named_parameters()
+        if names.is_trained_in_full(name)
+    }
     problems = [
         f"{key}: got {tuple(state_dict[key].shape)}, this model has {tuple(shape)}"
         for key, shape in own.items()

@@ -13,7 +13,6 @@ import transformers
 from transformers import PreTrainedModel
 
 from kt_sft.checkpoint.configuration import read_config
-from kt_sft.checkpoint.files import SafetensorsCheckpoint, checkpoint_files
 from kt_sft.checkpoint.keys import ModelKeys
 from kt_sft.checkpoint.published import PublishedCheckpoint, own_quantization
 from kt_sft.checkpoint.sources import CheckpointSource, ExpertSource
@@ -21,6 +20,7 @@ from kt_sft.checkpoint.untrusted import read_json, reading, refuse_absurd, refus
 from kt_sft.errors import CheckpointError, UnsupportedModelError
 from kt_sft.families.finding import FoundExperts, find_experts
 from kt_sft.files.identity import checkpoint_identity
+from kt_sft.files.safetensors import SafetensorsCheckpoint, checkpoint_files
 
 
 @dataclass(frozen=True)

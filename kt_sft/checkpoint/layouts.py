@@ -8,7 +8,7 @@ from kt_sft.checkpoint.sources import ExpertSource
 from kt_sft.errors import CheckpointError
 from kt_sft.families.shape import ExpertsShape
 from kt_sft.kernels import CodedMatrix, Coding, WeightLayout
-from kt_sft.kernels.formats import INT8_CODING
+from kt_sft.kernels.formats import ALIASES, AS_PUBLISHED, INT8_CODING
 
 
 def layout_of(module_shape: ExpertsShape, source: ExpertSource, weights: str) -> WeightLayout:
@@ -17,13 +17,13 @@ def layout_of(module_shape: ExpertsShape, source: ExpertSource, weights: str) ->
     Raises CheckpointError where `checkpoint` cannot keep what was published.
     """
     coding = None
-    if weights == "checkpoint":
+    if weights == AS_PUBLISHED:
         weights, coding = _published(module_shape, source)
     return WeightLayout(
         module_shape.experts,
         module_shape.hidden,
         module_shape.intermediate,
-        {"int4": "int4_g32"}.get(weights, weights),
+        ALIASES.get(weights, weights),
         gated=module_shape.gate.gated,
         biased=source.biased,
         coding=coding,

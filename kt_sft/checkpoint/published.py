@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kt_sft.checkpoint.files import SafetensorsCheckpoint
 from kt_sft.checkpoint.untrusted import reading
 from kt_sft.errors import CheckpointError
+from kt_sft.files.safetensors import SafetensorsCheckpoint
 from kt_sft.kernels import CodedMatrix, Coding
 
 _SCALE_NAMES = {

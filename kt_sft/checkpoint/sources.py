@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from kt_sft.checkpoint.published import PublishedCheckpoint
 from kt_sft.checkpoint.untrusted import reading
 from kt_sft.errors import CheckpointError
-from kt_sft.families.finding import FoundExperts, select_rows
+from kt_sft.families.finding import FoundExperts, TensorPart
 from kt_sft.families.table import Part, parameter
 from kt_sft.kernels import CodedMatrix
 
@@ -95,41 +95,32 @@ class CheckpointSource(_Biased):
 
     def read(self, expert: int, projection: str) -> Tensor | CodedMatrix:
         """One expert's projection, [outputs, inputs], as it is stored."""
-        part = self._found.kind.parts[projection]
-        key, index, whole = self._place(part, expert)
+        key, part = self.place(projection, expert)
         matrix: Tensor | CodedMatrix
-        if part.flat and index is not None:
-            matrix = self._checkpoint.get_rows(key, index, self._flat_rows(key))
+        if part.flat and part.expert is not None:
+            matrix = self._checkpoint.get_rows(key, part.expert, self._flat_rows(key))
         else:
-            matrix = self._checkpoint.get(key, index)
-        if self._transposed[part.tensor]:
-            assert isinstance(matrix, Tensor)
-            matrix = matrix.T
-        if whole:
-            return matrix
-        return select_rows(part, matrix)
+            matrix = self._checkpoint.get(key, part.expert)
+        return part.within(matrix)
 
     def bias(self, expert: int, projection: str) -> Tensor | None:
         """The bias [outputs] of one expert's projection, or None."""
         part = self._found.kind.biases.get(projection)
         if part is None:
             return None
-        key, index, whole = self._place(part, expert)
-        vector = self._checkpoint.get(key, index)
+        key, place = self._place(part, expert)
+        vector = self._checkpoint.get(key, place.expert)
         assert isinstance(vector, Tensor)
-        return vector if whole else select_rows(part, vector)
+        return place.within(vector)
 
     @property
     def experts(self) -> int:
         """E."""
         return self._found.shape.experts
 
-    def place(self, projection: str, expert: int) -> tuple[str, int | None, bool, Part]:
-        """(key, expert within the tensor or None, transposed, part with its rows) on disk."""
-        part = self._found.kind.parts[projection]
-        key, index, whole = self._place(part, expert)
-        rows = "all" if whole else part.rows
-        return key, index, self._transposed[part.tensor], replace(part, rows=rows)
+    def place(self, projection: str, expert: int) -> tuple[str, TensorPart]:
+        """The key on disk, and where the projection lies in its tensor."""
+        return self._place(self._found.kind.parts[projection], expert)
 
     def _stack(self, part: Part, stacks: Mapping[str, Stack]) -> Stack:
         name = self._found.tensor_path(part)
@@ -169,13 +160,18 @@ class CheckpointSource(_Biased):
                 f"{experts}; they do not belong together"
             )
 
-    def _place(self, part: Part, expert: int) -> tuple[str, int | None, bool]:
-        """(key, expert within the tensor, whether the rows of `part` are all of it)."""
+    def _place(self, part: Part, expert: int) -> tuple[str, TensorPart]:
         stack = self._stacks[part.tensor]
         separate = len(stack.pieces) == 2
         piece = stack.pieces[1 if separate and part.rows in ("second", "odd") else 0]
         key, index = (piece[expert], None) if stack.per_expert else (piece[0], expert)
-        return key, index, separate or part.rows == "all"
+        return key, TensorPart(
+            self._found.shape.experts,
+            index,
+            part.flat,
+            self._transposed.get(part.tensor, False),
+            "all" if separate else part.rows,
+        )
 
     def _flat_rows(self, key: str) -> int:
         return self._checkpoint.shape(key)[0] // self._found.shape.experts
@@ -253,14 +249,12 @@ class ModuleSource(_Biased):
 
     def read(self, expert: int, projection: str) -> Tensor:
         """One expert's projection, [outputs, inputs]."""
-        part = self._found.kind.parts[projection]
-        matrix = self._one(part, expert)
-        return select_rows(part, matrix.T if part.transposed else matrix)
+        return self._read(self._found.kind.parts[projection], expert)
 
     def bias(self, expert: int, projection: str) -> Tensor | None:
         """The bias [outputs] of one expert's projection, or None."""
         part = self._found.kind.biases.get(projection)
-        return None if part is None else select_rows(part, self._one(part, expert))
+        return None if part is None else self._read(part, expert)
 
     def release(self) -> None:
         """Frees the memory of the stock weights, whoever still refers to their module."""
@@ -268,7 +262,7 @@ class ModuleSource(_Biased):
             if tensor is not None:
                 tensor.data = tensor.data.new_empty(0)
 
-    def _one(self, part: Part, expert: int) -> Tensor:
+    def _read(self, part: Part, expert: int) -> Tensor:
         tensor = self._tensors[part.tensor]
         assert tensor is not None
-        return self._found.slice(part, tensor.detach(), expert).cpu()
+        return self._found.part(part, expert).of(tensor.detach()).cpu()

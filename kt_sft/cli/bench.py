@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kt_sft.cli.help_text import sentence
+from kt_sft.kernels.formats import OWN_FORMATS
 
 _SHAPE = {
     "hidden": 2048,
@@ -21,7 +22,6 @@ _SHAPE = {
     "rank": 8,
     "rounds": 5,
 }
-_WEIGHTS = ("int8", "bf16", "int4_g128", "int4_g32")
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -48,7 +48,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     layer = command("layer", "one layer of experts, forward and backward (Qwen3-30B-A3B's)")
     for name, default in _SHAPE.items():
         layer.add_argument(f"--{name}", type=int, default=default)
-    layer.add_argument("--weights", choices=_WEIGHTS, default="int8")
+    layer.add_argument("--weights", choices=OWN_FORMATS, default="int8")
     layer.add_argument("--compute", choices=("exact", "int8"), default="exact")
     layer.add_argument("--skew", type=float, default=0.0, help="share of rows for one expert")
     layer.add_argument(
@@ -72,7 +72,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     sweep.add_argument(
         "--tokens", type=int, nargs="+", default=[1, 8, 64, 512, 2048], help="batch sizes"
     )
-    sweep.add_argument("--weights", choices=_WEIGHTS, nargs="+", default=list(_WEIGHTS))
+    sweep.add_argument("--weights", choices=OWN_FORMATS, nargs="+", default=[*OWN_FORMATS])
     sweep.add_argument("--out", type=Path, default=Path("outputs/bench"), help="folder")
 
 

@@ -12,8 +12,7 @@ from typing import Any
 
 from kt_sft.cli.help_text import sentence
 from kt_sft.errors import SettingsError
-
-FORMATS = ("bf16", "int8", "int4_g32", "int4_g128", "checkpoint")
+from kt_sft.kernels.formats import AS_PUBLISHED, OWN_FORMATS
 
 
 def add(commands: Any) -> None:
@@ -23,9 +22,11 @@ def add(commands: Any) -> None:
         "--text the loss on it, bytes and speed of every format and compute mode"
     )
     errors = commands.add_parser("errors", help=text, description=sentence(text))
+    # What the others are compared with comes first.
+    formats = sorted([*OWN_FORMATS, AS_PUBLISHED], key=lambda name: name != "bf16")
     errors.add_argument("model", type=Path, help="folder of a checkpoint")
     errors.add_argument(
-        "--weights", nargs="+", choices=FORMATS, default=list(FORMATS), help="default: all"
+        "--weights", nargs="+", choices=formats, default=formats, help="default: all"
     )
     errors.add_argument("--experts", type=int, default=2, help="experts of each layer (default 2)")
     errors.add_argument("--text", type=Path, metavar="FILE", help="text to measure the loss on")

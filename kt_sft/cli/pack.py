@@ -13,11 +13,10 @@ from tqdm import tqdm
 from kt_sft.cli.help_text import sentence
 from kt_sft.errors import SettingsError
 from kt_sft.kernels import Engine, requested_isa
+from kt_sft.kernels.formats import WEIGHTS
 from kt_sft.machine.cpus import available_threads
 from kt_sft.store.library import default_folder
 from kt_sft.store.packed_file import PackedFile
-
-FORMATS = ("int8", "int4", "int4_g32", "int4_g128", "bf16", "checkpoint")
 
 
 def add(commands: Any) -> None:
@@ -25,7 +24,7 @@ def add(commands: Any) -> None:
     text = "pack a checkpoint's experts ahead of time, or check and describe packed ones"
     pack = commands.add_parser("pack", help=text, description=sentence(text))
     pack.add_argument("model", nargs="?", help="folder of a checkpoint")
-    pack.add_argument("--weights", choices=FORMATS, default="int8", help="format (default int8)")
+    pack.add_argument("--weights", choices=WEIGHTS, default="int8", help="format (default int8)")
     pack.add_argument("--out", type=Path, help="folder of the stores (default: the user's cache)")
     pack.add_argument("--threads", type=int, help="CPU threads (default: all that are allowed)")
     pack.add_argument("--verify", type=Path, metavar="STORE", help="read a store and check it")

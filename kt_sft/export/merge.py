@@ -8,59 +8,39 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from kt_sft.checkpoint.files import INDEX_NAME, SafetensorsCheckpoint, checkpoint_files
+from kt_sft.adapters.file import AdapterFile
+from kt_sft.adapters.names import expert_module
 from kt_sft.checkpoint.folder import BaseModel
 from kt_sft.checkpoint.published import PublishedCheckpoint
 from kt_sft.checkpoint.sources import CheckpointSource
 from kt_sft.errors import AdapterMismatchError, CheckpointError, SettingsError
-from kt_sft.families.finding import select_rows
-from kt_sft.families.table import Part
+from kt_sft.families.finding import TensorPart
 from kt_sft.files import durable
+from kt_sft.files.safetensors import INDEX_NAME, SafetensorsCheckpoint, checkpoint_files
 
 logger = logging.getLogger(__name__)
-
-_PREFIX = "base_model.model."
-_WRAPPED = re.compile(r"(.*)\.(modules_to_save|original_module)\.(\w+)")
-_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)$")
 
 
 @dataclass(frozen=True)
 class _Target:
-    """Where an adapter's matrices go: a tensor on disk, or expert `index` and a part of it."""
+    """Where a module's matrices go: a tensor on disk, or a part of it."""
 
     key: str
-    index: int | None = None
-    experts: int = 1
-    transposed: bool = False
-    part: Part | None = None
+    part: TensorPart | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
         """The target in its tensor, [outputs, inputs], a view."""
-        if self.part is None:
-            return tensor
-        if self.index is None:
-            return select_rows(self.part, tensor.T if self.transposed else tensor)
-        if self.part.flat:
-            rows = tensor.shape[0] // self.experts
-            tensor = tensor[self.index * rows : (self.index + 1) * rows]
-        else:
-            tensor = tensor[self.index]
-        return select_rows(self.part, tensor.T if self.transposed else tensor)
+        return tensor if self.part is None else self.part.of(tensor)
 
 
 class LoraDelta:
@@ -69,20 +49,7 @@ class LoraDelta:
     def __init__(
         self, adapter: str | Path, checkpoint: PublishedCheckpoint, base: BaseModel
     ) -> None:
-        config = PeftConfig.from_pretrained(str(adapter))
-        if config.peft_type != "LORA" or config.use_dora or config.bias != "none":
-            raise SettingsError(
-                f"{adapter}: only plain LoRA can be merged by kt_sft, got peft_type "
-                f"{config.peft_type}, use_dora {config.use_dora}, bias {config.bias}"
-            )
-        if config.init_lora_weights not in (True, False, "gaussian"):
-            raise SettingsError(
-                f"{adapter}: init_lora_weights {config.init_lora_weights!r} replaced the base's "
-                "weights by a residual before training, so the original ones cannot take the "
-                "adapter; merge it with the program that made the residual"
-            )
-        self._config = config
-        self._tensors = SafetensorsCheckpoint([Path(adapter) / SAFETENSORS_WEIGHTS_NAME])
+        self._adapter = AdapterFile(adapter)
         self._stacks = base.keys.stacks(checkpoint)
         self._sources = {
             layer.hybrid_path: CheckpointSource(checkpoint, layer, self._stacks)
@@ -91,31 +58,23 @@ class LoraDelta:
         self._lora: dict[str, list[tuple[_Target, str]]] = {}
         self._replaced: dict[str, str] = {}
         self._resizable = {self._single(name) for name in base.vocabulary}
-        # Tensors that a checkpoint with tied embeddings does not have: name -> key in the adapter,
-        # or of the base's tensor that it was tied to.
+        # Tensors that a checkpoint with tied embeddings does not have: name -> the adapter's
+        # parameter, or the base's tensor that it was tied to.
         self._untied: dict[str, tuple[str, bool]] = {}
         lost = []
-        for key in self._tensors:
-            path = key.removeprefix(_PREFIX)
-            if (wrapped := _WRAPPED.fullmatch(path)) is not None:
-                # With a resized vocabulary PEFT also saves what its wrapper holds inside.
-                path = f"{wrapped[1]}.{wrapped[3]}"
-                if wrapped[2] == "original_module" or f"{_PREFIX}{path}" in self._tensors:
-                    continue
-            if path.endswith(".lora_A.weight"):
-                module = path.removesuffix(".lora_A.weight")
-                target = self._target(module)
-                if target is None:
-                    lost.append(module)
-                else:
-                    self._lora.setdefault(target.key, []).append((target, module))
-            elif not path.endswith(".lora_B.weight"):
-                if (on_disk := self._single(path)) is not None:
-                    self._replaced[on_disk] = key
-                elif path in base.tied:
-                    self._untied[path] = key, True
-                else:
-                    lost.append(path)
+        for module in self._adapter.lora_modules():
+            target = self._target(module)
+            if target is None:
+                lost.append(module)
+            else:
+                self._lora.setdefault(target.key, []).append((target, module))
+        for parameter in self._adapter.full_parameters():
+            if (on_disk := self._single(parameter)) is not None:
+                self._replaced[on_disk] = parameter
+            elif parameter in base.tied:
+                self._untied[parameter] = parameter, True
+            else:
+                lost.append(parameter)
         if lost:
             raise AdapterMismatchError(
                 f"{adapter}: {len(lost)} modules of the adapter are not in the base checkpoint, "
@@ -133,10 +92,10 @@ class LoraDelta:
     def vocabulary(self) -> int | None:
         """Rows of the trained embedding or head, which may be more than the base has."""
         rows = {
-            self._tensors.shape(key)[0]
+            self._adapter.full_shape(key)[0]
             for on_disk, key in self._replaced.items()
             if on_disk in self._resizable
-        } | {self._tensors.shape(key)[0] for key, trained in self._untied.values() if trained}
+        } | {self._adapter.full_shape(key)[0] for key, trained in self._untied.values() if trained}
         if len(rows) > 1:
             raise AdapterMismatchError(
                 f"the adapter's embedding and head have {sorted(rows)} rows; train both, by "
@@ -151,7 +110,7 @@ class LoraDelta:
             source = self._single(self._tied[name])
             assert source is not None
             like = self._checkpoint.get(source)
-            tensor = self._tensors.get(key) if trained else self._checkpoint.get(key)
+            tensor = self._adapter.full(key) if trained else self._checkpoint.get(key)
             assert isinstance(tensor, Tensor) and isinstance(like, Tensor)
             found[name] = tensor.to(like.dtype)
         return found
@@ -159,7 +118,7 @@ class LoraDelta:
     def apply(self, key: str, weight: Tensor) -> Tensor:
         """The merged tensor for `key`, in the dtype of `weight`."""
         if key in self._replaced:
-            trained = self._tensors.get(self._replaced[key])
+            trained = self._adapter.full(self._replaced[key])
             same = trained.shape[1:] == weight.shape[1:] and key in self._resizable
             if trained.shape != weight.shape and not same:
                 raise AdapterMismatchError(
@@ -172,35 +131,25 @@ class LoraDelta:
         merged = weight.to(torch.float32, copy=True)
         for target, module in self._lora[key]:
             view = target.of(merged)
-            a = self._tensors.get(f"{_PREFIX}{module}.lora_A.weight").float()
-            b = self._tensors.get(f"{_PREFIX}{module}.lora_B.weight").float()
-            if (b.shape[0], a.shape[1]) != tuple(view.shape):
+            lora = self._adapter.matrices(module)
+            if (lora.b.shape[0], lora.a.shape[1]) != tuple(view.shape):
                 raise AdapterMismatchError(
-                    f"{module}: the adapter is for a weight of {(b.shape[0], a.shape[1])}, "
+                    f"{module}: the adapter is for a weight of "
+                    f"{(lora.b.shape[0], lora.a.shape[1])}, "
                     f"the base has {tuple(view.shape)}"
                 )
-            view.addmm_(b, a, alpha=self._scaling(module, rank=a.shape[0]))
+            view.addmm_(lora.b, lora.a, alpha=lora.scaling)
         return merged.to(weight.dtype)
 
-    def _scaling(self, module: str, rank: int) -> float:
-        config = self._config
-        # Training knows one module for all experts; patterns were matched against its name.
-        trained = _EXPERT.sub(r"\1.\3", module)
-        alpha_key = get_pattern_key(config.alpha_pattern.keys(), trained)
-        alpha = config.alpha_pattern.get(alpha_key, config.lora_alpha)
-        return alpha / (math.sqrt(rank) if config.use_rslora else rank)
-
     def _target(self, module: str) -> _Target | None:
-        match = _EXPERT.match(module)
-        if match is None:
+        expert = expert_module(module)
+        source = self._sources.get(expert.path) if expert else None
+        if expert is None or source is None:
             key = self._single(f"{module}.weight")
             return None if key is None else _Target(key)
-        path, expert, projection = match.groups()
-        source = self._sources.get(path)
-        if source is None or int(expert) >= source.experts:
+        if expert.expert >= source.experts:
             return None
-        key, index, transposed, part = source.place(projection, int(expert))
-        return _Target(key, index, source.experts, transposed, part)
+        return _Target(*source.place(expert.projection, expert.expert))
 
     def _single(self, parameter: str) -> str | None:
         """The one tensor on disk that is this parameter of the model, if there is one."""

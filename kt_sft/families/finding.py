@@ -28,6 +28,47 @@ from kt_sft.kernels import CodedMatrix
 _CONTRACT = "(hidden, top_k_index, top_k_weights)"
 
 
+Rows = TypeVar("Rows", bound=Tensor | CodedMatrix)
+
+_ROWS = {
+    "all": lambda half: slice(None),
+    "first": lambda half: slice(0, half),
+    "second": lambda half: slice(half, None),
+    "even": lambda half: slice(0, None, 2),
+    "odd": lambda half: slice(1, None, 2),
+}
+
+
+@dataclass(frozen=True)
+class TensorPart:
+    """Where one expert's projection lies in a tensor.
+
+    expert: None in a tensor of one expert alone. flat: the tensor is [E * rows, ...], not [E, ...].
+    transposed: what lies there is [inputs, outputs]. rows: which of the outputs, a key of _ROWS.
+    """
+
+    experts: int
+    expert: int | None
+    flat: bool
+    transposed: bool
+    rows: str
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The projection [outputs, inputs], or its bias [outputs]; a view."""
+        if self.expert is not None and self.flat:
+            rows = tensor.shape[0] // self.experts
+            tensor = tensor[self.expert * rows : (self.expert + 1) * rows]
+        elif self.expert is not None:
+            tensor = tensor[self.expert]
+        return self.within(tensor)
+
+    def within(self, matrix: Rows) -> Rows:
+        """The same where only the expert's part of the tensor was read."""
+        if self.transposed and isinstance(matrix, Tensor) and matrix.dim() == 2:
+            matrix = matrix.T  # type: ignore[assignment]
+        return matrix[_ROWS[self.rows](matrix.shape[0] // 2)]  # type: ignore[return-value]
+
+
 @dataclass(frozen=True)
 class FoundExperts:
     """The routed experts of one layer of a stock model.
@@ -49,28 +90,9 @@ class FoundExperts:
         """The name of a part's tensor in the model."""
         return f"{self.path}.{part.tensor}"
 
-    def slice(self, part: Part, tensor: Tensor, expert: int) -> Tensor:
-        """One expert of a part's whole tensor, as it lies there."""
-        if not part.flat:
-            return tensor[expert]
-        rows = tensor.shape[0] // self.shape.experts
-        return tensor[expert * rows : (expert + 1) * rows]
-
-
-Rows = TypeVar("Rows", bound=Tensor | CodedMatrix)
-
-
-def select_rows(part: Part, matrix: Rows) -> Rows:
-    """The outputs of `part` from [outputs of the tensor, inputs] or a bias; a view."""
-    half = matrix.shape[0] // 2
-    chosen = {
-        "all": slice(None),
-        "first": slice(0, half),
-        "second": slice(half, None),
-        "even": slice(0, None, 2),
-        "odd": slice(1, None, 2),
-    }
-    return matrix[chosen[part.rows]]  # type: ignore[return-value]
+    def part(self, part: Part, expert: int) -> TensorPart:
+        """Where one expert's part lies in the model's tensor."""
+        return TensorPart(self.shape.experts, expert, part.flat, bool(part.transposed), part.rows)
 
 
 def find_experts(model: nn.Module) -> list[FoundExperts]:

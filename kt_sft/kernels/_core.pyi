@@ -7,9 +7,12 @@ class ThreadsUnavailable(RuntimeError): ...
 class Buffer: ...
 
 SECTIONS: list[str]
+OWN_FORMATS: list[str]
 
 class PackedLayout:
     section_bytes: dict[str, int]
+    is_float: bool
+    channel_granule: int
     def __init__(
         self,
         experts: int,

@@ -17,8 +17,12 @@ from kt_sft.errors import KernelArgumentError
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
-# Our own formats: quantized here from float weights.
-OWN_FORMATS = ("int8", "bf16", "int4_g32", "int4_g128")
+# Our own formats: quantized here from float weights. They are rows of KT_FORMATS in csrc/formats.
+OWN_FORMATS = tuple(_core.OWN_FORMATS)
+# What `weights:` may say besides: another name for one of them, or the form that was published.
+ALIASES = {"int4": "int4_g32"}
+AS_PUBLISHED = "checkpoint"
+WEIGHTS = (*OWN_FORMATS, *ALIASES, AS_PUBLISHED)
 
 SCALE_DTYPES = {
     "float32": torch.float32,
@@ -204,7 +208,7 @@ class WeightLayout:
     @property
     def arithmetic(self) -> str | None:
         """bf16 for formats that are multiplied as floats; None where the settings choose."""
-        return "bf16" if self.weights in ("bf16", "coded") else None
+        return "bf16" if self.native.is_float else None
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -234,10 +238,7 @@ class WeightLayout:
     @property
     def channel_granule(self) -> int:
         """Intermediate channels can be cut at multiples of this."""
-        if self.coding is not None:
-            groups = [self.coding.group_outputs, self.coding.group_inputs]
-            return max(64, *(g for g in groups if g))
-        return 128 if self.weights == "int4_g128" else 64
+        return int(self.native.channel_granule)
 
     def part(self, channels: int, down_bias: bool) -> WeightLayout:
         """The layout of `channels` of the intermediate channels."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import get_pattern_key
 
+from kt_sft.adapters.names import alpha_of, rank_of
 from kt_sft.checkpoint.sources import ModuleSource
 from kt_sft.config import HybridExpertsSettings
 from kt_sft.experts import ExpertsRuntime, HybridExperts, hybrid_experts_of
@@ -50,12 +50,7 @@ def _adapt_new_experts(peft_model: Any, modules: list[HybridExperts]) -> None:
                 path = f"{module.path}.{name}"
                 if layer is None or not check_target_module_exists(config, path):
                     continue
-                rank_key = get_pattern_key(config.rank_pattern.keys(), path)
-                alpha_key = get_pattern_key(config.alpha_pattern.keys(), path)
                 layer.update_layer(
-                    adapter,
-                    config.rank_pattern.get(rank_key, config.r),
-                    config.alpha_pattern.get(alpha_key, config.lora_alpha),
-                    config=config,
+                    adapter, rank_of(config, path), alpha_of(config, path), config=config
                 )
                 layer.set_adapter(peft_model.active_adapters, inference_mode=config.inference_mode)

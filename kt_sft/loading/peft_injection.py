@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from kt_sft.adapters.layer import HybridExpertsLinear, variants_without_kernels
+from kt_sft.adapters.names import expert_key
 from kt_sft.errors import SettingsError
 from kt_sft.experts import HybridExperts, hybrid_experts_of
 from kt_sft.families.table import STOCK_EXPERT_NAMES
@@ -152,7 +153,8 @@ def with_expert_names(stock: Callable) -> Callable:
                     continue
                 for projection in experts.shape.projections:
                     for factor in ("lora_A", "lora_B"):
-                        found.add(f"{path}.{expert}.{projection}.{factor}.{adapter_name}")
+                        key = expert_key(expert, projection, factor, adapter_name)
+                        found.add(f"{path}.{key.removesuffix('.weight')}")
         return found
 
     return prefixes_of

@@ -13,7 +13,6 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
-from kt_sft.checkpoint.files import INDEX_NAME, SINGLE_NAME, SafetensorsCheckpoint, checkpoint_files
 from kt_sft.checkpoint.folder import CheckpointExperts
 from kt_sft.checkpoint.keys import ModelKeys
 from kt_sft.checkpoint.published import COMPANION_KEYS, PublishedCheckpoint
@@ -22,6 +21,12 @@ from kt_sft.checkpoint.untrusted import refuse_absurd, refuse_more_layers
 from kt_sft.errors import CheckpointError, UnsupportedModelError
 from kt_sft.experts import ExpertsRuntime, hybrid_experts_of
 from kt_sft.families.finding import FoundExperts, find_experts
+from kt_sft.files.safetensors import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    SafetensorsCheckpoint,
+    checkpoint_files,
+)
 from kt_sft.loading import peft_injection
 from kt_sft.loading.config import METHOD, HybridExpertsConfig
 from kt_sft.loading.placing import place_experts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 from family_census import census, moe_types, verdict
 
 from kt_sft.errors import UnsupportedModelError
-from kt_sft.families.finding import find_experts, select_rows
+from kt_sft.families.finding import find_experts
 from kt_sft.families.table import ACTIVATIONS
 
 # The version that the tiny configurations were written for: all of its families have one.
@@ -74,7 +75,8 @@ def test_gates_compute_what_the_stock_modules_do() -> None:
             continue
         generator = torch.Generator().manual_seed(3)
         gate_up = torch.randn(40, 2 * layer.shape.intermediate, generator=generator) * 6
-        gate, up = (select_rows(layer.kind.parts[p], gate_up.T).T for p in ("gate_proj", "up_proj"))
+        places = (layer.part(layer.kind.parts[p], 0) for p in ("gate_proj", "up_proj"))
+        gate, up = (replace(p, transposed=False).within(gate_up.T).T for p in places)
         want = apply_gate(gate_up)
         got = gated(layer.shape.gate, gate.double(), up.double())
         assert_matches(got, want, 1e-5, name)

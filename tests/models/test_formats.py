@@ -17,10 +17,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kt_sft import HybridExpertsConfig
-from kt_sft.checkpoint.files import SafetensorsCheckpoint
 from kt_sft.checkpoint.published import PublishedCheckpoint
 from kt_sft.errors import CheckpointError
 from kt_sft.experts import hybrid_experts_of
+from kt_sft.files.safetensors import SafetensorsCheckpoint
 from kt_sft.kernels import CodedMatrix
 
 # Sizes that every format's groups divide; 192 ends in half a block of 128.

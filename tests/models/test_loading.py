@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from kt_sft import HybridExpertsConfig
 from kt_sft.checkpoint.configuration import read_config
-from kt_sft.checkpoint.files import checkpoint_files
 from kt_sft.checkpoint.folder import checkpoint_experts
 from kt_sft.errors import CheckpointError, UnsupportedModelError
 from kt_sft.experts import hybrid_experts_of
+from kt_sft.files.safetensors import checkpoint_files
 
 
 def load(folder: Path, **settings):

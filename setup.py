@@ -29,12 +29,12 @@ AVX512 = [
 VNNI, BF16 = "-mavx512vnni", "-mavx512bf16"
 ISA_FLAGS = {
     "csrc/kernels/portable.cpp": [],
-    "csrc/kernels/avx2.cpp": ["-mavx2", "-mfma"],
-    "csrc/kernels/avx_vnni.cpp": ["-mavx2", "-mfma", "-mavxvnni"],
-    "csrc/kernels/avx512.cpp": AVX512,
-    "csrc/kernels/avx512_vnni.cpp": [*AVX512, VNNI],
-    "csrc/kernels/avx512_bf16.cpp": [*AVX512, VNNI, BF16],
-    "csrc/kernels/amx.cpp": [*AVX512, VNNI, BF16, "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
+    "csrc/arch/x86/avx2.cpp": ["-mavx2", "-mfma"],
+    "csrc/arch/x86/avx_vnni.cpp": ["-mavx2", "-mfma", "-mavxvnni"],
+    "csrc/arch/x86/avx512.cpp": AVX512,
+    "csrc/arch/x86/avx512_vnni.cpp": [*AVX512, VNNI],
+    "csrc/arch/x86/avx512_bf16.cpp": [*AVX512, VNNI, BF16],
+    "csrc/arch/x86/amx.cpp": [*AVX512, VNNI, BF16, "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
 }
 COMMON_FLAGS = [
     "-O3",
@@ -129,6 +129,7 @@ if __name__ == "__main__":
                 "kt_sft.kernels._core",
                 [
                     *ISA_FLAGS,
+                    "csrc/arch/x86/cpu.cpp",
                     *sorted(map(str, Path("csrc/core").glob("*.cpp"))),
                     *sorted(map(str, Path("csrc/bindings").glob("*.cpp"))),
                 ],

@@ -6,7 +6,7 @@
 
 #include <map>
 
-#include "../core/cpu_features.h"
+#include "../core/dispatch.h"
 #include "../core/engine.h"
 #include "single_kernels.h"
 

@@ -5,7 +5,7 @@
 #include <string>
 #include <tuple>
 
-#include "../core/cpu_features.h"
+#include "../core/dispatch.h"
 
 namespace py = pybind11;
 

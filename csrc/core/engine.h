@@ -6,7 +6,7 @@
 #include <mutex>
 #include <string>
 
-#include "cpu_features.h"
+#include "dispatch.h"
 #include "experts_block.h"
 
 namespace kt {

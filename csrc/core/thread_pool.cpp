@@ -1,7 +1,5 @@
 #include "thread_pool.h"
 
-#include <immintrin.h>
-
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -9,6 +7,8 @@
 #include <mutex>
 #include <thread>
 #include <vector>
+
+#include "../arch/wait.h"
 
 namespace kt {
 namespace {
@@ -27,7 +27,7 @@ bool spin_until(const Ready& ready) {
   do {
     for (int i = 0; i < 64; ++i) {
       if (ready()) return true;
-      _mm_pause();
+      relax();
     }
   } while (std::chrono::steady_clock::now() < deadline);
   return false;

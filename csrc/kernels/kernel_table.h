@@ -23,6 +23,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "../arch/cpu.h"
+
 namespace kt {
 
 constexpr int64_t kPanelCols = 32;          // outputs of one panel
@@ -222,19 +224,9 @@ struct KernelTable {
 #undef KT_DECLARE
 };
 
-// One row per instruction set, best first: symbol, name, CPU flags that it needs.
-// clang-format off
-#define KT_AVX512_FLAGS fma, avx512f, avx512bw, avx512vl, avx512dq
-#define KT_ISAS(ROW)                                                                               \
-  ROW(kAmxKernels, "amx", KT_AVX512_FLAGS, avx512_vnni, avx512_bf16, amx_tile, amx_int8,           \
-      amx_bf16, amx_permission)                                                                    \
-  ROW(kAvx512Bf16Kernels, "avx512_bf16", KT_AVX512_FLAGS, avx512_vnni, avx512_bf16)                \
-  ROW(kAvx512VnniKernels, "avx512_vnni", KT_AVX512_FLAGS, avx512_vnni)                             \
-  ROW(kAvx512Kernels, "avx512", KT_AVX512_FLAGS)                                                   \
-  ROW(kAvxVnniKernels, "avx_vnni", avx2, fma, avx_vnni)                                            \
-  ROW(kAvx2Kernels, "avx2", avx2, fma)                                                             \
-  ROW(kPortableKernels, "portable")
-// clang-format on
+// One row per instruction set, best first: symbol, name, CPU flags that it needs. The machine's own
+// are in csrc/arch; the portable table is last and always runs.
+#define KT_ISAS(ROW) KT_ARCH_ISAS(ROW) ROW(kPortableKernels, "portable")
 
 #define KT_DECLARE(symbol, ...) extern const KernelTable symbol;
 KT_ISAS(KT_DECLARE)

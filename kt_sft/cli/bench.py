@@ -27,6 +27,7 @@ _SHAPE = {
 def add(commands: argparse._SubParsersAction) -> None:
     """Adds `bench` with `peak`, `layer` and `sweep`."""
     bench = commands.add_parser("bench", help="measure the kernels on this machine")
+    bench.set_defaults(run=run)
     what = bench.add_subparsers(dest="what", required=True, metavar="WHAT")
 
     def command(name: str, text: str) -> argparse.ArgumentParser:

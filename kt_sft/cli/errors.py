@@ -22,6 +22,7 @@ def add(commands: Any) -> None:
         "--text the loss on it, bytes and speed of every format and compute mode"
     )
     errors = commands.add_parser("errors", help=text, description=sentence(text))
+    errors.set_defaults(run=run)
     # What the others are compared with comes first.
     formats = sorted([*OWN_FORMATS, AS_PUBLISHED], key=lambda name: name != "bf16")
     errors.add_argument("model", type=Path, help="folder of a checkpoint")

@@ -23,6 +23,7 @@ def add(commands: Any) -> None:
     """Adds the command to the parser of `kt-sft`."""
     text = "pack a checkpoint's experts ahead of time, or check and describe packed ones"
     pack = commands.add_parser("pack", help=text, description=sentence(text))
+    pack.set_defaults(run=run)
     pack.add_argument("model", nargs="?", help="folder of a checkpoint")
     pack.add_argument("--weights", choices=WEIGHTS, default="int8", help="format (default int8)")
     pack.add_argument("--out", type=Path, help="folder of the stores (default: the user's cache)")

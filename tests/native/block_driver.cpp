@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/core/cpu_features.h"
+#include "../../csrc/core/dispatch.h"
 #include "../../csrc/core/experts_block.h"
 
 namespace {

@@ -3,7 +3,7 @@
 #include <map>
 #include <string>
 
-#include "../../csrc/core/cpu_features.h"
+#include "../../csrc/core/dispatch.h"
 #include "../../csrc/core/panels.h"
 
 namespace {

@@ -25,12 +25,14 @@ AVX512 = [
 def build(folder: Path, driver: str, sanitizers: list[str]) -> Path:
     """The driver with the core; the kernels of ISA_FLAGS are sanitized like the rest."""
     sources = [HERE / f"{driver}.cpp", *sorted((CSRC / "core").glob("*.cpp"))]
-    sources += sorted((CSRC / "kernels").glob("*.cpp"))
+    sources += sorted(
+        file for room in ("kernels", "arch/x86") for file in (CSRC / room).glob("*.cpp")
+    )
 
     def compile_one(source: Path) -> str:
         target = folder / f"{source.stem}.o"
         flags = ["-std=c++17", "-O1", "-g", "-fno-omit-frame-pointer", "-Wno-uninitialized"]
-        if source.parent.name != "kernels":
+        if source.parent.name in ("core", HERE.name) or source.stem == "cpu":
             flags += sanitizers
         elif source.stem in ISA_FLAGS:
             flags += [*sanitizers, *ISA_FLAGS[source.stem]]

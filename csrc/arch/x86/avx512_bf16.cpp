@@ -1,7 +1,7 @@
 // AVX-512 with VNNI and BF16: both products in one instruction.
 #include <immintrin.h>
 
-#include "kernel_table.h"
+#include "../../kernels/kernel_table.h"
 
 #define KT_VEC_BYTES 64
 #define KT_STREAM(p, v) _mm512_stream_ps(p, reinterpret_cast<__m512>(v))
@@ -16,13 +16,13 @@ namespace {
 constexpr bool kS16Rows = false;
 constexpr bool kF32Rows = false;
 
-#include "row_kernels.inl"
+#include "../../kernels/row_kernels.inl"
 #include "avx512_transposes.inl"
-#include "placements.inl"
-#include "burn.inl"
-#include "vector_dots.inl"
-#include "vnni_dot.inl"
-#include "bf16_dot.inl"
+#include "../../kernels/placements.inl"
+#include "../../kernels/burn.inl"
+#include "../../kernels/vector_dots.inl"
+#include "../../kernels/vnni_dot.inl"
+#include "../../kernels/bf16_dot.inl"
 
 }  // namespace
 

@@ -1,7 +1,7 @@
 // AVX-512 without VNNI and BF16 (Skylake): int8 weights are widened to 16 bits, bf16 to fp32.
 #include <immintrin.h>
 
-#include "kernel_table.h"
+#include "../../kernels/kernel_table.h"
 
 #define KT_VEC_BYTES 64
 #define KT_STREAM(p, v) _mm512_stream_ps(p, reinterpret_cast<__m512>(v))
@@ -16,13 +16,13 @@ namespace {
 constexpr bool kS16Rows = true;
 constexpr bool kF32Rows = true;
 
-#include "row_kernels.inl"
+#include "../../kernels/row_kernels.inl"
 #include "avx512_transposes.inl"
-#include "placements.inl"
-#include "burn.inl"
-#include "vector_dots.inl"
-#include "s16_dot.inl"
-#include "f32_dot.inl"
+#include "../../kernels/placements.inl"
+#include "../../kernels/burn.inl"
+#include "../../kernels/vector_dots.inl"
+#include "../../kernels/s16_dot.inl"
+#include "../../kernels/f32_dot.inl"
 
 }  // namespace
 

@@ -1,7 +1,7 @@
 // AVX2 with AVX-VNNI (Alder Lake and later clients, Zen 5): byte products without AVX-512.
 #include <immintrin.h>
 
-#include "kernel_table.h"
+#include "../../kernels/kernel_table.h"
 
 #define KT_VEC_BYTES 32
 #define KT_STREAM(p, v) _mm256_stream_ps(p, reinterpret_cast<__m256>(v))
@@ -18,13 +18,13 @@ namespace {
 constexpr bool kS16Rows = false;
 constexpr bool kF32Rows = true;
 
-#include "row_kernels.inl"
+#include "../../kernels/row_kernels.inl"
 #include "avx2_transposes.inl"
-#include "placements.inl"
-#include "burn.inl"
-#include "vector_dots.inl"
-#include "vnni_dot.inl"
-#include "f32_dot.inl"
+#include "../../kernels/placements.inl"
+#include "../../kernels/burn.inl"
+#include "../../kernels/vector_dots.inl"
+#include "../../kernels/vnni_dot.inl"
+#include "../../kernels/f32_dot.inl"
 
 }  // namespace
 

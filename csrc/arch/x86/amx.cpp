@@ -6,7 +6,7 @@
 // state that other code on the thread (oneDNN) could disturb.
 #include <immintrin.h>
 
-#include "kernel_table.h"
+#include "../../kernels/kernel_table.h"
 
 #define KT_VEC_BYTES 64
 #define KT_STREAM(p, v) _mm512_stream_ps(p, reinterpret_cast<__m512>(v))
@@ -21,10 +21,10 @@ namespace {
 constexpr bool kS16Rows = false;
 constexpr bool kF32Rows = false;
 
-#include "row_kernels.inl"
+#include "../../kernels/row_kernels.inl"
 #include "avx512_transposes.inl"
-#include "placements.inl"
-#include "burn.inl"
+#include "../../kernels/placements.inl"
+#include "../../kernels/burn.inl"
 
 constexpr int kTileRows = 16;
 constexpr int64_t kOutStride = kPanelCols * 4;

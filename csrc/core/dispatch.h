@@ -5,23 +5,12 @@
 #include <string>
 #include <vector>
 
+#include "../arch/cpu.h"
 #include "../kernels/kernel_table.h"
 
 namespace kt {
 
-// CPU flags that the tables depend on, already masked by what the OS saves on a context switch.
-// amx_permission: the OS has granted this process the use of AMX tiles.
-#define KT_CPU_FLAGS(FLAG) \
-  FLAG(fma)                \
-  FLAG(avx2)               \
-  FLAG(avx_vnni)           \
-  FLAG(avx512f)            \
-  FLAG(avx512bw)           \
-  FLAG(avx512vl)           \
-  FLAG(avx512dq)           \
-  FLAG(avx512_vnni)        \
-  FLAG(avx512_bf16) FLAG(amx_tile) FLAG(amx_int8) FLAG(amx_bf16) FLAG(amx_permission)
-
+// A flag for each that the machine's kernel tables depend on.
 struct CpuFeatures {
 #define KT_FLAG(name) bool name = false;
   KT_CPU_FLAGS(KT_FLAG)
@@ -42,7 +31,7 @@ struct IsaEntry {
   std::vector<std::string> missing(const CpuFeatures& features) const;
 };
 
-// Asks the OS for the use of AMX where the CPU has it.
+// Of this machine; in csrc/arch.
 CpuFeatures detect_cpu_features();
 
 // The rows of KT_ISAS: best first; the portable table is last and always runs.

@@ -1,4 +1,5 @@
 # make demo      the main job on a real model, from nothing; DEMO_MODEL=folder takes another
+# make quick     the kernels and single functions on two instruction sets, in about a minute
 # make test      linters, type check, tests (what CI runs)
 # make test-full adds the long sweeps, sanitizers, other versions, and fidelity on a real model
 # make mutation  plants faults in the kernels and checks that the tests catch each (20 minutes)
@@ -11,8 +12,11 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STATE = .cache/make
 PACKAGING = .cache/packaging
-# Most tests wait for a child or use one core; a file's tests share what it has prepared.
-AT_ONCE = -n 2 --dist loadfile
+# Most tests wait for a child or use one core; a file's tests share what it has prepared, but for
+# those of the kernels. The expensive files begin first.
+AT_ONCE = -n 2 --dist loadgroup --no-loadscope-reorder
+# Where unit tests are; the other files import LLaMA-Factory, which takes longer than these run.
+QUICK = tests/kernels tests/store tests/test_*.py
 SOURCES = $(shell find csrc -type f) setup.py pyproject.toml
 
 export HF_HUB_OFFLINE ?= 1
@@ -20,7 +24,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 # Waiting OpenMP threads of torch would spin on the cores that the experts compute on.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install demo test test-full mutation lint format bench wheel clean
+.PHONY: install demo quick test test-full mutation lint format bench wheel clean
 
 install: $(STATE)/package
 
@@ -40,6 +44,9 @@ $(STATE)/package: $(VENV)/dependencies $(SOURCES)
 
 demo: install
 	$(BIN)/python scripts/demo/run.py
+
+quick: install
+	KT_SFT_TEST_ISAS=two $(BIN)/python -m pytest -q -m "unit and not slow" $(AT_ONCE) $(QUICK)
 
 test: install lint
 	$(BIN)/python -m pytest -q -m "not slow" --durations=10 $(AT_ONCE)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import subprocess
 import sys
 import tempfile
@@ -111,7 +112,11 @@ def measure(name: str) -> dict[str, float]:
     shape = SHAPES[name]
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        subprocess.run([sys.executable, __file__, "--make", name, "--folder", folder], check=True)
+        # In a process of its own, so that its memory is not counted.
+        maker = multiprocessing.get_context("fork").Process(target=make, args=(name, folder))
+        maker.start()
+        maker.join()
+        assert maker.exitcode == 0, "the model was not made"
         quantization = HybridExpertsConfig(
             store="memory",
             weights=shape.weights,
@@ -150,7 +155,7 @@ def measure(name: str) -> dict[str, float]:
         for parameter in trained:
             parameter.data = parameter.data.float()
         optimizer = torch.optim.AdamW(trained, foreach=False)
-        for _ in range(3):
+        for _ in range(2):  # the second one has the optimizer's state
             ids = torch.randint(0, shape.vocabulary, (shape.sequences, shape.length))
             with torch.autocast("cpu", torch.bfloat16):
                 model(input_ids=ids, labels=ids).loss.backward()
@@ -161,7 +166,8 @@ def measure(name: str) -> dict[str, float]:
 
 
 def make(name: str, folder: str) -> None:
-    """Writes the model of a shape; a process of its own, so that its memory is not counted."""
+    """Writes the model of a shape."""
+    torch.set_num_threads(1)
     config = SHAPES[name].config()
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
 
@@ -170,12 +176,7 @@ def main() -> None:
     """All shapes, or one."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES)
-    parser.add_argument("--make", choices=SHAPES, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.make:
-        make(options.make, str(options.folder))
-        return
     if options.shape:
         print(json.dumps(measure(options.shape)))
         return

@@ -1,10 +1,11 @@
-"""Shared fixtures; helper modules of this folder are imported by name."""
+"""Shared settings; helper modules of this folder and of `training` are imported by name."""
 
 import os
 import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent / "training"))
 sys.path.insert(0, str(Path(__file__).parent))
 
 # No test may reach a network, and each starts from the same defaults.
@@ -13,7 +14,12 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.pop("KT_SFT_DISABLE", None)
 # Tests ask for threads whatever the machine has.
 os.environ.setdefault("KT_SFT_OVERSUBSCRIBE", "1")
+# What DeepSpeed compiles, once for each clone: other programs' flags would have it compiled again.
+os.environ["TORCH_EXTENSIONS_DIR"] = str(
+    Path(__file__).parents[1] / ".cache" / "tests" / "deepspeed"
+)
 
+import pytest
 import torch
 
 # Stores of test models go with the test run; the child processes of a test share them.
@@ -22,3 +28,53 @@ os.environ["KT_SFT_STORE"] = _STORES.name
 
 # The references are many small operations; threads would only wait for each other.
 torch.set_num_threads(1)
+
+TESTS = Path(__file__).parent
+# What a test costs, by its file or the folder of it; the more expensive ones begin first.
+COSTS = {
+    "training/test_ranks.py": "ranks",
+    "training/test_llamafactory.py": "process",
+    "training/test_modes.py": "process",
+    "training/test_survival.py": "process",
+    "training/test_memory_plan.py": "process",
+    "training/test_real_model.py": "process",
+    "training/test_ppo.py": "process",
+    "training/test_images.py": "process",
+    "training/test_plugin.py": "process",
+    "training/test_activations.py": "model",
+    "training/test_gradients.py": "model",
+    "store/test_library.py": "process",
+    "native": "process",
+    "models": "model",
+    "bench": "model",
+    "test_package.py": "process",
+    "test_demo.py": "process",
+    "test_cli.py": "process",
+    "test_patches.py": "process",
+    "kernels": "unit",
+    "store": "unit",
+    "test_comparators.py": "unit",
+    "test_settings.py": "unit",
+    "test_layers.py": "unit",
+}
+_ORDER = list(dict.fromkeys(COSTS.values()))
+
+
+def cost_of(path: Path) -> str:
+    """The mark of a test file; the longest entry of COSTS that leads to it counts."""
+    name = path.relative_to(TESTS).as_posix()
+    found = [entry for entry in COSTS if name == entry or name.startswith(f"{entry}/")]
+    if not found:
+        raise pytest.UsageError(f"tests/{name}: has no cost; add it to COSTS in tests/conftest.py")
+    return COSTS[max(found, key=len)]
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks tests by cost, and lets a file stay in one process where it prepares something."""
+    for item in items:
+        cost = cost_of(item.path)
+        item.add_marker(cost)
+        if item.path.parent.name != "kernels":
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    items.sort(key=lambda item: _ORDER.index(cost_of(item.path)))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from comparators import assert_matches, crest_factor, tolerance
+from fixed_routing import RecordedChoices, RepeatedChoices
 
 BOUND = tolerance("exact", 4.0, 3)
 
@@ -85,3 +86,32 @@ def test_rejects_missing_nan(want: torch.Tensor) -> None:
 def test_crest_factor() -> None:
     assert crest_factor(torch.ones(2, 8)) == pytest.approx(1.0)
     assert crest_factor(torch.tensor([[1.0, 0.0, 0.0, 0.0]])) == pytest.approx(2.0)
+
+
+def choices_of(scores: torch.Tensor, within: RecordedChoices) -> tuple[torch.Tensor, torch.Tensor]:
+    with within:
+        return torch.topk(scores, 2)
+
+
+def test_a_close_choice_is_made_as_it_was_recorded() -> None:
+    recorded = RecordedChoices()
+    values, indices = choices_of(torch.tensor([[3.0, 1.0, 2.0, 2.0001]]), recorded)
+    tipped = torch.tensor([[3.0, 1.0, 2.0001, 2.0]])
+    got_values, got = choices_of(tipped, RepeatedChoices(recorded, 1e-3))
+    assert torch.equal(got, indices) and got.tolist() == [[0, 3]]
+    assert got_values.tolist() == [[3.0, 2.0]] and values.tolist() != got_values.tolist()
+
+
+def test_a_choice_that_is_not_close_is_refused() -> None:
+    recorded = RecordedChoices()
+    scores = torch.tensor([[3.0, 1.0, 2.0, 2.1]])
+    choices_of(scores, recorded)
+    with pytest.raises(AssertionError, match="choice 0: relative error"):
+        choices_of(-scores, RepeatedChoices(recorded, 1e-3))
+    with pytest.raises(AssertionError, match="fewer choices"), RepeatedChoices(recorded, 1e-3):
+        pass
+    repeated = RepeatedChoices(recorded, 1e-3)
+    with pytest.raises(AssertionError, match="choice 1 was not recorded"), repeated:
+        torch.topk(scores, 2)
+        torch.topk(scores, 2)  # of the same scores: the same choice
+        torch.topk(scores + 1, 2)

@@ -170,11 +170,13 @@ def export_merged(base: str | Path, adapter: str | Path | None, out: str | Path)
     files = checkpoint_files(base)
     needed = sum(f.stat().st_size for f in files)
     out.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out.parent).free
-    if free < needed * 1.02:
-        raise CheckpointError(
-            f"{out}: the merged model needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-        )
+    durable.require_space(
+        out.parent,
+        int(needed * 1.02),
+        f"{out}: the merged model needs",
+        "free some, or set export_dir to a folder on another disk",
+        CheckpointError,
+    )
     checkpoint = PublishedCheckpoint(SafetensorsCheckpoint(files))
     config = json.loads((base / "config.json").read_text())
     if checkpoint.quantized or config.get("quantization_config"):

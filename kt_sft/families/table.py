@@ -40,7 +40,7 @@ class ExpertsClass:
 
     parts: projection -> where its weights lie; biases: the same for biases [E, outputs].
     gate: computes the Gate from the stock module.
-    call: how it is called, a name of experts/conventions.py.
+    call: how it is called, a name of families/calls.py.
     top_k: attribute with K, where the module itself chooses the experts.
     child: where the hybrid experts go below the stock module; empty: they take its place.
     more_on_disk: checkpoints may hold experts beyond the last, which are of no use.

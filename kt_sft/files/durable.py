@@ -2,8 +2,44 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from pathlib import Path
+
+from kt_sft.errors import KtSftError
+
+# Left free on the disk, so that a full one does not stop everything else.
+_SPARE = 64 << 20
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_TEXTS = (
+    "No space left",
+    "File too large",
+    "quota exceeded",
+    "PytorchStreamWriter failed",
+    "unexpected pos",  # torch, after a write that came out short
+)
+FULL = "the disk is full or a limit on file sizes was reached"
+
+
+def require_space(
+    folder: Path, needed: int, what: str, advice: str, error: type[KtSftError]
+) -> None:
+    """Raises `error` where so many bytes would fill the disk; the folder is there.
+
+    what: names what is to be written, as in "the packed experts need".
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed + _SPARE:
+        raise error(f"{what} {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; {advice}")
+
+
+def is_full(error: Exception) -> bool:
+    """Whether a write failed for want of space.
+
+    safetensors and torch report the system's error in the text of their own.
+    """
+    return getattr(error, "errno", None) in _FULL or any(s in str(error) for s in _FULL_TEXTS)
 
 
 def sync(path: Path) -> None:

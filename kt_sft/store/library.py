@@ -6,13 +6,11 @@ dies; the first builds, the others find the file. A file appears complete or not
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import logging
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -34,9 +32,6 @@ from kt_sft.store.packed_file import (
 )
 
 logger = logging.getLogger(__name__)
-
-# Left free on the disk, so that a full one does not stop everything else.
-_SPARE = 64 << 20
 
 Build = Callable[[StoreWriter, list[StoredLayer]], None]
 
@@ -152,13 +147,13 @@ class StoreLibrary:
             logger.warning("removing %s, left by a builder that was stopped", stale)
             with suppress(PermissionError):  # of another user, in a folder that all may write
                 stale.unlink()
-        needed = file_bytes(layers) + _SPARE
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:
-            raise StoreError(
-                f"{path}: the packed experts need {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are "
-                "free; free some, set `store:` to a folder on another disk, or `store: memory`"
-            )
+        durable.require_space(
+            self.folder,
+            file_bytes(layers),
+            f"{path}: the packed experts need",
+            "free some, set `store:` to a folder on another disk, or `store: memory`",
+            StoreError,
+        )
         partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
         writer = StoreWriter(partial, layers, identity)
         try:
@@ -192,9 +187,9 @@ def _open_lock(path: str) -> int:
 
 
 def _explain(error: OSError, path: Path) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if durable.is_full(error):
         return (
-            f"{path}: the disk is full or a limit on file sizes was reached ({error.strerror}); "
+            f"{path}: {durable.FULL} ({error.strerror}); "
             "nothing was left behind. Free some space, set `store:` to a folder on another disk, "
             "or `store: memory`"
         )

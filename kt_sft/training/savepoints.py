@@ -7,7 +7,6 @@ to its place. Whatever kills the program before that leaves the former checkpoin
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import logging
@@ -37,16 +36,6 @@ _LOCK = "lock"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _STAGED = re.compile(r"\.checkpoint-\d+\.tmp-.+")
 _READERS = 4
-# Left free on the disk, so that a full one does not stop everything else.
-_SPARE = 64 << 20
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_FULL_TEXTS = (
-    "No space left",
-    "File too large",
-    "quota exceeded",
-    "PytorchStreamWriter failed",
-    "unexpected pos",  # torch, after a write that came out short
-)
 _MAKE_SPACE = "Free some space, or lower save_total_limit, and start again to resume"
 
 
@@ -278,21 +267,14 @@ def require_writable(output_dir: str | Path) -> None:
 def require_space(output_dir: Path, needed: int) -> None:
     """Raises CheckpointError where a checkpoint of so many bytes would fill the disk."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(output_dir).free
-    if free < needed + _SPARE:
-        raise CheckpointError(
-            f"{output_dir}: a checkpoint needs {needed / 1e9:.2f} GB, free are {free / 1e9:.2f} "
-            f"GB; nothing was written. {_MAKE_SPACE}"
-        )
+    what, advice = f"{output_dir}: a checkpoint needs", f"nothing was written. {_MAKE_SPACE}"
+    durable.require_space(output_dir, needed, what, advice, CheckpointError)
 
 
 def explain(error: Exception, what: Path) -> CheckpointError:
     """The error of a checkpoint that could not be written."""
-    # safetensors and torch report the system's error in the text of their own.
-    full = getattr(error, "errno", None) in _FULL or any(s in str(error) for s in _FULL_TEXTS)
-    if full:
-        reason = f"the disk is full or a limit on file sizes was reached ({error})"
-        advice = _MAKE_SPACE
+    if durable.is_full(error):
+        reason, advice = f"{durable.FULL} ({error})", _MAKE_SPACE
     else:
         reason, advice = str(error), "see that the folder can be written"
     return CheckpointError(f"{what}: not saved: {reason}; older checkpoints are whole. {advice}")

@@ -1,8 +1,12 @@
-"""The instruction sets that the tests run here, AMX under emulation where the CPU lacks it."""
+"""The instruction sets that the tests run here, AMX under emulation where the CPU lacks it.
+
+With KT_SFT_TEST_ISAS=two (`make quick`) they are the best that the CPU has, and the portable one.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 from pathlib import Path
 
@@ -11,7 +15,11 @@ from kt_sft.kernels import Engine, isa_report
 _EMULATOR_SOURCE = Path(__file__).parent / "amx_emulator" / "amx_emulator.c"
 _BUILD = Path(__file__).parents[2] / ".cache" / "tests"
 _EVERY_FLAG = dict.fromkeys({flag for _, missing in isa_report({}) for flag in missing}, True)
-NATIVE = [name for name, missing in isa_report() if not missing]
+_USABLE = [name for name, missing in isa_report() if not missing]
+_WANTED = os.environ.get("KT_SFT_TEST_ISAS", "all")
+if _WANTED not in ("all", "two"):
+    raise ValueError(f"KT_SFT_TEST_ISAS: got {_WANTED!r}, expected all or two")
+NATIVE = _USABLE if _WANTED == "all" else [_USABLE[0], "portable"]
 
 
 def _load_emulator() -> ctypes.CDLL:
@@ -29,7 +37,7 @@ def _load_emulator() -> ctypes.CDLL:
 
 
 # The kernels around the AMX products are AVX-512 with VNNI and BF16, which nothing emulates.
-EMULATED = ["amx"] if "amx" not in NATIVE and "avx512_bf16" in NATIVE else []
+EMULATED = ["amx"] if _WANTED == "all" and "amx" not in NATIVE and "avx512_bf16" in NATIVE else []
 EMULATOR = _load_emulator() if EMULATED else None
 ISAS = [*EMULATED, *NATIVE]
 

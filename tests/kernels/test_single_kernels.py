@@ -259,19 +259,20 @@ def test_decode_tile(isa: str, kind: int) -> None:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("group", [32, 128])
 def test_quantize_int4_row(isa: str, group: int) -> None:
+    random = np.random.default_rng(5)
     for factor in (1e-3, 1.0, 0.0):
-        w = (RNG.standard_normal(320) * factor).astype(np.float32)
+        w = (random.standard_normal(1344) * factor).astype(np.float32)
         w[64:96] *= 7
-        row, out = Guarded.of(w, offset=4), Guarded(320, np.uint8)
-        count = -(-320 // group)
+        row, out = Guarded.of(w, offset=4), Guarded(1344, np.uint8)
+        count = -(-1344 // group)
         multiplier, scale = Guarded(count, np.uint8), Guarded(1, np.float32)
         single.quantize_int4_row(
-            isa, 320, group, row.address, out.address, multiplier.address, scale.address
+            isa, 1344, group, row.address, out.address, multiplier.address, scale.address
         )
         raised, m = multiplier.array >> 7, multiplier.array.astype(int) & 31
         assert (m >= 1).all() and (m + raised <= 16).all() and (out.array <= 15).all()
-        step = scale.array[0] * np.repeat(m, group)[:320]
-        got = step * (out.array.astype(int) - 8 + np.repeat(raised, group)[:320])
+        step = scale.array[0] * np.repeat(m, group)[:1344]
+        got = step * (out.array.astype(int) - 8 + np.repeat(raised, group)[:1344])
         if factor and group == 32:
             assert raised.any()
         # The seven times larger weights spoil the rest of their group of 128.

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from children import finish, output, start
 from quantized_checkpoints import QUANTIZED_FORMATS
 from safetensors.torch import load_file, save_file
 from tiny_configs import build
@@ -31,71 +34,79 @@ from kt_sft.engines.nodes import NodeExperts
 from kt_sft.errors import CheckpointError, StoreError, StoreFolderError
 from kt_sft.experts import hybrid_experts_of
 from kt_sft.files.identity import checkpoint_identity
-from kt_sft.loading import placing
+from kt_sft.loading import packing, placing
 from kt_sft.machine.memory import available_memory_bytes
 from kt_sft.store.library import WantedStore, default_folder
 from kt_sft.store.packed_file import PackedFile, StoreWriter
 
-_TESTS = Path(__file__).parents[1]
-# Loads a checkpoint with a store and tells which file it was and how much of it was packed.
-_LOADER = """
-import json, os, sys, logging
-sys.path.insert(0, sys.argv[4])
-logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-import torch
-from transformers import AutoModelForCausalLM
-from kt_sft import HybridExpertsConfig
-from kt_sft.experts import hybrid_experts_of
-import kt_sft.loading.packing as packing
-packed = []
-stock = packing.pack_experts
-def counting(*arguments):
-    packed.append(1)
-    if sys.argv[3] == "die" and len(packed) == 2:
-        os.kill(os.getpid(), 9)
-    return stock(*arguments)
-packing.pack_experts = counting
-model = AutoModelForCausalLM.from_pretrained(
-    sys.argv[1], quantization_config=HybridExpertsConfig(store=sys.argv[2]), dtype=torch.float32
-)
-ids = torch.arange(18).reshape(2, 9) % 290 + 3
-with torch.no_grad():
-    out = model(ids).logits
-if sys.argv[3] == "hold":
-    import pathlib
-    maps = pathlib.Path("/proc/self/smaps").read_text().split("\\n")
-    print("ready", flush=True)
-    sys.stdin.readline()
-    total = pss = 0
-    inside = False
-    for line in pathlib.Path("/proc/self/smaps").read_text().splitlines():
-        if "-" in line.split(" ")[0] and ":" not in line.split(" ")[0]:
-            inside = line.endswith(".safetensors") and sys.argv[2] in line
-        elif inside and line.startswith("Pss:"):
-            pss += int(line.split()[1]) * 1024
-        elif inside and line.startswith("Rss:"):
-            total += int(line.split()[1]) * 1024
-    print(json.dumps({"pss": pss, "rss": total}), flush=True)
-    sys.stdin.readline()
-print(json.dumps({"packed": len(packed), "sum": float(out.double().sum())}))
-"""
+
+@dataclass
+class Loading:
+    """What a child does: loads a checkpoint with a store, and tells how much of it was packed."""
+
+    model: str
+    stores: str
+    dies: bool = False  # when it packs the second layer
+    limit: int | None = None  # of the size of a file
+    holds: bool = False  # the store, until there is a file "look", and then another, "go"
+    folder: str = field(default_factory=lambda: tempfile.mkdtemp(prefix="kt-sft-loading-"))
+
+    def __call__(self) -> None:
+        logging.basicConfig(level=logging.INFO, stream=sys.stderr, force=True)
+        if self.limit is not None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, self.limit))
+        packed: list[int] = []
+        stock = packing.pack_experts
+
+        def counting(*arguments: Any) -> Any:
+            packed.append(1)
+            if self.dies and len(packed) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return stock(*arguments)
+
+        packing.pack_experts = counting
+        model = load(Path(self.model), store=self.stores)
+        ids = torch.arange(18).reshape(2, 9) % 290 + 3
+        with torch.no_grad():
+            out = model(ids).logits
+        if self.holds:
+            self.tell("ready", {})
+            self.wait_for("look")
+            self.tell("seen", self.memory())
+            self.wait_for("go")
+        self.tell("result", {"packed": len(packed), "sum": float(out.double().sum())})
+
+    def tell(self, name: str, values: dict[str, float]) -> None:
+        """Writes a file; whoever waits for it finds all of it."""
+        written = Path(self.folder) / f"{name}.tmp"
+        written.write_text(json.dumps(values))
+        written.rename(Path(self.folder) / name)
+
+    def wait_for(self, name: str) -> dict[str, float]:
+        file, deadline = Path(self.folder) / name, time.monotonic() + 120
+        while not file.exists():
+            assert time.monotonic() < deadline, f"no {name}:\n{output(self.folder)}"
+            time.sleep(0.01)
+        return json.loads(file.read_text())
+
+    def memory(self) -> dict[str, float]:
+        """What the mapped store takes of this process, and of it alone."""
+        total = {"Pss": 0, "Rss": 0}
+        inside = False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            name, _, rest = line.partition(":")
+            if "-" in line.split(" ")[0] and ":" not in line.split(" ")[0]:
+                inside = line.endswith(".safetensors") and self.stores in line
+            elif inside and name in total:
+                total[name] += int(rest.split()[0]) * 1024
+        return {"pss": total["Pss"], "rss": total["Rss"]}
 
 
-def start(model: Path, stores: Path, mode: str = "load", **options) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", _LOADER, str(model), str(stores), mode, str(_TESTS)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
-
-
-def result(process: subprocess.Popen) -> dict:
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err[-3000:]
-    return json.loads(out.splitlines()[-1])
+def result(work: Loading, process: BaseProcess) -> dict:
+    process.join(120)
+    assert process.exitcode == 0, output(work.folder)[-3000:]
+    return work.wait_for("result")
 
 
 @pytest.fixture(scope="module")
@@ -116,33 +127,35 @@ def stores_in(folder: Path) -> list[Path]:
 
 
 def test_eight_builders_build_once(model: Path, tmp_path: Path) -> None:
-    results = [result(p) for p in [start(model, tmp_path) for _ in range(8)]]
+    works = [Loading(str(model), str(tmp_path)) for _ in range(8)]
+    results = [result(w, p) for w, p in [(work, start(work)) for work in works]]
     assert sorted(r["packed"] for r in results) == [0] * 7 + [2]
     assert len({r["sum"] for r in results}) == 1
     assert len(stores_in(tmp_path)) == 1 and not list(tmp_path.glob("*.tmp-*"))
 
 
 def test_a_killed_builder_leaves_nothing_that_harms(model: Path, tmp_path: Path) -> None:
-    dying = start(model, tmp_path, "die")
-    dying.communicate(timeout=240)
-    assert dying.returncode == -signal.SIGKILL
+    code, _ = finish(Loading(str(model), str(tmp_path), dies=True))
+    assert code == -signal.SIGKILL
     assert stores_in(tmp_path) == [] and len(list(tmp_path.glob("*.tmp-*"))) == 1
-    assert result(start(model, tmp_path))["packed"] == 2
+    work = Loading(str(model), str(tmp_path))
+    assert result(work, start(work))["packed"] == 2
     assert len(stores_in(tmp_path)) == 1 and not list(tmp_path.glob("*.tmp-*"))
 
 
 def test_two_processes_share_one_copy(model: Path, tmp_path: Path) -> None:
-    result(start(model, tmp_path))
-    holders = [start(model, tmp_path, "hold") for _ in range(2)]
+    finish(Loading(str(model), str(tmp_path)))
+    holders = [Loading(str(model), str(tmp_path), holds=True) for _ in range(2)]
+    processes = [start(holder) for holder in holders]
     for holder in holders:
-        assert holder.stdout.readline() == "ready\n"
+        holder.wait_for("ready")
     seen = []
     for holder in holders:
-        holder.stdin.write("\n")
-        holder.stdin.flush()
-        seen.append(json.loads(holder.stdout.readline()))
-    for holder in holders:
-        holder.communicate("\n", timeout=240)
+        holder.tell("look", {})
+        seen.append(holder.wait_for("seen"))
+    for holder, process in zip(holders, processes, strict=True):
+        holder.tell("go", {})
+        result(holder, process)
     for one in seen:
         assert one["rss"] > 100_000
         # This test's own process may map the file too; each of n has an nth.
@@ -150,13 +163,8 @@ def test_two_processes_share_one_copy(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_explained_and_leaves_nothing(model: Path, tmp_path: Path) -> None:
-    def limit() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
-    process = start(model, tmp_path, preexec_fn=limit)
-    _, err = process.communicate(timeout=240)
-    assert process.returncode == 1
+    code, err = finish(Loading(str(model), str(tmp_path), limit=100_000))
+    assert code == 1
     assert "the disk is full or a limit on file sizes" in err and "store: memory" in err
     assert stores_in(tmp_path) == [] and not list(tmp_path.glob("*.tmp-*"))
 

@@ -11,7 +11,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Protocol
 
-_PRELOAD = ["tiny_training", "recipe_runs"]
+_PRELOAD = ["tiny_training", "recipe_runs", "command_runs", "preloaded"]
 _context = multiprocessing.get_context("forkserver")
 
 

@@ -1,4 +1,4 @@
-"""Running `llamafactory-cli` and `kt-sft` in processes of their own, as a user does."""
+"""Running `llamafactory-cli` and `kt-sft`: in processes of their own, as a user does, or forked."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import torch
 import yaml
+from command_runs import Command, run_together
 from tiny_models import make_dataset, make_model, make_tokenizer, take_effective_weights
 from transformers import AutoModelForCausalLM
 
@@ -105,6 +106,21 @@ def serve(command: list[str], env: dict[str, str], port: int) -> Iterator[Path]:
             server.wait(timeout=30)
 
 
+def run_forked(
+    words: list[str],
+    env: dict[str, str] | None = None,
+    check: bool = True,
+    cwd: Path | None = None,
+    seconds: float = 120,
+) -> str:
+    """As `run`, in a child that need not start."""
+    command = Command(words, {"OMP_NUM_THREADS": "1", **(env or {})}, cwd and str(cwd))
+    (code,), text = run_together([command], seconds)
+    if check and code:
+        raise AssertionError(f"{words} ended with {code}:\n{text[-6000:]}")
+    return text
+
+
 def _answers(port: int) -> bool:
     with socket.socket() as probe:
         probe.settimeout(1)
@@ -135,12 +151,22 @@ class Workplace:
         name: str,
         env: dict[str, str] | None = None,
         check: bool = True,
-        seconds: float = 600,
         **settings: Any,
     ) -> str:
-        """One `llamafactory-cli train`."""
-        recipe = self.recipe(name, **settings)
-        return run(["llamafactory-cli", "train", str(recipe)], env, check, seconds=seconds)
+        """One `llamafactory-cli train`, forked."""
+        return run_forked(
+            ["llamafactory-cli", "train", str(self.recipe(name, **settings))], env, check
+        )
+
+    def train_by_command(
+        self,
+        name: str,
+        env: dict[str, str] | None = None,
+        check: bool = True,
+        **settings: Any,
+    ) -> str:
+        """One `llamafactory-cli train`, started as a user does."""
+        return run(["llamafactory-cli", "train", str(self.recipe(name, **settings))], env, check)
 
     def logs(self, name: str) -> list[dict[str, Any]]:
         """The training entries of a run's log history."""

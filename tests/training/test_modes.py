@@ -63,6 +63,12 @@ MODES: dict[str, dict[str, Any]] = {
     "auxiliary loss": AUX,
     "auxiliary loss, router": {**AUX, "additional_target": "gate"},
     "bf16": {"bf16": True},
+    "bf16, non-reentrant": {
+        "bf16": True,
+        "use_reentrant_gc": False,
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 2,
+    },
     "pure_bf16": {"pure_bf16": True},
 }
 # Not on the experts: refused there, and the same as stock on the rest.
@@ -161,7 +167,7 @@ def test_the_reference_is_the_base(mode: str, reentrant: bool, place: Workplace)
     """At every step, with expert LoRA and dropout that the reference must not see."""
     file = place.folder / f"reference-{mode}-{reentrant}.json"
     compare = CompareReference(str(place.folder / "model"), str(file))
-    train(
+    losses = train(
         place, f"reference {mode} {reentrant}", compare, kt_sft=EXPERTS, lora_target="all",
         lora_dropout=0.3, use_reentrant_gc=reentrant, **(DPO if mode == "dpo" else KTO),
     )  # fmt: skip
@@ -169,6 +175,10 @@ def test_the_reference_is_the_base(mode: str, reentrant: bool, place: Workplace)
     assert len(rows) == STEPS
     assert max(from_base for from_base, _ in rows) < 5e-3
     assert min(from_policy for _, from_policy in rows[1:]) > 0.05, rows
+    if mode == "dpo":
+        # Policy and reference agree before the first update.
+        assert losses[0] == pytest.approx(math.log(2), abs=2e-4)
+        assert losses[-1] < losses[0] - 1e-3
 
 
 def test_the_auxiliary_loss_reaches_the_router(place: Workplace) -> None:

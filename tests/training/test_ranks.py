@@ -1,4 +1,8 @@
-"""Several ranks, by LLaMA-Factory's own torchrun, against one rank with the same global batch."""
+"""Several ranks against one rank with the same global batch, and what goes wrong with them.
+
+The ranks are forked with the variables that torchrun sets; the test of a signal to the launcher
+runs LLaMA-Factory's own torchrun.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,19 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
+import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_runs import FaultAtStep, free_port, ranks_of, run_together
 from llamafactory_runs import BIN, Workplace, effective_workplace, environment
 from safetensors.torch import load_file
 
+from kt_sft.plugin.launching import LauncherSubprocess
 from kt_sft.training.savepoints import checkpoints_of, newest_valid
 
 ONE_RANK = {
@@ -42,16 +48,24 @@ QUICK = [("ddp", 2), ("zero2", 2), ("ddp", 4)]
 ALL = [(mode, ranks) for mode in MODES for ranks in (2, 4)]
 
 
-def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def train(
+    place: Workplace,
+    name: str,
+    ranks: int = 2,
+    faults: dict[int, Callable[[], None]] | None = None,
+    seconds: float = 120,
+    **settings: Any,
+) -> tuple[list[int], str]:
+    """(exit codes, output) of a run of several ranks, some of them with a fault."""
+    recipe = place.recipe(name, per_device_train_batch_size=4 // ranks, **settings)
+    return run_together(ranks_of([str(recipe)] * ranks, ranks, faults or {}), seconds)
 
 
-def ranks_environment(ranks: int, **more: str) -> dict[str, str]:
-    return {
-        "FORCE_TORCHRUN": "1", "NPROC_PER_NODE": str(ranks), "MASTER_PORT": str(port()), **more,
-    }  # fmt: skip
+def train_whole(place: Workplace, name: str, ranks: int = 2, **settings: Any) -> str:
+    """The output of a run that every rank ends well."""
+    codes, text = train(place, name, ranks, **settings)
+    assert codes == [0] * ranks, text[-6000:]
+    return text
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +95,7 @@ def settings_of(place: Workplace, mode: str) -> dict[str, Any]:
 )
 def test_ranks_equal_one(mode: str, ranks: int, place: Workplace) -> None:
     name = f"{mode.replace(' ', '-')}-{ranks}"
-    text = place.train(
-        name, env=ranks_environment(ranks), per_device_train_batch_size=4 // ranks,
-        **settings_of(place, mode),
-    )  # fmt: skip
+    text = train_whole(place, name, ranks, **settings_of(place, mode))
     for a, b in zip(place.logs("one"), place.logs(name), strict=True):
         assert abs(a["loss"] - b["loss"]) < 1e-3 * a["loss"]
         # Adam does not see the size of a gradient, the logged norm does: a mean, not a sum.
@@ -94,13 +105,14 @@ def test_ranks_equal_one(mode: str, ranks: int, place: Workplace) -> None:
     )
     assert set(one) == set(several)
     moved = [k for k in one if "lora_B" in k and one[k].abs().max() > 1e-4]
-    assert len(moved) > 20
+    assert len([k for k in moved if ".experts." in k]) > 20
     for key in moved:
         # Adam divides by the size of a gradient, so noise shows where it is next to nothing.
         assert float((one[key] - several[key]).norm() / one[key].norm()) < 0.2, key
     # One store, mapped by all of them, and no rank takes the others' cores.
     threads = [int(n) for n in re.findall(r"(\d+) threads", text)]
-    assert threads and all(n <= max(1, (os.cpu_count() or 1) // ranks) for n in threads)
+    assert threads, "no rank says how many threads it has"
+    assert all(n <= max(1, (os.cpu_count() or 1) // ranks) for n in threads)
 
 
 def test_zero3_is_refused_with_the_reason(place: Workplace) -> None:
@@ -109,108 +121,80 @@ def test_zero3_is_refused_with_the_reason(place: Workplace) -> None:
     config["zero_optimization"] = {"stage": 3}
     file = place.folder / "zero3.json"
     file.write_text(json.dumps(config))
-    text = place.train(
-        "zero3", ranks_environment(2), check=False, **{**settings, "deepspeed": str(file)}
-    )
+    codes, text = train(place, "zero3", **{**settings, "deepspeed": str(file)})
+    assert codes == [1, 1]
     assert "DeepSpeed ZeRO-3 partitions parameters while the model is built" in text
     assert "use ZeRO-2" in text
 
 
 def test_two_machines(place: Workplace) -> None:
-    """Two launchers that meet at one port, as on two machines; each has its own output."""
-    meeting = str(port())
-
-    def node(rank: int) -> str:
-        env = {
-            "FORCE_TORCHRUN": "1", "NNODES": "2", "NODE_RANK": str(rank), "NPROC_PER_NODE": "1",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": meeting,
-        }  # fmt: skip
-        return place.train(f"node-{rank}", env, per_device_train_batch_size=2, **SETTINGS)
-
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(node, (0, 1)))
+    """Two ranks that meet at one port and are each the first of a machine."""
+    recipes = [
+        str(place.recipe(f"node-{rank}", per_device_train_batch_size=2, **SETTINGS))
+        for rank in range(2)
+    ]
+    codes, text = run_together(ranks_of(recipes, per_machine=1))
+    assert codes == [0, 0], text[-6000:]
+    assert text.count("3 layers of 8 experts as int8") == 2, "the first of a machine speaks"
     for a, b in zip(place.losses("one"), place.losses("node-0"), strict=True):
         assert abs(a - b) < 1e-3 * a
 
 
 # What goes wrong
 
-# Put on the path of the ranks: something happens to one of them at a training step.
-FAULT = """
-import os
-if os.environ.get("RANK") == os.environ["FAULTY_RANK"]:
-    import signal
-    from transformers import Trainer
-    stock, steps = Trainer.training_step, [0]
-    def training_step(self, *args, **kwargs):
-        steps[0] += 1
-        if steps[0] == 3:
-            {fault}
-        return stock(self, *args, **kwargs)
-    Trainer.training_step = training_step
-"""
-FAULTS = {
-    "raises": (
-        "raise ValueError('the data of this rank is broken')",
-        "data of this rank is broken",
-    ),
-    "killed": ("os.kill(os.getpid(), signal.SIGKILL)", "Signal 9 (SIGKILL)"),
-}
+
+@pytest.mark.parametrize(
+    "number, said",
+    [(None, "data of this rank is broken"), (signal.SIGKILL, "")],
+    ids=["raises", "killed"],
+)
+def test_one_rank_ends_all(number: int | None, said: str, place: Workplace) -> None:
+    """The other one waits for its gradients, and does not keep the run from ending."""
+    name = f"rank-{number}"
+    codes, text = train(place, name, faults={1: FaultAtStep(3, number)}, **SETTINGS)
+    assert codes[1] == (1 if number is None else -number) and codes[0] != 0
+    assert said in text
+    assert not (place.folder / name / "adapter_model.safetensors").exists()
 
 
-def faulty(folder: Path, fault: str, rank: int) -> dict[str, str]:
-    folder.mkdir()
-    (folder / "sitecustomize.py").write_text(FAULT.format(fault=fault))
-    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
-    return ranks_environment(2, PYTHONPATH=path, FAULTY_RANK=str(rank))
-
-
-@pytest.mark.parametrize("name", FAULTS)
-def test_one_rank_ends_all(name: str, place: Workplace, tmp_path: Path) -> None:
-    fault, expected = FAULTS[name]
-    start = time.monotonic()
-    text = place.train(
-        f"rank-{name}", faulty(tmp_path / "fault", fault, 1), check=False,
-        per_device_train_batch_size=2, **SETTINGS,
-    )  # fmt: skip
-    assert time.monotonic() - start < 120
-    assert expected in text
-    assert not (place.folder / f"rank-{name}" / "adapter_model.safetensors").exists()
+def test_the_launcher_fails_with_its_ranks() -> None:
+    """What stands for `subprocess` in LLaMA-Factory's launcher reports as that does."""
+    command = [sys.executable, "-c", "raise SystemExit(3)"]
+    launcher = LauncherSubprocess()
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        launcher.run(command, env=dict(os.environ), check=True)
+    assert failed.value.returncode == 3
+    assert launcher.run(command, env=dict(os.environ), check=False).returncode == 3
 
 
 SAVES = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 3, "max_steps": 6}
 
 
 @pytest.mark.parametrize("mode", ["ddp", pytest.param("zero2", marks=pytest.mark.slow)])
-def test_a_killed_run_of_two_ranks_resumes_to_the_bit(
-    mode: str, place: Workplace, tmp_path: Path
-) -> None:
-    settings = {**settings_of(place, mode), **SAVES, "per_device_train_batch_size": 2,
-                "lora_dropout": 0.1, "overwrite_output_dir": False}  # fmt: skip
-    place.train(f"whole-{mode}", ranks_environment(2), **settings)
-    name = f"killed-{mode}"
-    env = faulty(tmp_path / "fault", "os.kill(os.getpid(), signal.SIGKILL)", 0)
-    place.train(name, env, check=False, **settings)
+def test_a_killed_run_of_two_ranks_resumes_to_the_bit(mode: str, place: Workplace) -> None:
+    settings = {**settings_of(place, mode), **SAVES, "lora_dropout": 0.1,
+                "overwrite_output_dir": False}  # fmt: skip
+    whole, name = f"whole-{mode}", f"killed-{mode}"
+    train_whole(place, whole, **settings)
+    codes, _ = train(place, name, faults={0: FaultAtStep(3, signal.SIGKILL)}, **settings)
+    assert codes[0] == -signal.SIGKILL
     assert newest_valid(place.folder / name) == str(place.folder / name / "checkpoint-2")
-    place.train(name, ranks_environment(2), **settings)
-    want, got = ([x.hex() for x in place.losses(run)] for run in (f"whole-{mode}", name))
+    train_whole(place, name, **settings)
+    want, got = ([x.hex() for x in place.losses(run)] for run in (whole, name))
     assert len(want) == 6 and got == want
-    digests = [
-        load_file(place.folder / run / "adapter_model.safetensors")
-        for run in (f"whole-{mode}", name)
+    adapters = [
+        load_file(place.folder / run / "adapter_model.safetensors") for run in (whole, name)
     ]
-    assert all(digests[0][key].equal(digests[1][key]) for key in digests[0])
+    assert adapters[0].keys() == adapters[1].keys() and len(adapters[0]) > 20
+    assert all(adapters[0][key].equal(adapters[1][key]) for key in adapters[0])
 
 
-def test_a_signal_to_one_rank_stops_all_after_the_same_step(
-    place: Workplace, tmp_path: Path
-) -> None:
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(place: Workplace) -> None:
     name = "one-signalled"
     settings = {**SETTINGS, **SAVES, "save_steps": 1000, "max_steps": 5000}
-    env = faulty(tmp_path / "fault", "os.kill(os.getpid(), signal.SIGTERM)", 1)
-    text = place.train(
-        name, env, check=False, seconds=120, per_device_train_batch_size=2, **settings
-    )
+    faults = {1: FaultAtStep(3, signal.SIGTERM)}
+    codes, text = train(place, name, faults=faults, **settings)
+    assert codes == [128 + signal.SIGTERM] * 2, text[-6000:]
     assert "finishing this step, then saving and stopping" in text
     assert newest_valid(place.folder / name) == str(place.folder / name / "checkpoint-3")
 
@@ -225,7 +209,10 @@ def test_a_signal_to_the_launcher_saves_and_stops(place: Workplace) -> None:
     with (place.folder / "stopped.log").open("w") as sink:
         launcher = subprocess.Popen(
             [str(BIN / "llamafactory-cli"), "train", str(recipe)],
-            env=environment(ranks_environment(2)), stdout=sink, stderr=subprocess.STDOUT,
+            env=environment(
+                {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "MASTER_PORT": str(free_port())}
+            ),
+            stdout=sink, stderr=subprocess.STDOUT,
         )  # fmt: skip
     log = place.folder / "stopped.log"
     try:

@@ -9,13 +9,16 @@ import random
 import resource
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from children import finish, output, start
+from children import finish, output
 from tiny_training import (
     STEPS,
     AtStep,
@@ -26,7 +29,7 @@ from tiny_training import (
     experts_of,
 )
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from kt_sft.errors import CheckpointError
 from kt_sft.training.savepoints import (
@@ -103,30 +106,76 @@ def test_killed_at_each_point_of_saving(name: str, whole: Path, tmp_path: Path) 
     assert_resumes(tmp_path, whole)
 
 
-def kill_at_random(folder: Path, whole: Path, seed: int) -> bool:
-    """Whether the training was killed before its end."""
-    process = start(Training(str(folder)))
-    time.sleep(random.Random(seed).uniform(0.25, 0.6))
-    process.kill()
-    process.join()
+@dataclass
+class KillAfterCalls:
+    """Ends the training some calls after its beginning, as SIGKILL does, and a moment later.
+
+    Calls, and not seconds, so that it falls into the training on every machine; the moment, so that
+    it falls into compiled code too. SIGALRM is not handled by anybody.
+    """
+
+    calls: int
+    seconds: float
+
+    def __call__(self, model: nn.Module, trainer: Trainer) -> None:
+        left = [self.calls]
+
+        def count(*unused: object) -> None:
+            left[0] -= 1
+            if left[0] == 0:
+                sys.setprofile(None)
+                signal.setitimer(signal.ITIMER_REAL, self.seconds)
+
+        sys.setprofile(count)
+
+
+class CountCalls(TrainerCallback):
+    """Writes at the end of a training how many calls there were."""
+
+    made = 0
+
+    def __call__(self, model: nn.Module, trainer: Trainer) -> None:
+        trainer.add_callback(self)
+        sys.setprofile(self.count)
+
+    def count(self, *unused: object) -> None:
+        self.made += 1
+
+    def on_train_end(
+        self, args: TrainingArguments, state: object, control: object, **more: Any
+    ) -> None:
+        sys.setprofile(None)
+        Path(args.output_dir, "calls").write_text(str(self.made))
+
+
+@pytest.fixture(scope="module")
+def calls(tmp_path_factory: pytest.TempPathFactory) -> int:
+    """Of a whole training, its last checkpoint with it."""
+    folder = tmp_path_factory.mktemp("counted")
+    code, text = finish(Training(str(folder), change=CountCalls()))
+    assert code == 0, text
+    return int((folder / "calls").read_text())
+
+
+def kill_at_random(folder: Path, whole: Path, calls: int, seed: int) -> None:
+    draw = random.Random(seed)
+    # The count is not exact: what is left of the training is enough to be killed in.
+    kill = KillAfterCalls(draw.randrange(1, calls * 19 // 20), draw.uniform(1e-6, 3e-3))
+    code, text = finish(Training(str(folder), change=kill))
+    assert code == -signal.SIGALRM, text
     assert_resumes(folder, whole)
-    return process.exitcode == -signal.SIGKILL
 
 
-def test_killed_at_random_times(whole: Path, tmp_path: Path) -> None:
-    killed = [kill_at_random(tmp_path / str(seed), whole, seed) for seed in range(6)]
-    assert sum(killed) >= 3, "the training is too fast for these times"
+def test_killed_at_random_times(whole: Path, calls: int, tmp_path: Path) -> None:
+    for seed in range(6):
+        kill_at_random(tmp_path / str(seed), whole, calls, seed)
 
 
 @pytest.mark.slow
-def test_killed_at_many_random_times(whole: Path, tmp_path: Path) -> None:
+def test_killed_at_many_random_times(whole: Path, calls: int, tmp_path: Path) -> None:
     """60 kills, wherever they fall."""
-    killed = 0
-    for seed in range(200):
-        killed += kill_at_random(tmp_path / str(seed), whole, 1000 + seed)
-        if killed == 60:
-            return
-    raise AssertionError(f"only {killed} of 200 trainings were killed before their end")
+    for seed in range(60):
+        kill_at_random(tmp_path / str(seed), whole, calls, 1000 + seed)
 
 
 def test_a_finished_run_that_is_resumed_trains_no_more(whole: Path, tmp_path: Path) -> None:

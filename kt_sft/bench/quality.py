@@ -232,7 +232,7 @@ def _read(model: Any, windows_WT: Tensor, name: str) -> _Reading:
 def _is_coded(model: Path) -> bool:
     found = checkpoint_experts(str(model))
     layer = found.layers[0]
-    source = found.sources()[layer.hybrid_path]
+    source = found.sources[layer.hybrid_path]
     return isinstance(source.read(0, layer.shape.projections[0]), CodedMatrix)
 
 
@@ -245,14 +245,14 @@ def weight_errors(
     keep (checkpoint) is left out. Raises KtSftError.
     """
     found = checkpoint_experts(str(model))
-    sources = found.sources()
-    origins = checkpoint_experts(str(origin)).sources() if origin is not None else sources
+    sources = found.sources
+    origins = checkpoint_experts(str(origin)).sources if origin is not None else sources
     engine = CpuEngine(Engine(available_threads(), requested_isa("auto")))
     errors = {}
     for layer in found.layers:
         source = sources[layer.hybrid_path]
         try:
-            packed = engine.new_experts(layout_of(layer.shape, source, weights))
+            packed = engine.new_experts(layout_of(source, weights))
         except CheckpointError:
             continue
         few = range(min(experts, layer.shape.experts))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from kt_sft.checkpoint.configuration import read_config
 from kt_sft.checkpoint.keys import ModelKeys
 from kt_sft.checkpoint.published import PublishedCheckpoint, own_quantization
-from kt_sft.checkpoint.sources import CheckpointSource, ExpertSource
+from kt_sft.checkpoint.sources import CheckpointSource, ExpertSource, Stack
 from kt_sft.checkpoint.untrusted import read_json, reading, refuse_absurd, refuse_more_layers
 from kt_sft.errors import CheckpointError, UnsupportedModelError
 from kt_sft.families.finding import FoundExperts, find_experts
@@ -92,16 +93,19 @@ def checkpoint_experts(folder: str | Path) -> CheckpointExperts:
     refuse_more_layers(read_json(config), len(list(SafetensorsCheckpoint(files))), str(config))
     base = BaseModel.of(folder)
 
-    def sources() -> dict[str, CheckpointSource]:
+    def open_layers() -> dict[str, CheckpointSource]:
         checkpoint = PublishedCheckpoint(SafetensorsCheckpoint(files), base.published)
-        stacks = base.keys.stacks(checkpoint)
-        return {
-            layer.hybrid_path: CheckpointSource(checkpoint, layer, stacks) for layer in base.layers
-        }
+        return sources_of(checkpoint, base.layers, base.keys.stacks(checkpoint))
 
-    return CheckpointExperts(
-        Path(folder).resolve().name, list(map(str, files)), base.layers, base.published, sources
-    )
+    name = Path(folder).resolve().name
+    return CheckpointExperts(name, list(map(str, files)), base.layers, base.published, open_layers)
+
+
+def sources_of(
+    checkpoint: PublishedCheckpoint, layers: Iterable[FoundExperts], stacks: Mapping[str, Stack]
+) -> dict[str, CheckpointSource]:
+    """How each layer is read, by the path of its hybrid experts."""
+    return {layer.hybrid_path: CheckpointSource(checkpoint, layer, stacks) for layer in layers}
 
 
 @dataclass(frozen=True)
@@ -109,14 +113,20 @@ class CheckpointExperts:
     """The routed experts of a checkpoint: its files, the layers, and a way to read them.
 
     published: the quantization_config of its config.json, which decides how codes are read.
-    sources: made when the experts are read, which is only where no store of them exists.
+    open_layers: called once, when the experts are read, which is only where no store of them
+    exists.
     """
 
     model: str
     files: list[str]
     layers: list[FoundExperts]
     published: Mapping[str, Any]
-    sources: Callable[[], Mapping[str, ExpertSource]]
+    open_layers: Callable[[], Mapping[str, ExpertSource]]
+
+    @cached_property
+    def sources(self) -> Mapping[str, ExpertSource]:
+        """By the path of the hybrid experts. Raises CheckpointError."""
+        return self.open_layers()
 
     def identity(self, notes: Path, threads: int) -> dict[str, Any]:
         """All that decides what a store of these experts holds. Raises CheckpointError."""

@@ -6,28 +6,33 @@ from dataclasses import replace
 
 from kt_sft.checkpoint.sources import ExpertSource
 from kt_sft.errors import CheckpointError
+from kt_sft.families.finding import FoundExperts
 from kt_sft.families.shape import ExpertsShape
 from kt_sft.kernels import CodedMatrix, Coding, WeightLayout
 from kt_sft.kernels.formats import ALIASES, AS_PUBLISHED, INT8_CODING
 
 
-def layout_of(module_shape: ExpertsShape, source: ExpertSource, weights: str) -> WeightLayout:
+def own_layout(found: FoundExperts, weights: str, coding: Coding | None = None) -> WeightLayout:
+    """The layout of one layer in a format of our own, which needs no look at its tensors."""
+    return WeightLayout(
+        found.shape.experts,
+        found.shape.hidden,
+        found.shape.intermediate,
+        ALIASES.get(weights, weights),
+        gated=found.shape.gate.gated,
+        biased=frozenset(found.kind.biases),
+        coding=coding,
+    )
+
+
+def layout_of(source: ExpertSource, weights: str) -> WeightLayout:
     """The layout that `weights` of the settings means for one layer.
 
     Raises CheckpointError where `checkpoint` cannot keep what was published.
     """
-    coding = None
-    if weights == AS_PUBLISHED:
-        weights, coding = _published(module_shape, source)
-    return WeightLayout(
-        module_shape.experts,
-        module_shape.hidden,
-        module_shape.intermediate,
-        ALIASES.get(weights, weights),
-        gated=module_shape.gate.gated,
-        biased=source.biased,
-        coding=coding,
-    )
+    if weights != AS_PUBLISHED:
+        return own_layout(source.found, weights)
+    return own_layout(source.found, *_published(source.found.shape, source))
 
 
 def _published(shape: ExpertsShape, source: ExpertSource) -> tuple[str, Coding | None]:

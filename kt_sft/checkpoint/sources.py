@@ -27,8 +27,8 @@ class ExpertSource(Protocol):
     """The experts of one layer."""
 
     @property
-    def biased(self) -> frozenset[str]:
-        """The projections that have biases."""
+    def found(self) -> FoundExperts:
+        """The layer that they belong to."""
 
     def read(self, expert: int, projection: str) -> Tensor | CodedMatrix:
         """One expert's projection, [outputs, inputs]."""
@@ -58,23 +58,7 @@ class Stack:
         return [key for piece in self.pieces for key in piece]
 
 
-class _Biased:
-    _found: FoundExperts
-
-    @property
-    def biased(self) -> frozenset[str]:
-        """The projections that have biases."""
-        return frozenset(self._found.kind.biases)
-
-
-class UnreadSource(_Biased):
-    """What is known of a layer's experts before their tensors are looked at."""
-
-    def __init__(self, found: FoundExperts) -> None:
-        self._found = found
-
-
-class CheckpointSource(_Biased):
+class CheckpointSource:
     """Experts in safetensors files, one tensor per expert or fused."""
 
     def __init__(
@@ -84,7 +68,7 @@ class CheckpointSource(_Biased):
         stacks: Mapping[str, Stack],
     ) -> None:
         """`stacks` by parameter name. Raises CheckpointError naming what lacks or does not fit."""
-        self._checkpoint, self._found = checkpoint, found
+        self._checkpoint, self.found = checkpoint, found
         with reading(f"{found.path}: its tensors on disk"):
             self._stacks = {
                 part.tensor: self._stack(part, stacks)
@@ -105,7 +89,7 @@ class CheckpointSource(_Biased):
 
     def bias(self, expert: int, projection: str) -> Tensor | None:
         """The bias [outputs] of one expert's projection, or None."""
-        part = self._found.kind.biases.get(projection)
+        part = self.found.kind.biases.get(projection)
         if part is None:
             return None
         key, place = self._place(part, expert)
@@ -116,14 +100,14 @@ class CheckpointSource(_Biased):
     @property
     def experts(self) -> int:
         """E."""
-        return self._found.shape.experts
+        return self.found.shape.experts
 
     def place(self, projection: str, expert: int) -> tuple[str, TensorPart]:
         """The key on disk, and where the projection lies in its tensor."""
-        return self._place(self._found.kind.parts[projection], expert)
+        return self._place(self.found.kind.parts[projection], expert)
 
     def _stack(self, part: Part, stacks: Mapping[str, Stack]) -> Stack:
-        name = self._found.tensor_path(part)
+        name = self.found.tensor_path(part)
         stack = stacks.get(name)
         if stack is None:
             raise CheckpointError(
@@ -142,7 +126,7 @@ class CheckpointSource(_Biased):
 
     def _check_numbers(self, name: str, piece: tuple[str, ...], first: int) -> None:
         """The keys must be those of experts 0 to E - 1, whatever follows them."""
-        experts = self._found.shape.experts
+        experts = self.found.shape.experts
         numbers = [int(_NUMBER.findall(key)[-1]) - first for key in piece]
         missing = sorted(set(range(experts)) - set(numbers))
         if missing:
@@ -154,7 +138,7 @@ class CheckpointSource(_Biased):
             )
         if numbers[:experts] != list(range(experts)):
             raise CheckpointError(f"{name}: the checkpoint has two tensors for one expert")
-        if len(numbers) > experts and not self._found.kind.more_on_disk:
+        if len(numbers) > experts and not self.found.kind.more_on_disk:
             raise CheckpointError(
                 f"{name}: the checkpoint has tensors of {len(numbers)} experts, config.json says "
                 f"{experts}; they do not belong together"
@@ -166,7 +150,7 @@ class CheckpointSource(_Biased):
         piece = stack.pieces[1 if separate and part.rows in ("second", "odd") else 0]
         key, index = (piece[expert], None) if stack.per_expert else (piece[0], expert)
         return key, TensorPart(
-            self._found.shape.experts,
+            self.found.shape.experts,
             index,
             part.flat,
             self._transposed.get(part.tensor, False),
@@ -174,7 +158,7 @@ class CheckpointSource(_Biased):
         )
 
     def _flat_rows(self, key: str) -> int:
-        return self._checkpoint.shape(key)[0] // self._found.shape.experts
+        return self._checkpoint.shape(key)[0] // self.found.shape.experts
 
     def _one_shape(self, part: Part) -> tuple[int, ...]:
         """Shape of one expert of the part's tensor on disk, both halves where they are separate."""
@@ -189,7 +173,7 @@ class CheckpointSource(_Biased):
 
         The shapes of all projections together leave one reading.
         """
-        parts, shape = self._found.kind.parts, self._found.shape
+        parts, shape = self.found.kind.parts, self.found.shape
         settled = {part.tensor: bool(part.transposed) for part in parts.values() if part.flat}
         if settled:
             return settled
@@ -208,7 +192,7 @@ class CheckpointSource(_Biased):
         return tensors or {part.tensor: False for part in parts.values()}
 
     def _check(self) -> None:
-        found = self._found
+        found = self.found
         expected: dict[str, tuple[int, ...]] = {}
         for projection, part in found.kind.parts.items():
             expected.update(self._expected(part, found.shape.of(projection)))
@@ -228,7 +212,7 @@ class CheckpointSource(_Biased):
             one = (2 * one[0], *one[1:])
         if len(one) == 2 and self._transposed[part.tensor]:
             one = one[::-1]
-        experts = self._found.shape.experts
+        experts = self.found.shape.experts
         if part.flat:
             one = (experts * one[0], *one[1:])
         elif not stack.per_expert:
@@ -239,21 +223,21 @@ class CheckpointSource(_Biased):
         return dict.fromkeys(keys, one)
 
 
-class ModuleSource(_Biased):
+class ModuleSource:
     """Experts in the parameters of a stock module."""
 
     def __init__(self, found: FoundExperts) -> None:
-        self._found = found
+        self.found = found
         parts = (*found.kind.parts.values(), *found.kind.biases.values())
         self._tensors = {part.tensor: parameter(found.module, part.tensor) for part in parts}
 
     def read(self, expert: int, projection: str) -> Tensor:
         """One expert's projection, [outputs, inputs]."""
-        return self._read(self._found.kind.parts[projection], expert)
+        return self._read(self.found.kind.parts[projection], expert)
 
     def bias(self, expert: int, projection: str) -> Tensor | None:
         """The bias [outputs] of one expert's projection, or None."""
-        part = self._found.kind.biases.get(projection)
+        part = self.found.kind.biases.get(projection)
         return None if part is None else self._read(part, expert)
 
     def release(self) -> None:
@@ -265,4 +249,4 @@ class ModuleSource(_Biased):
     def _read(self, part: Part, expert: int) -> Tensor:
         tensor = self._tensors[part.tensor]
         assert tensor is not None
-        return self._found.part(part, expert).of(tensor.detach()).cpu()
+        return self.found.part(part, expert).of(tensor.detach()).cpu()

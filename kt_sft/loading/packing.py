@@ -58,7 +58,7 @@ def pack_one(
 def new_layer(module: HybridExperts, source: ExpertSource) -> PlacedExperts:
     """Packed experts in this process's memory, as the module's settings ask for."""
     runtime = module.runtime
-    placed = runtime.engine.new_experts(layout_of(module.shape, source, runtime.settings.weights))
+    placed = runtime.engine.new_experts(layout_of(source, runtime.settings.weights))
     pack_experts(placed, source, module.path)
     return placed
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from kt_sft.checkpoint.folder import CheckpointExperts
-from kt_sft.checkpoint.layouts import layout_of
-from kt_sft.checkpoint.sources import ExpertSource, UnreadSource
+from kt_sft.checkpoint.layouts import layout_of, own_layout
 from kt_sft.engines.protocol import ExpertsEngine
 from kt_sft.errors import StoreError, StoreFolderError
 from kt_sft.experts import HybridExperts
-from kt_sft.families.finding import FoundExperts
 from kt_sft.kernels import Engine
+from kt_sft.kernels.formats import AS_PUBLISHED
 from kt_sft.loading.packing import pack_in_memory, report, write_layers
 from kt_sft.machine.memory import available_memory_bytes
 from kt_sft.store.library import StoreLibrary, WantedStore, default_folder
@@ -35,21 +33,14 @@ def store_of(
     Raises StoreError and CheckpointError.
     """
     library = StoreLibrary(folder)
-    as_published = weights == "checkpoint"
-    read: dict[str, ExpertSource] = {}
-
-    def stored(source_of: Callable[[FoundExperts], Any], form: str) -> list[StoredLayer]:
-        return [
-            StoredLayer(layer.hybrid_path, layout_of(layer.shape, source_of(layer), form))
-            for layer in experts.layers
-        ]
+    as_published = weights == AS_PUBLISHED
 
     def layers() -> list[StoredLayer]:
-        read.update(experts.sources())
-        return stored(lambda layer: read[layer.hybrid_path], weights)
+        return [StoredLayer(p, layout_of(s, weights)) for p, s in experts.sources.items()]
 
     # Any format of our own has the sizes of the one that only the checkpoint's content decides.
-    known = stored(UnreadSource, "bf16" if as_published else weights)
+    form = "bf16" if as_published else weights
+    known = [StoredLayer(la.hybrid_path, own_layout(la, form)) for la in experts.layers]
     wanted = WantedStore(
         experts.model,
         weights,
@@ -59,7 +50,7 @@ def store_of(
     )
     return library.get(
         wanted,
-        lambda writer, planned: write_layers(engine, writer, planned, read),
+        lambda writer, planned: write_layers(engine, writer, planned, experts.sources),
         engine.threads,
     )
 
@@ -95,8 +86,7 @@ def place_experts(modules: Mapping[str, HybridExperts], experts: CheckpointExper
             how = "mapped" if there else "packed and mapped"
             report(modules, f"{how} {packed.path}:", start)
             return
-    sources = experts.sources()
-    pack_in_memory({path: (module, sources[path]) for path, module in modules.items()})
+    pack_in_memory({path: (module, experts.sources[path]) for path, module in modules.items()})
 
 
 def _copy(resident: str | bool, packed: PackedFile, engine: ExpertsEngine) -> bool:

@@ -13,7 +13,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
-from kt_sft.checkpoint.folder import CheckpointExperts
+from kt_sft.checkpoint.folder import CheckpointExperts, sources_of
 from kt_sft.checkpoint.keys import ModelKeys
 from kt_sft.checkpoint.published import COMPANION_KEYS, PublishedCheckpoint
 from kt_sft.checkpoint.sources import CheckpointSource, Stack
@@ -158,7 +158,7 @@ class HybridExpertsQuantizer(HfQuantizer):
             self._files,
             layers,
             self.quantization_config.published,
-            lambda: {la.hybrid_path: CheckpointSource(checkpoint, la, stacks) for la in layers},
+            lambda: sources_of(checkpoint, layers, stacks),
         )
         place_experts(hybrid_experts_of(model), experts)
         self._layers, self._stacks, self._checkpoint = [], {}, None

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from kt_sft.adapters.layer import HybridExpertsLinear
-from kt_sft.checkpoint.layouts import layout_of
-from kt_sft.checkpoint.sources import UnreadSource
+from kt_sft.checkpoint.layouts import layout_of, own_layout
+from kt_sft.checkpoint.sources import ExpertSource
 from kt_sft.config import HybridExpertsSettings
 from kt_sft.families.finding import FoundExperts
 from kt_sft.families.table import TOP_K_NAMES
 from kt_sft.kernels import WeightLayout, requested_isa
+from kt_sft.kernels.formats import AS_PUBLISHED
 from kt_sft.machine import allocator
 from kt_sft.machine.cpus import place_among_ranks, threads_of
 from kt_sft.machine.memory import available_memory_bytes
@@ -96,7 +97,9 @@ def _top_k(config: Any, experts: int) -> int:
 
 
 def _layouts(
-    layers: Sequence[FoundExperts], open_source: Callable[[FoundExperts], Any], weights: str
+    layers: Sequence[FoundExperts],
+    open_source: Callable[[FoundExperts], ExpertSource],
+    weights: str,
 ) -> list[WeightLayout]:
     """Of every layer; those of one shape are stored alike, so one of them is looked at.
 
@@ -107,17 +110,18 @@ def _layouts(
     with torch.device("cpu"):
         for layer in layers:
             if layer.shape not in known:
-                source: Any = UnreadSource(layer)
-                if weights == "checkpoint":
-                    source = open_source(layer)
-                known[layer.shape] = layout_of(layer.shape, source, weights)
+                known[layer.shape] = (
+                    layout_of(open_source(layer), weights)
+                    if weights == AS_PUBLISHED
+                    else own_layout(layer, weights)
+                )
     return [known[layer.shape] for layer in layers]
 
 
 def plan_of(
     model: Any,
     layers: Sequence[FoundExperts],
-    open_source: Callable[[FoundExperts], Any],
+    open_source: Callable[[FoundExperts], ExpertSource],
     settings: HybridExpertsSettings,
     outline: TrainingOutline | None,
 ) -> MemoryPlan:

@@ -58,7 +58,7 @@ def read_all(folder: Path) -> list[Tensor]:
     found = checkpoint_experts(folder)
     matrices = []
     for layer in found.layers:
-        source = found.sources()[layer.hybrid_path]
+        source = found.sources[layer.hybrid_path]
         for expert in range(layer.shape.experts):
             for projection in layer.shape.projections:
                 matrix = source.read(expert, projection)

@@ -10,10 +10,13 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+
+from packaging.version import Version
 
 from kt_sft.errors import PatchError
 
@@ -27,7 +30,8 @@ class Patch:
     place: module:name, or module:Class.name. signature: names of the stock function's parameters
     as in its definition, where `...` stands for whatever follows; "" for what is no function.
     make: module:function of ours, called with the stock one (and what `install` is given), whose
-    result takes its place. fallback: what happens in releases without the place; "" for an error.
+    result takes its place. since: the release that brought the place; fallback: what holds in those
+    before it.
     instance: it is replaced on hybrid models only, by `install_on`, where `make` gets the model.
     """
 
@@ -36,6 +40,7 @@ class Patch:
     signature: str
     make: str
     why: str
+    since: str = ""
     fallback: str = ""
     instance: bool = False
 
@@ -127,15 +132,15 @@ PATCHES = (
     Patch("peft", "peft.tuners.tuners_utils:_get_tuner_state_dict_key_prefixes",
           "model, adapter_name", f"{_INJECTION}:with_expert_names",
           "names expert LoRA, which would not be saved",
-          fallback="before PEFT 0.21 everything by the name of LoRA is saved"),
+          since="0.21", fallback="everything by the name of LoRA is saved"),
     Patch("peft", f"{_CONVERSION}:convert_peft_config_for_transformers",
           "peft_config, model, conversions", f"{_INJECTION}:without_config_conversion",
           "leaves the targets of hybrid models alone",
-          fallback="before PEFT 0.19 nothing is converted"),
+          since="0.19", fallback="nothing is converted"),
     Patch("peft", f"{_CONVERSION}:convert_peft_adapter_state_dict_for_transformers",
           "model, peft_config, adapter_state_dict, ...", f"{_INJECTION}:without_state_conversion",
           "leaves the adapters of hybrid models alone",
-          fallback="before PEFT 0.19 nothing is converted"),
+          since="0.19", fallback="nothing is converted"),
     # Python.
     Patch("errors", "sys:excepthook", "", "kt_sft.plugin.section:one_message",
           "ends a command with our message, without a traceback"),
@@ -158,6 +163,8 @@ def install(group: str, **given: Any) -> None:
     does nothing. Raises PatchError before anything of the group is changed.
     """
     rows = [row for row in PATCHES if row.group == group and not row.instance]
+    if not rows:
+        raise ValueError(f"patches: no group {group!r}")
     found = [(row, _found(row)) for row in rows]
     for row, place in found:
         if place is not None and (given or row.place not in _stock_of):
@@ -189,24 +196,25 @@ def restore(group: str) -> None:
 def states() -> Iterator[State]:
     """Every row, with what there is of it in the installed releases. Imports their modules."""
     for row in PATCHES:
+        if row.program != "sys" and _version(row.program) == "none":
+            yield State(row, "not installed")
+            continue
         try:
             place = _found(row)
-        except PatchError as error:
-            yield State(row, str(error), works=False)
-            continue
-        except ImportError as error:
-            yield State(row, f"not there: {error}", works=_version(row.program) == "none")
+        except Exception as error:  # a broken installation is what this is asked about
+            yield State(row, f"{type(error).__name__}: {error}", works=False)
             continue
         if place is None:
-            yield State(row, f"not needed: {row.fallback}")
+            yield State(row, f"not needed: before {row.program} {row.since} {row.fallback}")
         elif row.instance:
             yield State(row, "of hybrid models")
         else:
             yield State(row, "installed" if row.place in _stock_of else "stock")
 
 
-# Place -> (owner, name, stock value as it lies in the owner), of what is installed.
+# Place -> (owner, name, stock value as it lies in the owner), of what is installed, and the module.
 _stock_of: dict[str, tuple[Any, str, Any]] = {}
+_module_of: dict[str, Any] = {}
 
 
 def _name(row: Patch) -> str:
@@ -218,21 +226,26 @@ def _found(row: Patch) -> tuple[Any, str, Any] | None:
 
     Raises PatchError where the place is another one than the row was written for.
     """
-    if row.place in _stock_of:
-        return _stock_of[row.place]
     module, _, path = row.place.partition(":")
     *outer, name = path.split(".")
+    if row.place in _stock_of:
+        if _module_of.get(row.place) is sys.modules.get(module):
+            return _stock_of[row.place]
+        del _stock_of[row.place]  # the module was imported anew
     try:
         owner: Any = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if not module.startswith(str(error.name)):
+            raise  # something that the other program needs
+        _require_place(row, error)
+        return None
+    try:
         for part in outer:
             owner = getattr(owner, part)
         value = inspect.getattr_static(owner, name)
-    except (ModuleNotFoundError, AttributeError) as error:
-        if isinstance(error, ModuleNotFoundError) and not module.startswith(str(error.name)):
-            raise  # something that the other program needs
-        if row.fallback:
-            return None
-        raise PatchError(_misfit(row, "no such place")) from error
+    except AttributeError as error:
+        _require_place(row, error)
+        return None
     if row.signature:
         function = getattr(value, "__func__", value)
         got = _parameters(function) if callable(function) else type(value).__name__
@@ -240,6 +253,12 @@ def _found(row: Patch) -> tuple[Any, str, Any] | None:
         if got != want and not (want != row.signature and got.startswith(f"{want}, ")):
             raise PatchError(_misfit(row, f"({got})"))
     return owner, name, value
+
+
+def _require_place(row: Patch, error: Exception) -> None:
+    """Raises PatchError, but for a release from before the place."""
+    if not row.since or Version(_version(row.program)) >= Version(row.since):
+        raise PatchError(_misfit(row, "no such place")) from error
 
 
 def _parameters(function: Callable) -> str:
@@ -253,10 +272,11 @@ def _parameters(function: Callable) -> str:
 
 
 def _misfit(row: Patch, got: str) -> str:
+    without = ", or start with KT_SFT_DISABLE=1" if row.program == "llamafactory" else ""
     return (
         f"{row.place}: got {got}, expected ({row.signature}), which kt_sft replaces because it "
         f"{row.why}. Installed: {row.program} {_version(row.program)}; tested: "
-        f"{TESTED[row.program]}. Install one of those, or start with KT_SFT_DISABLE=1"
+        f"{TESTED[row.program]}. Install one of those{without}"
     )
 
 
@@ -280,4 +300,5 @@ def _replace(row: Patch, owner: Any, name: str, value: Any, given: dict[str, Any
         ours = functools.wraps(stock)(ours)
         setattr(ours, _STOCK, stock)
     _stock_of[row.place] = owner, name, value
+    _module_of[row.place] = sys.modules.get(row.place.partition(":")[0])
     setattr(owner, name, kind(ours) if kind else ours)

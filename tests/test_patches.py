@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib
 import os
@@ -13,6 +14,7 @@ from types import ModuleType
 
 import pytest
 
+import kt_sft_autoload
 from kt_sft import patches
 from kt_sft.errors import PatchError
 from kt_sft.patches import PATCHES, Patch
@@ -150,10 +152,10 @@ def register(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     monkeypatch.setitem(sys.modules, "victims", module)
     monkeypatch.setitem(patches.TESTED, "victims", "none")
 
-    def rows(*wanted: tuple[str, str], fallback: str = "") -> None:
+    def rows(*wanted: tuple[str, str], since: str = "", fallback: str = "") -> None:
         made = (
-            Patch("test", f"victims:{name}", signature, f"{__name__}:loud", "is loud", fallback)
-            for name, signature in wanted
+            Patch("test", f"victims:{n}", signature, f"{__name__}:loud", "is loud", since, fallback)
+            for n, signature in wanted
         )
         monkeypatch.setattr(patches, "PATCHES", tuple(made))
 
@@ -221,15 +223,112 @@ def test_a_misfit_is_an_error_and_changes_nothing(
     assert victims.alone(1) == "alone 1"
 
 
-def test_a_fallback_is_named(register: Callable) -> None:
-    register(("gone", "one"), fallback="before 2.0 nothing is loud")
+@pytest.mark.parametrize("version", ["1.9", "2.0.dev1"])
+def test_a_fallback_is_named(
+    register: Callable, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    monkeypatch.setattr(patches, "_version", lambda program: version)
+    register(("gone", "one"), since="2.0", fallback="nothing is loud")
     patches.install("test")
-    assert [s.text for s in patches.states()] == ["not needed: before 2.0 nothing is loud"]
+    assert [s.text for s in patches.states()] == ["not needed: before victims 2.0 nothing is loud"]
+
+
+def test_a_release_that_should_have_the_place_has_no_fallback(
+    register: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patches, "_version", lambda program: "2.0")
+    register(("gone", "one"), since="2.0", fallback="nothing is loud")
+    with pytest.raises(PatchError, match="got no such place"):
+        patches.install("test")
+
+
+def test_what_is_not_installed_is_no_misfit(register: Callable) -> None:
+    register(("gone", "one"))
+    assert [(s.text, s.works) for s in patches.states()] == [("not installed", True)]
+
+
+def test_a_broken_installation_is_reported(
+    register: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(("alone", "one"))
+    monkeypatch.setattr(patches, "_version", lambda program: "2.0")
+
+    def broken(name: str) -> ModuleType:
+        raise OSError("no such library")
+
+    monkeypatch.setattr(patches.importlib, "import_module", broken)
+    assert [(s.text, s.works) for s in patches.states()] == [("OSError: no such library", False)]
+
+
+def test_a_module_that_is_imported_anew_is_patched_anew(
+    register: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(("alone", "one"))
+    patches.install("test")
+    again = ModuleType("victims")
+    again.alone = lambda one: f"again {one}"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "victims", again)
+    patches.install("test")
+    assert again.alone(1) == "ours again 1"
+    patches.restore("test")
+    assert again.alone(1) == "again 1"
+
+
+def test_a_group_that_does_not_exist_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no group 'trainers'"):
+        patches.install("trainers")
+    assert set(kt_sft_autoload.HOOKED) <= {row.group for row in PATCHES}
+
+
+def test_lists_that_others_have_imported_are_extended() -> None:
+    """PPO takes DEFAULT_CALLBACKS by its name, before a recipe is read."""
+    program = """
+from transformers.trainer import DEFAULT_CALLBACKS
+from kt_sft.training.callback import register
+register()
+register()
+print([c.__name__ for c in DEFAULT_CALLBACKS])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    names = ["DefaultFlowCallback", "HybridExpertsMetrics", "RunGuard"]
+    assert done.stdout.splitlines()[-1] == str(names)
+
+
+# Of a process that is about to hand over to another program, whose arguments these are.
+_ALLOWED = {("main.py", "sys.argv")}
+
+
+def replaced_names(file: Path) -> Iterator[str]:
+    """Attributes of other programs that a file assigns, "module.name"."""
+    tree = ast.parse(file.read_text())
+    foreign = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            foreign |= {(a.asname or a.name).partition(".")[0] for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("kt_sft"):
+            foreign |= {a.asname or a.name for a in node.names}
+    for node in ast.walk(tree):
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setattr":
+            targets = [ast.Attribute(node.args[0], ast.unparse(node.args[1]))]
+        for target in targets:
+            root = target
+            while isinstance(root, ast.Attribute):
+                root = root.value
+            if root is not target and isinstance(root, ast.Name) and root.id in foreign:
+                yield ast.unparse(target)
 
 
 def test_nothing_is_replaced_outside_of_the_register() -> None:
-    makers = {row.make.partition(":")[0] for row in PATCHES}
-    for name in makers:
-        importlib.import_module(name)
-    marked = [f.name for f in PACKAGE.rglob("*.py") if "kt_sft_stock" in f.read_text()]
-    assert marked == ["patches.py"]
+    for row in PATCHES:
+        assert callable(patches._maker(row)), row.make
+    found = {(f.name, n) for f in PACKAGE.rglob("*.py") for n in replaced_names(f)}
+    assert found == _ALLOWED
+
+
+def test_a_replaced_function_is_seen(tmp_path: Path) -> None:
+    file = tmp_path / "x.py"
+    file.write_text("from transformers import Trainer\nTrainer.train = lambda self: None\n")
+    assert list(replaced_names(file)) == ["Trainer.train"]

@@ -387,8 +387,8 @@ PYBIND11_MODULE(_core, m) {
           in.lora[i].rank = ranks[i];
           in.lora[i].shared = shared;
         }
-        return ExpertsBlock::backward_bytes(select_kernels(isa, detect_cpu_features()), threads,
-                                            in);
+        const KernelTable& kernels = select_kernels(isa, detect_cpu_features());
+        return unlocked([&] { return ExpertsBlock::backward_bytes(kernels, threads, in); });
       },
       py::kw_only(), py::arg("isa"), py::arg("threads"), py::arg("layout"), py::arg("compute"),
       py::arg("tokens"), py::arg("top_k"), py::arg("dtype"), py::arg("ranks"), py::arg("shared"),

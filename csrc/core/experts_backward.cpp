@@ -46,11 +46,8 @@ struct BackwardArrays {
 
 int64_t ExpertsBlock::backward_bytes(const KernelTable& kernels, int threads,
                                      const BlockInput& in) {
-  // As many rows for every expert as can be.
-  std::vector<int64_t> index(static_cast<size_t>(in.tokens * in.top_k));
   const int64_t experts = in.weights->layout().experts;
-  for (size_t i = 0; i < index.size(); ++i) index[i] = static_cast<int64_t>(i) % experts;
-  const Routing routing = route(index.data(), in.tokens, in.top_k, experts);
+  const Routing routing = evenly(in.tokens, in.top_k, experts);
   Scratch scratch = Scratch::counting(threads);
   const BackwardArrays arrays(in, routing, kernels, nullptr, scratch);
   for (int thread = 0; thread < threads; ++thread) {

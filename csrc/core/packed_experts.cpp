@@ -66,6 +66,8 @@ void PackedExperts::pack(ThreadPool& pool, const KernelTable& kernels, int64_t e
                          Projection projection, FloatType type, const void* weight,
                          int64_t row_stride) {
   const WeightForm& form = layout_.form();
+  if (!form.takes_floats())
+    throw std::invalid_argument("pack: these experts keep published codes; use pack_codes");
   const WritableMatrix matrix = writable_matrix(expert, projection);
   const int64_t n_real = matrix.outputs(), k_real = matrix.inputs(), k_blocks = matrix.blocks();
   const int64_t units_per_block = layout_.tile_bytes() / (kPanelCols * 4);

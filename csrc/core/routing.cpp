@@ -44,4 +44,15 @@ Routing route(const int64_t* index, int64_t tokens, int64_t top_k, int64_t exper
   return r;
 }
 
+Routing evenly(int64_t tokens, int64_t top_k, int64_t experts) {
+  Routing routing;
+  routing.tokens = tokens;
+  routing.top_k = top_k;
+  routing.rows = tokens * top_k;
+  for (int64_t e = 0; e <= experts; ++e) routing.offset.push_back(routing.rows * e / experts);
+  for (int64_t e = 0; e < experts; ++e)
+    if (routing.count(e)) routing.active.push_back(static_cast<int32_t>(e));
+  return routing;
+}
+
 }  // namespace kt

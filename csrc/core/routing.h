@@ -23,4 +23,7 @@ struct Routing {
 // std::invalid_argument that names the token.
 Routing route(const int64_t* index, int64_t tokens, int64_t top_k, int64_t experts);
 
+// As many rows for every expert as can be; without the rows' places, for counting what they take.
+Routing evenly(int64_t tokens, int64_t top_k, int64_t experts);
+
 }  // namespace kt

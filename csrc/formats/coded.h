@@ -3,6 +3,8 @@
 // [2 kk]; of 4-bit ones [16 k2][32 n][2 kk] with (n, k) and (n, k + 32) in a byte.
 #pragma once
 
+#include <numeric>
+
 #include "weight_form.h"
 
 namespace kt {
@@ -22,7 +24,8 @@ class CodedForm : public WeightForm {
   int64_t channel_granule(const PackedLayout& layout) const override {
     const int64_t inputs = layout.coding.group_inputs;
     const bool whole_rows = inputs >= layout.intermediate;
-    return std::max({kBlock, layout.coding.group_outputs, whole_rows ? int64_t{1} : inputs});
+    return std::lcm(std::lcm(kBlock, layout.coding.group_outputs),
+                    whole_rows ? int64_t{1} : inputs);
   }
   void check(const PackedLayout& layout) const override {
     const Coding& coding = layout.coding;
@@ -35,9 +38,7 @@ class CodedForm : public WeightForm {
   }
 
   void pack_channel(const KernelTable&, const WritableMatrix&, int64_t, ChannelBuffers&,
-                    uint32_t*) const override {
-    throw std::invalid_argument("pack: these experts keep published codes; use pack_codes");
-  }
+                    uint32_t*) const override {}
 
   CodeKind code_kind(const PackedLayout& layout) const override { return layout.coding.kind; }
   void pack_scales(const WritableMatrix& to, const PublishedCodes& from) const override {

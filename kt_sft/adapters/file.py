@@ -68,14 +68,11 @@ class AdapterFile:
         """The paths of the parameters that were trained in full."""
         yield from self._in_full
 
-    def matrices(self, module: str) -> LoraMatrices:
-        """The LoRA of a module, in fp32."""
+    def matrices(self, module: str, trained_as: str) -> LoraMatrices:
+        """The LoRA of a module, in fp32. trained_as: its path in the model that trained."""
         a = self._tensors.get(f"{names.FILE_PREFIX}{module}{_A}").float()
         b = self._tensors.get(f"{names.FILE_PREFIX}{module}{_B}").float()
-        # Training knows one module for all experts; patterns were matched against its name.
-        expert = names.expert_module(module)
-        trained = f"{expert.path}.{expert.projection}" if expert else module
-        alpha = names.alpha_of(self._config, trained)
+        alpha = names.alpha_of(self._config, trained_as)
         return LoraMatrices(a, b, names.scaling(a.shape[0], alpha, self._config.use_rslora))
 
     def full(self, parameter: str) -> Tensor:

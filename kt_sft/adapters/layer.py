@@ -44,7 +44,10 @@ def variants_without_kernels(settings: Mapping[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class ActiveFactors:
-    """The LoRA in force: a [E, r, inputs], b [E, outputs, r]; dropout is 0 in evaluation."""
+    """The LoRA in force: a [E, r, inputs], b [E, outputs, r], or [1, ...] for one shared pair.
+
+    dropout is 0 in evaluation.
+    """
 
     a: Tensor
     b: Tensor

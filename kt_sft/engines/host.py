@@ -79,10 +79,9 @@ class HostExperts(ABC):
 
     def resume(self, call: Call, inputs: Inputs, held: Held) -> Forward | None:
         """See PlacedExperts."""
-        index_TK = to_host(inputs.index_TK, torch.int64)
-        if not torch.equal(held.index_TK, index_TK):
-            return None
         staged = _staged(inputs)
+        if not torch.equal(held.index_TK, staged.index_TK):
+            return None
         return Forward(
             held.out_TD.to(inputs.hidden_TD.device),
             _context(call, inputs, staged, held.kept),

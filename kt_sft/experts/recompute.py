@@ -168,6 +168,7 @@ def keeping(model: Any) -> Callable:
     Bound to its model, so that a copy of the model has one of its own.
     """
 
+    @functools.wraps(type(model)._set_gradient_checkpointing)
     def set_checkpointing(self: Any, *args: Any, **kwargs: Any) -> None:
         type(self)._set_gradient_checkpointing(self, *args, **kwargs)
         _wrap_functions(self)

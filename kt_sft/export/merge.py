@@ -33,9 +33,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Target:
-    """Where a module's matrices go: a tensor on disk, or a part of it."""
+    """Where a module's matrices go: a tensor on disk, or a part of it.
+
+    trained_as: training knows one module for all experts, which patterns were matched against.
+    """
 
     key: str
+    trained_as: str
     part: TensorPart | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
@@ -55,7 +59,7 @@ class LoraDelta:
             layer.hybrid_path: CheckpointSource(checkpoint, layer, self._stacks)
             for layer in base.layers
         }
-        self._lora: dict[str, list[tuple[_Target, str]]] = {}
+        self._lora: dict[str, list[tuple[str, _Target]]] = {}
         self._replaced: dict[str, str] = {}
         self._resizable = {self._single(name) for name in base.vocabulary}
         # Tensors that a checkpoint with tied embeddings does not have: name -> the adapter's
@@ -67,7 +71,7 @@ class LoraDelta:
             if target is None:
                 lost.append(module)
             else:
-                self._lora.setdefault(target.key, []).append((target, module))
+                self._lora.setdefault(target.key, []).append((module, target))
         for parameter in self._adapter.full_parameters():
             if (on_disk := self._single(parameter)) is not None:
                 self._replaced[on_disk] = parameter
@@ -129,9 +133,9 @@ class LoraDelta:
         if key not in self._lora:
             return weight
         merged = weight.to(torch.float32, copy=True)
-        for target, module in self._lora[key]:
+        for module, target in self._lora[key]:
             view = target.of(merged)
-            lora = self._adapter.matrices(module)
+            lora = self._adapter.matrices(module, target.trained_as)
             if (lora.b.shape[0], lora.a.shape[1]) != tuple(view.shape):
                 raise AdapterMismatchError(
                     f"{module}: the adapter is for a weight of "
@@ -146,10 +150,11 @@ class LoraDelta:
         source = self._sources.get(expert.path) if expert else None
         if expert is None or source is None:
             key = self._single(f"{module}.weight")
-            return None if key is None else _Target(key)
+            return None if key is None else _Target(key, module)
         if expert.expert >= source.experts:
             return None
-        return _Target(*source.place(expert.projection, expert.expert))
+        key, part = source.place(expert.projection, expert.expert)
+        return _Target(key, f"{expert.path}.{expert.projection}", part)
 
     def _single(self, parameter: str) -> str | None:
         """The one tensor on disk that is this parameter of the model, if there is one."""

@@ -8,9 +8,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.quantizers.auto import (
-    register_quantizer,
-)
+from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from kt_sft.checkpoint.folder import CheckpointExperts, sources_of

@@ -7,14 +7,10 @@ import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kt_sft.errors import SettingsError
 from kt_sft.plugin.modes import refuse_other_loaders
-
-if TYPE_CHECKING:
-    pass
-
 
 logger = logging.getLogger(__name__)
 

@@ -8,14 +8,10 @@ import sys
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kt_sft import patches
 from kt_sft.errors import KtSftError, SettingsError
-
-if TYPE_CHECKING:
-    pass
-
 
 SECTION = "kt_sft"
 

@@ -21,8 +21,12 @@ def register() -> None:
 
 
 def with_our_callbacks(stock: list) -> list:
-    """`DEFAULT_CALLBACKS` with metrics and guard, which run before the trackers'."""
-    return [*stock, HybridExpertsMetrics, RunGuard]
+    """`DEFAULT_CALLBACKS` with metrics and guard, which run before the trackers'.
+
+    The list itself: PPO and others have imported it by its name.
+    """
+    stock += [c for c in (HybridExpertsMetrics, RunGuard) if c not in stock]
+    return stock
 
 
 class HybridExpertsCallback(TrainerCallback):

@@ -226,6 +226,8 @@ FAULTS = (
     Fault("core: shared LoRA is read at the expert's place", "csrc/core/experts_block.h",
           "int64_t pair(int64_t expert) const { return shared ? 0 : expert; }",
           "int64_t pair(int64_t expert) const { return expert; }"),
+    Fault("channels: cut inside of a group", "csrc/formats/coded.h",
+          "std::lcm(std::lcm(kBlock, layout.coding.group_outputs)", "std::max(std::max(kBlock, layout.coding.group_outputs)"),
     Fault("patches: signatures are not compared", "kt_sft/patches.py", "if got != want and", "if False and",
           ("tests/test_patches.py",)),
     Fault("patches: a second install starts from ours", "kt_sft/patches.py",

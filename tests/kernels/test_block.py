@@ -754,6 +754,26 @@ def test_a_layer_is_the_sum_of_its_experts_in_two_parts(stored: str) -> None:
         assert_matches(total, want, 1e-5, "sum of the parts")
 
 
+@pytest.mark.parametrize("groups", [(1, 96), (48, 32), (48, 96)])
+def test_channels_are_cut_where_tiles_and_groups_begin(groups: tuple[int, int]) -> None:
+    """At common multiples of 64 and the groups, and nowhere else."""
+    layout = WeightLayout(1, 96, 384, "coded", coding=Coding("e4m3", "float32", *groups))
+    assert layout.channel_granule == 192
+    whole, g = ExpertWeights(layout), torch.Generator().manual_seed(2)
+    for p in PROJECTIONS:
+        assert layout.coding is not None
+        codes = random_codes(layout.coding, *layout.shape(p), g)
+        whole.pack_codes(ENGINES["portable"], 0, p, codes)
+    part = ExpertWeights(layout.part(192, down_bias=False))
+    part.take_channels(ENGINES["portable"], whole, 192)
+    for p, cut in zip(PROJECTIONS, (whole.unpack(0, p) for p in PROJECTIONS), strict=True):
+        want = cut[:, 192:] if p == "down_proj" else cut[192:]
+        assert torch.equal(part.unpack(0, p), want)
+    for first in (64, 96):
+        with pytest.raises(ValueError, match=f"channel {first} is inside a group of 192"):
+            part.take_channels(ENGINES["portable"], whole, first)
+
+
 def test_experts_of_another_layer_are_not_taken() -> None:
     weights = Block.make(3, 64, 64, "int8", 0).weights
     engine = ENGINES["portable"]

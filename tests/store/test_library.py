@@ -48,6 +48,7 @@ class Loading:
     stores: str
     dies: bool = False  # when it packs the second layer
     limit: int | None = None  # of the size of a file
+    together: int = 1  # begins when so many have come to where the stores are
     holds: bool = False  # the store, until there is a file "look", and then another, "go"
     folder: str = field(default_factory=lambda: tempfile.mkdtemp(prefix="kt-sft-loading-"))
 
@@ -61,11 +62,14 @@ class Loading:
 
         def counting(*arguments: Any) -> Any:
             packed.append(1)
+            if self.together > 1:
+                time.sleep(0.5)  # time enough for the others to pack too, if they may
             if self.dies and len(packed) == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
             return stock(*arguments)
 
         packing.pack_experts = counting
+        self.meet()
         model = load(Path(self.model), store=self.stores)
         ids = torch.arange(18).reshape(2, 9) % 290 + 3
         with torch.no_grad():
@@ -89,6 +93,15 @@ class Loading:
             assert time.monotonic() < deadline, f"no {name}:\n{output(self.folder)}"
             time.sleep(0.01)
         return json.loads(file.read_text())
+
+    def meet(self) -> None:
+        """Waits for the others."""
+        meeting, deadline = Path(f"{self.stores}-met"), time.monotonic() + 120
+        meeting.mkdir(exist_ok=True)
+        (meeting / str(os.getpid())).touch()
+        while len(list(meeting.iterdir())) < self.together:
+            assert time.monotonic() < deadline, "the others do not come"
+            time.sleep(0.01)
 
     def memory(self) -> dict[str, float]:
         """What the mapped store takes of this process, and of it alone."""
@@ -127,7 +140,7 @@ def stores_in(folder: Path) -> list[Path]:
 
 
 def test_eight_builders_build_once(model: Path, tmp_path: Path) -> None:
-    works = [Loading(str(model), str(tmp_path)) for _ in range(8)]
+    works = [Loading(str(model), str(tmp_path), together=8) for _ in range(8)]
     results = [result(w, p) for w, p in [(work, start(work)) for work in works]]
     assert sorted(r["packed"] for r in results) == [0] * 7 + [2]
     assert len({r["sum"] for r in results}) == 1

@@ -12,9 +12,9 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STATE = .cache/make
 PACKAGING = .cache/packaging
-# Most tests wait for a child or use one core; a file's tests share what it has prepared, but for
-# those of the kernels. The expensive files begin first.
-AT_ONCE = -n 2 --dist loadgroup --no-loadscope-reorder
+# Most tests wait for a child or use one core; a file's tests share what it has prepared. In the
+# order of tests/conftest.py, where the expensive ones begin.
+AT_ONCE = -n 2 --dist loadfile --no-loadscope-reorder
 # Where unit tests are; the other files import LLaMA-Factory, which takes longer than these run.
 QUICK = tests/kernels tests/store tests/test_*.py
 SOURCES = $(shell find csrc -type f) setup.py pyproject.toml

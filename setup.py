@@ -120,6 +120,13 @@ def needs_recompile(obj: str, src: str) -> bool:
     return naive_recompile(obj, src) or Path(obj).stat().st_mtime < newest
 
 
+SOURCES = [
+    *ISA_FLAGS,
+    "csrc/arch/x86/cpu.cpp",
+    *sorted(map(str, Path("csrc/core").glob("*.cpp"))),
+    *sorted(map(str, Path("csrc/bindings").glob("*.cpp"))),
+]
+
 if __name__ == "__main__":
     # One compiler per CPU.
     ParallelCompile(needs_recompile=needs_recompile).install()
@@ -127,12 +134,7 @@ if __name__ == "__main__":
         ext_modules=[
             Pybind11Extension(
                 "kt_sft.kernels._core",
-                [
-                    *ISA_FLAGS,
-                    "csrc/arch/x86/cpu.cpp",
-                    *sorted(map(str, Path("csrc/core").glob("*.cpp"))),
-                    *sorted(map(str, Path("csrc/bindings").glob("*.cpp"))),
-                ],
+                SOURCES,
                 # Without this file here a change of flags would not get as far as needs_recompile.
                 depends=[*HEADERS, "setup.py"],
                 cxx_std=17,

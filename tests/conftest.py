@@ -4,6 +4,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent / "training"))
 sys.path.insert(0, str(Path(__file__).parent))
@@ -21,10 +22,14 @@ os.environ["TORCH_EXTENSIONS_DIR"] = str(
 
 import pytest
 import torch
+from xdist.scheduler import LoadScopeScheduling
 
 # Stores of test models go with the test run; the child processes of a test share them.
 _STORES = tempfile.TemporaryDirectory(prefix="kt-sft-stores-")
 os.environ["KT_SFT_STORE"] = _STORES.name
+# So does what children write that have no other folder.
+_CHILDREN = tempfile.TemporaryDirectory(prefix="kt-sft-children-")
+os.environ["KT_SFT_TEST_CHILDREN"] = _CHILDREN.name
 
 # The references are many small operations; threads would only wait for each other.
 torch.set_num_threads(1)
@@ -69,12 +74,22 @@ def cost_of(path: Path) -> str:
     return COSTS[max(found, key=len)]
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks tests by cost, and lets a file stay in one process where it prepares something."""
+    """Marks tests by their cost, and lets the expensive ones begin."""
     for item in items:
-        cost = cost_of(item.path)
-        item.add_marker(cost)
-        if item.path.parent.name != "kernels":
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        item.add_marker(cost_of(item.path))
     items.sort(key=lambda item: _ORDER.index(cost_of(item.path)))
+
+
+class _ByFile(LoadScopeScheduling):
+    """A file stays in one process, which prepares things once; of the kernels, a function does."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file, _, rest = nodeid.partition("::")
+        return f"{file}::{rest.partition('[')[0]}" if "tests/kernels/" in file else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling | None:
+    """Ours in the place of `--dist loadfile`."""
+    return _ByFile(config, log) if config.getvalue("dist") == "loadfile" else None

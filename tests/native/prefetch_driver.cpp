@@ -25,9 +25,11 @@ Lines prefetched(const Panels& panels, int64_t unit, int64_t shares) {
   return lines;
 }
 
-void add_tile(const kt::PackedExperts& weights, const uint8_t* tile, Lines& lines) {
-  for (int64_t at = 0; at < weights.layout().tile_bytes(); at += 64)
-    ++lines[reinterpret_cast<const char*>(tile) + at];
+void add_tile(const kt::PackedExperts& weights, kt::Projection p, int64_t panel, int64_t block,
+              Lines& lines) {
+  const int64_t bytes = weights.layout().tile_bytes();
+  const uint8_t* tile = kt::tile_of(weights.matrix(1, p), bytes, panel, block);
+  for (int64_t at = 0; at < bytes; at += 64) ++lines[reinterpret_cast<const char*>(tile) + at];
 }
 
 }  // namespace
@@ -53,11 +55,7 @@ int main() {
           Lines want;
           for (int64_t p = 0; p < 2; ++p)
             for (int64_t b = 0; b < blocks; ++b)
-              add_tile(
-                  weights,
-                  weights.tiles(1, projections[two ? p : 0]) +
-                      ((two ? unit : 2 * unit + p) * blocks + b) * weights.layout().tile_bytes(),
-                  want);
+              add_tile(weights, projections[two ? p : 0], two ? unit : 2 * unit + p, b, want);
           wrong += prefetched(forward, unit, shares) != want;
           ++checked;
         }
@@ -65,9 +63,7 @@ int main() {
           Lines want;
           for (const P p : projections)
             for (int64_t n = 0; n < panels_of_n; ++n)
-              add_tile(weights,
-                       weights.tiles(1, p) + (n * blocks + unit) * weights.layout().tile_bytes(),
-                       want);
+              add_tile(weights, p, n, unit, want);
           wrong += prefetched(backward, unit, shares) != want;
           ++checked;
         }

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from children import finish, output, start
+from children import finish, output, own_folder, start
 from quantized_checkpoints import QUANTIZED_FORMATS
 from safetensors.torch import load_file, save_file
 from tiny_configs import build
@@ -50,7 +50,7 @@ class Loading:
     limit: int | None = None  # of the size of a file
     together: int = 1  # begins when so many have come to where the stores are
     holds: bool = False  # the store, until there is a file "look", and then another, "go"
-    folder: str = field(default_factory=lambda: tempfile.mkdtemp(prefix="kt-sft-loading-"))
+    folder: str = field(default_factory=own_folder)
 
     def __call__(self) -> None:
         logging.basicConfig(level=logging.INFO, stream=sys.stderr, force=True)

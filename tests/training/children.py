@@ -6,6 +6,7 @@ import functools
 import multiprocessing
 import os
 import sys
+import tempfile
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -21,6 +22,11 @@ class Work(Protocol):
     folder: str
 
     def __call__(self) -> None: ...
+
+
+def own_folder() -> str:
+    """A new one for a child that has no other; it goes with the test run."""
+    return tempfile.mkdtemp(dir=os.environ["KT_SFT_TEST_CHILDREN"])
 
 
 @functools.cache

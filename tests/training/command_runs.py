@@ -11,7 +11,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ import llamafactory.hparams.parser as parser
 import llamafactory.launcher as launcher
 import llamafactory.train.tuner as tuner
 import torch
-from children import output, start
+from children import output, own_folder, start
 from transformers import Trainer
 
 from kt_sft.cli import main as kt_sft_main
@@ -48,7 +47,7 @@ class Command:
     environment: dict[str, str] = field(default_factory=dict)
     cwd: str | None = None
     change: Callable[[], None] | None = None
-    folder: str = field(default_factory=lambda: tempfile.mkdtemp(prefix="kt-sft-command-"))
+    folder: str = field(default_factory=own_folder)
 
     def __call__(self) -> None:
         os.environ.update(self.environment)

@@ -2,7 +2,7 @@
 # make quick     the kernels and single functions on two instruction sets, in about a minute
 # make test      linters, type check, tests (what CI runs)
 # make test-full adds the long sweeps, sanitizers, other versions, and fidelity on a real model
-# make mutation  plants faults in the kernels and checks that the tests catch each (20 minutes)
+# make mutation  plants faults, one at a time, and checks that the tests catch each (an hour)
 # make wheel     an sdist and, from it, a wheel for this Python in dist/, checked
 # make bench     the machine's peak, one layer against torch, and the kernels against their targets
 # VENV=path puts the virtual environment (6 GB) elsewhere; clones may take turns with one.

@@ -20,9 +20,8 @@ from tqdm import tqdm
 
 from kt_sft.adapters.file import AdapterFile
 from kt_sft.adapters.names import expert_module
-from kt_sft.checkpoint.folder import BaseModel
+from kt_sft.checkpoint.folder import BaseModel, sources_of
 from kt_sft.checkpoint.published import PublishedCheckpoint
-from kt_sft.checkpoint.sources import CheckpointSource
 from kt_sft.errors import AdapterMismatchError, CheckpointError, SettingsError
 from kt_sft.families.finding import TensorPart
 from kt_sft.files import durable
@@ -55,10 +54,7 @@ class LoraDelta:
     ) -> None:
         self._adapter = AdapterFile(adapter)
         self._stacks = base.keys.stacks(checkpoint)
-        self._sources = {
-            layer.hybrid_path: CheckpointSource(checkpoint, layer, self._stacks)
-            for layer in base.layers
-        }
+        self._sources = sources_of(checkpoint, base.layers, self._stacks)
         self._lora: dict[str, list[tuple[str, _Target]]] = {}
         self._replaced: dict[str, str] = {}
         self._resizable = {self._single(name) for name in base.vocabulary}

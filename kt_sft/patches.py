@@ -167,7 +167,7 @@ def install(group: str, **given: Any) -> None:
         raise ValueError(f"patches: no group {group!r}")
     found = [(row, _found(row)) for row in rows]
     for row, place in found:
-        if place is not None and (given or row.place not in _stock_of):
+        if place is not None and (given or row.place not in _installed):
             _replace(row, *place, given)
 
 
@@ -188,8 +188,8 @@ def install_on(instance: Any, group: str, **given: Any) -> None:
 def restore(group: str) -> None:
     """Puts the stock functions of a group back, where their modules are imported."""
     for row in PATCHES:
-        if row.group == group and not row.instance and row.place in _stock_of:
-            owner, name, value = _stock_of.pop(row.place)
+        if row.group == group and not row.instance and row.place in _installed:
+            _, (owner, name, value) = _installed.pop(row.place)
             setattr(owner, name, value)
 
 
@@ -209,29 +209,31 @@ def states() -> Iterator[State]:
         elif row.instance:
             yield State(row, "of hybrid models")
         else:
-            yield State(row, "installed" if row.place in _stock_of else "stock")
+            yield State(row, "installed" if row.place in _installed else "stock")
 
 
-# Place -> (owner, name, stock value as it lies in the owner), of what is installed, and the module.
-_stock_of: dict[str, tuple[Any, str, Any]] = {}
-_module_of: dict[str, Any] = {}
+# (owner, name, stock value as it lies in the owner)
+Place = tuple[Any, str, Any]
+# Of what is installed: the module that it was installed in, and where.
+_installed: dict[str, tuple[Any, Place]] = {}
 
 
 def _name(row: Patch) -> str:
     return row.place.rpartition(":")[2].rpartition(".")[2]
 
 
-def _found(row: Patch) -> tuple[Any, str, Any] | None:
-    """(owner, name, stock value as it lies in the owner) of a place; None for its fallback.
+def _found(row: Patch) -> Place | None:
+    """A row's place, the stock one even where ours is installed; None for its fallback.
 
     Raises PatchError where the place is another one than the row was written for.
     """
     module, _, path = row.place.partition(":")
     *outer, name = path.split(".")
-    if row.place in _stock_of:
-        if _module_of.get(row.place) is sys.modules.get(module):
-            return _stock_of[row.place]
-        del _stock_of[row.place]  # the module was imported anew
+    if row.place in _installed:
+        patched, place = _installed[row.place]
+        if patched is sys.modules.get(module):
+            return place
+        del _installed[row.place]  # the module was imported anew
     try:
         owner: Any = importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -299,6 +301,6 @@ def _replace(row: Patch, owner: Any, name: str, value: Any, given: dict[str, Any
     if inspect.isfunction(ours):
         ours = functools.wraps(stock)(ours)
         setattr(ours, _STOCK, stock)
-    _stock_of[row.place] = owner, name, value
-    _module_of[row.place] = sys.modules.get(row.place.partition(":")[0])
+    module = sys.modules.get(row.place.partition(":")[0])
+    _installed[row.place] = module, (owner, name, value)
     setattr(owner, name, kind(ours) if kind else ours)

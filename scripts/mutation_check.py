@@ -231,7 +231,7 @@ FAULTS = (
     Fault("patches: signatures are not compared", "kt_sft/patches.py", "if got != want and", "if False and",
           ("tests/test_patches.py",)),
     Fault("patches: a second install starts from ours", "kt_sft/patches.py",
-          "            return _stock_of[row.place]\n", "            pass\n", ("tests/test_patches.py",)),
+          "            return place\n", "            pass\n", ("tests/test_patches.py",)),
     Fault("training: kept activations left out of the plan", "kt_sft/planning/plan.py",
           "held = sum(kept) if keeps or not work.checkpointing else max(kept, default=0)",
           "held = max(kept, default=0)", ("tests/training/test_memory_plan.py",)),

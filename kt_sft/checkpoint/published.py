@@ -509,10 +509,6 @@ class PublishedCheckpoint:
         """The names of all weights that are stored in codes."""
         return list(self._quantized)
 
-    def format_of(self, key: str) -> str:
-        """The name of the format that a weight is stored in, or its dtype."""
-        return self._quantized[key][0].name if key in self._quantized else self._file.dtype(key)
-
     def shape(self, key: str) -> tuple[int, ...]:
         """The shape of the weight, [..., outputs, inputs]."""
         if key in self._quantized:

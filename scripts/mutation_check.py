@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("csrc", "kt_sft", "scripts", "tests", "setup.py", "pyproject.toml", "README.md")
+# The built core, too, would pass for that of the copied sources.
+NOT_COPIED = ("*.so", "__pycache__", ".git", ".venv", ".cache", "build", "*.egg-info")
 QUICK_TESTS = ("tests/kernels/test_block.py", "tests/kernels/test_single_kernels.py")
 
 
@@ -334,14 +335,8 @@ def main() -> int:
     survivors = []
     with tempfile.TemporaryDirectory(prefix="kt_sft_mutation_") as temporary:
         folder = Path(temporary)
-        for name in COPIED:
-            source = ROOT / name
-            if source.is_dir():
-                # Without the built core, which would pass for that of the copied sources.
-                ignore = shutil.ignore_patterns("*.so", "__pycache__")
-                shutil.copytree(source, folder / name, ignore=ignore)
-            else:
-                shutil.copy(source, folder / name)
+        ignore = shutil.ignore_patterns(*NOT_COPIED)
+        shutil.copytree(ROOT, folder, ignore=ignore, dirs_exist_ok=True)
         state, line = _build_and_test(folder, tuple(sorted({t for f in faults for t in f.tests})))
         sys.stdout.write(f"{state:<10} without a fault: {line}\n")
         if state != "passed":

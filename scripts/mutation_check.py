@@ -295,7 +295,7 @@ def _run(command: list[str], folder: Path, seconds: int) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-def _build_and_test(folder: Path, tests: tuple[str, ...]) -> tuple[str, str]:
+def _build_and_test(folder: Path, tests: tuple[str, ...], seconds: int = 600) -> tuple[str, str]:
     """("passed" | "caught" | "not built", the line that tells)."""
     code, output = _run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], folder, 600)
     if code:
@@ -303,7 +303,7 @@ def _build_and_test(folder: Path, tests: tuple[str, ...]) -> tuple[str, str]:
     code, output = _run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests],
         folder,
-        600,
+        seconds,
     )
     last = [line for line in output.splitlines() if line.startswith("FAILED")]
     return ("caught" if code else "passed"), (last or output.strip().splitlines() or [""])[-1][:110]
@@ -337,7 +337,9 @@ def main() -> int:
         folder = Path(temporary)
         ignore = shutil.ignore_patterns(*NOT_COPIED)
         shutil.copytree(ROOT, folder, ignore=ignore, dirs_exist_ok=True)
-        state, line = _build_and_test(folder, tuple(sorted({t for f in faults for t in f.tests})))
+        state, line = _build_and_test(
+            folder, tuple(sorted({t for f in faults for t in f.tests})), 3600
+        )
         sys.stdout.write(f"{state:<10} without a fault: {line}\n")
         if state != "passed":
             return 1

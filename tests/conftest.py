@@ -6,7 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent / "training"))
+for _helpers in ("accelerator", "training"):
+    sys.path.insert(0, str(Path(__file__).parent / _helpers))
 sys.path.insert(0, str(Path(__file__).parent))
 
 # No test may reach a network, and each starts from the same defaults.
@@ -50,6 +51,7 @@ COSTS = {
     "training/test_gradients.py": "model",
     "store/test_library.py": "process",
     "native": "process",
+    "accelerator": "process",
     "models": "model",
     "bench": "model",
     "test_package.py": "process",

@@ -12,16 +12,16 @@ using simulated::Device;
 extern "C" {
 
 void simulated_delay(int kind, int microseconds) {
-    Device::instance().delay(static_cast<simulated::Kind>(kind), microseconds);
+  Device::instance().delay(static_cast<simulated::Kind>(kind), microseconds);
 }
 
 void simulated_clear() { Device::instance().clear(); }
 
 // Valid until the next call in the same thread.
 const char* simulated_report() {
-    thread_local std::string text;
-    text = Device::instance().report();
-    return text.c_str();
+  thread_local std::string text;
+  text = Device::instance().report();
+  return text.c_str();
 }
 
 size_t simulated_allocated() { return Device::instance().allocated(); }
@@ -29,43 +29,41 @@ size_t simulated_peak() { return Device::instance().peak(); }
 
 // Of the default generator: a seed, and how many operations drew.
 void simulated_get_random_state(void* state) {
-    at::Tensor from = simulated::default_generator().get_state();
-    std::memcpy(state, from.data_ptr(), from.nbytes());
+  at::Tensor from = simulated::default_generator().get_state();
+  std::memcpy(state, from.data_ptr(), from.nbytes());
 }
 
 void simulated_set_random_state(const void* state) {
-    at::Tensor to = at::empty({16}, at::kByte);
-    std::memcpy(to.data_ptr(), state, to.nbytes());
-    at::Generator generator = simulated::default_generator();
-    generator.set_state(to);
+  at::Tensor to = at::empty({16}, at::kByte);
+  std::memcpy(to.data_ptr(), state, to.nbytes());
+  at::Generator generator = simulated::default_generator();
+  generator.set_state(to);
 }
 
 // As cudaLaunchHostFunc: `run` is called in the order of the stream, and may not use the device.
 int simulated_launch_host_function(void* stream, void (*run)(void*), void* data) {
-    int id = static_cast<int>(reinterpret_cast<intptr_t>(stream));
-    Device::instance().submit(id, simulated::Kind::host, "host function", {}, {},
-                              [run, data] { run(data); });
-    return 0;
+  int id = static_cast<int>(reinterpret_cast<intptr_t>(stream));
+  Device::instance().submit(id, simulated::Kind::host, "host function", {}, {},
+                            [run, data] { run(data); });
+  return 0;
 }
 
 }  // extern "C"
 
-TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, m) {
-    m.fallback(torch::CppFunction::makeFallthrough());
-}
+TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, m) { m.fallback(torch::CppFunction::makeFallthrough()); }
 
 TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) {
-    KERNEL_PRIVATEUSEONE(mm, lower_precision_fp)
-    KERNEL_PRIVATEUSEONE(bmm, lower_precision_fp)
-    KERNEL_PRIVATEUSEONE(addmm, lower_precision_fp)
-    KERNEL_PRIVATEUSEONE(baddbmm, lower_precision_fp)
-    KERNEL_PRIVATEUSEONE(linear, lower_precision_fp)
-    KERNEL_PRIVATEUSEONE(matmul, lower_precision_fp)
-    KERNEL_PRIVATEUSEONE(scaled_dot_product_attention, lower_precision_fp)
-    KERNEL_PRIVATEUSEONE(softmax, int, fp32)
-    KERNEL_PRIVATEUSEONE(log_softmax, int, fp32)
-    KERNEL_PRIVATEUSEONE(cross_entropy_loss, fp32)
-    KERNEL_PRIVATEUSEONE(nll_loss, fp32)
-    KERNEL_PRIVATEUSEONE(layer_norm, fp32)
-    KERNEL_PRIVATEUSEONE(rsqrt, fp32)
+  KERNEL_PRIVATEUSEONE(mm, lower_precision_fp)
+  KERNEL_PRIVATEUSEONE(bmm, lower_precision_fp)
+  KERNEL_PRIVATEUSEONE(addmm, lower_precision_fp)
+  KERNEL_PRIVATEUSEONE(baddbmm, lower_precision_fp)
+  KERNEL_PRIVATEUSEONE(linear, lower_precision_fp)
+  KERNEL_PRIVATEUSEONE(matmul, lower_precision_fp)
+  KERNEL_PRIVATEUSEONE(scaled_dot_product_attention, lower_precision_fp)
+  KERNEL_PRIVATEUSEONE(softmax, int, fp32)
+  KERNEL_PRIVATEUSEONE(log_softmax, int, fp32)
+  KERNEL_PRIVATEUSEONE(cross_entropy_loss, fp32)
+  KERNEL_PRIVATEUSEONE(nll_loss, fp32)
+  KERNEL_PRIVATEUSEONE(layer_norm, fp32)
+  KERNEL_PRIVATEUSEONE(rsqrt, fp32)
 }

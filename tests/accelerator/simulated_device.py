@@ -62,11 +62,9 @@ def build() -> Path:
         if library.exists() and library.stat().st_mtime > newest:
             return library
         root = Path(torch.__file__).parent
+        compiler = ["g++", "-std=c++20", "-O1", "-fPIC", f"-I{root}/include", "-c"]
         running = [
-            subprocess.Popen(
-                ["g++", "-std=c++20", "-O1", "-fPIC", f"-I{root}/include", "-c"]
-                + [str(_HERE / f"{name}.cpp"), "-o", str(_BUILD / f"{name}.o")]
-            )
+            subprocess.Popen([*compiler, f"{_HERE / name}.cpp", "-o", f"{_BUILD / name}.o"])
             for name in _SOURCES
         ]
         if any([process.wait() for process in running]):
@@ -120,7 +118,7 @@ class SimulatedDevice:
         library = self._library
         module: Any = types.ModuleType(f"torch.{NAME}")
         module.is_available = lambda: True
-        module.is_initialized = lambda: True
+        module.is_initialized, module._initialized = lambda: True, True  # asked by checkpointing
         module.is_bf16_supported = lambda *_: True
         module._is_in_bad_fork = lambda: False
         module.device_count = lambda: 1

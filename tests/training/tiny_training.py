@@ -77,13 +77,14 @@ class Training:
     change: Change | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     experts: dict[str, Any] = field(default_factory=dict)
+    targets: list[str] = field(default_factory=lambda: list(TARGETS))
 
     def __call__(self) -> None:
         torch.set_num_threads(1)
         model = hybridize(make_model("qwen3_moe"), HybridExpertsConfig(threads=1, **self.experts))
         torch.manual_seed(1)
         model = get_peft_model(
-            model, LoraConfig(r=4, lora_alpha=8, lora_dropout=0.2, target_modules=TARGETS)
+            model, LoraConfig(r=4, lora_alpha=8, lora_dropout=0.2, target_modules=self.targets)
         )
         values: dict[str, Any] = {
             "output_dir": self.folder, "max_steps": STEPS, "logging_steps": 1, "save_steps": 2,

@@ -6,8 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-for _helpers in ("accelerator", "training"):
-    sys.path.insert(0, str(Path(__file__).parent / _helpers))
+sys.path.insert(0, str(Path(__file__).parent / "accelerator"))
+sys.path.insert(0, str(Path(__file__).parent / "training"))
 sys.path.insert(0, str(Path(__file__).parent))
 
 # No test may reach a network, and each starts from the same defaults.

@@ -7,14 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from kt_sft.engines.host import HostExperts
+from kt_sft.engines.host import HostExperts, LoraGradients
 from kt_sft.kernels import (
     BlockReport,
     Call,
     CodedMatrix,
     Engine,
     ExpertWeights,
-    Gradients,
     Inputs,
     Kept,
     WeightLayout,
@@ -27,6 +26,7 @@ class CpuExperts(HostExperts):
     """The experts of one layer in one piece of memory."""
 
     def __init__(self, engine: Engine, weights: ExpertWeights) -> None:
+        super().__init__()
         self._engine, self.weights = engine, weights
 
     @property
@@ -64,15 +64,23 @@ class CpuExperts(HostExperts):
         return self.weights.unpack(expert, projection)
 
     def _forward(
-        self, call: Call, inputs: Inputs, keep: bool
-    ) -> tuple[Tensor, tuple[Tensor, ...], BlockReport]:
-        out_TD, kept, report = forward(self._engine, self.weights, call, inputs, keep)
-        return out_TD, kept.tensors() if kept else (), report
+        self, call: Call, inputs: Inputs, keep: bool, out_TD: Tensor
+    ) -> tuple[tuple[Tensor, ...], BlockReport]:
+        _, kept, report = forward(self._engine, self.weights, call, inputs, keep, out_TD)
+        return kept.tensors() if kept else (), report
 
     def _backward(
-        self, call: Call, inputs: Inputs, d_out_TD: Tensor, kept: tuple[Tensor, ...]
-    ) -> tuple[Gradients, BlockReport]:
-        return backward(self._engine, self.weights, call, inputs, d_out_TD, Kept(*kept))
+        self,
+        call: Call,
+        inputs: Inputs,
+        d_out_TD: Tensor,
+        kept: tuple[Tensor, ...],
+        into: tuple[Tensor, Tensor],
+    ) -> tuple[LoraGradients, BlockReport]:
+        found, report = backward(
+            self._engine, self.weights, call, inputs, d_out_TD, Kept(*kept), into
+        )
+        return found.lora, report
 
 
 class CpuEngine:

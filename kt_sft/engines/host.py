@@ -7,112 +7,209 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from kt_sft.engines.protocol import Context, Forward, Held, Report
-from kt_sft.kernels import BlockReport, Call, Gradients, Inputs, LoraFactors
+from kt_sft.engines.link import Landing, Traffic, Wanted, link_of
+from kt_sft.engines.mirror import Mirror
+from kt_sft.engines.protocol import Context, Forward, Held, LayerGradients, Report
+from kt_sft.kernels import BlockReport, Call, Inputs
 from kt_sft.kernels.checks import is_finite
 
-
-def to_host(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A contiguous CPU tensor of `dtype`; copied through pinned memory from an accelerator."""
-    tensor = tensor.detach().to(dtype=dtype or tensor.dtype).contiguous()
-    if tensor.device.type == "cpu":
-        return tensor
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor)
+# Of gate, up and down, for every expert: of a [E, r, in] and b [E, out, r], fp32.
+LoraGradients = tuple[tuple[Tensor, Tensor] | None, ...]
 
 
-def _staged(inputs: Inputs) -> Inputs:
-    """The inputs as the kernels read them."""
-    fp32 = torch.float32
-    gate, up, down = (
-        f and LoraFactors(to_host(f.a, fp32), to_host(f.b, fp32), f.scaling) for f in inputs.lora
-    )
-    return Inputs(
-        to_host(inputs.hidden_TD),
-        to_host(inputs.index_TK, torch.int64),
-        to_host(inputs.weight_TK, fp32),
-        (gate, up, down),
-    )
+class _Here:
+    """A Landing of what is computed where it is wanted."""
+
+    def __init__(self, *shapes: tuple[torch.Size, torch.dtype]) -> None:
+        self.tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in shapes]
+
+    def __enter__(self) -> _Here:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def send(self, traffic: Traffic) -> list[Tensor]:
+        return self.tensors
 
 
-def _context(call: Call, inputs: Inputs, staged: Inputs, kept: tuple[Tensor, ...]) -> Context:
-    hidden_TD, _, weight_TK, *lora = inputs.tensors()
-    homes = tuple((t.device, t.dtype) for t in (hidden_TD, weight_TK, *lora))
-    return Context(call, inputs.scalings, homes, (*staged.tensors(), *kept))
+def _landing(device: torch.device, *shapes: tuple[torch.Size, torch.dtype]) -> _Here | Landing:
+    return _Here(*shapes) if device.type == "cpu" else link_of(device).landing(*shapes)
+
+
+@contextmanager
+def _brought(
+    device: torch.device, groups: Sequence[Sequence[Wanted]], traffic: Traffic
+) -> Iterator[list[list[Tensor]]]:
+    """The groups' tensors on the host, contiguous; an accelerator's are valid inside only."""
+    if device.type != "cpu":
+        with link_of(device).fetched(groups, traffic) as found:
+            yield found
+    else:
+        yield [[t.detach().to(dtype).contiguous() for t, dtype in group] for group in groups]
 
 
 class HostExperts(ABC):
     """The part of PlacedExperts that is the same for every engine on the host."""
+
+    def __init__(self) -> None:
+        self._mirror = Mirror()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HostExperts:
         return self
 
     @abstractmethod
     def _forward(
-        self, call: Call, inputs: Inputs, keep: bool
-    ) -> tuple[Tensor, tuple[Tensor, ...], BlockReport]:
-        """out [T, D], what backward needs, and a report."""
+        self, call: Call, inputs: Inputs, keep: bool, out_TD: Tensor
+    ) -> tuple[tuple[Tensor, ...], BlockReport]:
+        """Writes out [T, D]; returns what backward needs, and a report."""
 
     @abstractmethod
     def _backward(
-        self, call: Call, inputs: Inputs, d_out_TD: Tensor, kept: tuple[Tensor, ...]
-    ) -> tuple[Gradients, BlockReport]:
-        """The gradients of all inputs, LoRA's for every expert."""
+        self,
+        call: Call,
+        inputs: Inputs,
+        d_out_TD: Tensor,
+        kept: tuple[Tensor, ...],
+        into: tuple[Tensor, Tensor],
+    ) -> tuple[LoraGradients, BlockReport]:
+        """Writes the gradients of hidden and weight `into` tensors; returns those of LoRA."""
 
-    def forward(self, call: Call, inputs: Inputs, keep: bool) -> Forward:
+    @contextmanager
+    def _inputs(self, inputs: Inputs, traffic: Traffic) -> Iterator[Inputs]:
+        """The inputs as the kernels read them; valid inside only."""
+        hidden_TD, index_TK, weight_TK, *lora = inputs.tensors()
+        copies = [self._on_host(factor) for factor in lora]
+        missing = [f for f, copy in zip(lora, copies, strict=True) if copy is None]
+        # LoRA that has changed comes with the first pass that needs it, in the same wait.
+        groups: list[list[Wanted]] = [
+            [(factor, factor.dtype) for factor in missing],
+            [(hidden_TD, hidden_TD.dtype), (index_TK, torch.int64), (weight_TK, torch.float32)],
+        ]
+        with _brought(hidden_TD.device, groups, traffic) as (new, brought):
+            fetched = iter([self._mirror.keep(f, t) for f, t in zip(missing, new, strict=True)])
+            factors = [next(fetched) if copy is None else copy for copy in copies]
+            yield Inputs.of((*brought, *factors), inputs.scalings)
+
+    def _on_host(self, factor: Tensor) -> Tensor | None:
+        """A LoRA factor as the kernels read it; None where it is to be fetched."""
+        if factor.numel() == 0:
+            return torch.empty(0)
+        if factor.device.type == "cpu" and factor.dtype == torch.float32:
+            return factor.detach().contiguous()
+        return self._mirror.copy_of(factor)
+
+    def forward(self, call: Call, inputs: Inputs, keep: bool, hold: bool = False) -> Forward:
         """See PlacedExperts."""
-        staged = _staged(inputs)
-        start = time.perf_counter()
-        out_TD, kept, report = self._forward(call, staged, keep)
-        seconds = time.perf_counter() - start
-        return Forward(
-            out_TD.to(inputs.hidden_TD.device),
-            _context(call, inputs, staged, kept),
-            Held(staged.index_TK, out_TD, kept),
-            Report(report.rows, report.max_rows, seconds, is_finite(out_TD)),
-        )
+        traffic, hidden_TD = Traffic(), inputs.hidden_TD
+        form = hidden_TD.shape, hidden_TD.dtype
+        with (
+            self._inputs(inputs, traffic) as staged,
+            _landing(hidden_TD.device, form) as landing,
+        ):
+            (host_out_TD,) = landing.tensors
+            start = time.perf_counter()
+            kept, report = self._forward(call, staged, keep or hold, host_out_TD)
+            seconds = time.perf_counter() - start
+            (out_TD,) = landing.send(traffic)
+            finite = is_finite(host_out_TD)
+            held = None
+            if hold:
+                # The model may write into what it gets, and the link into its memory.
+                held = Held(staged.index_TK.clone(), host_out_TD.clone(), kept)
+            context = _context(call, inputs, staged, kept) if keep else None
+        done = Report(report.rows, report.max_rows, seconds, finite, traffic)
+        return Forward(out_TD, context, held, done)
 
     def resume(self, call: Call, inputs: Inputs, held: Held) -> Forward | None:
         """See PlacedExperts."""
-        staged = _staged(inputs)
-        if not torch.equal(held.index_TK, staged.index_TK):
-            return None
-        return Forward(
-            held.out_TD.to(inputs.hidden_TD.device),
-            _context(call, inputs, staged, held.kept),
-            held,
-            Report(0, 0, 0.0, finite=True),
-        )
+        traffic = Traffic()
+        with self._inputs(inputs, traffic) as staged:
+            if not torch.equal(held.index_TK, staged.index_TK):
+                return None
+            form = held.out_TD.shape, held.out_TD.dtype
+            with _landing(inputs.hidden_TD.device, form) as landing:
+                landing.tensors[0].copy_(held.out_TD)
+                (out_TD,) = landing.send(traffic)
+            context = _context(call, inputs, staged, held.kept)
+        return Forward(out_TD, context, held, Report(0, 0, 0.0, finite=True, traffic=traffic))
 
-    def backward(self, context: Context, d_out_TD: Tensor) -> tuple[Gradients, Report]:
+    def backward(
+        self, context: Context, d_out_TD: Tensor, lora_may_wait: bool = False
+    ) -> tuple[LayerGradients, Report]:
         """See PlacedExperts."""
-        inputs = context.inputs
-        host_d_out = to_host(d_out_TD, inputs.hidden_TD.dtype)
-        start = time.perf_counter()
-        found, report = self._backward(context.call, inputs, host_d_out, context.kept)
-        seconds = time.perf_counter() - start
-        finite = is_finite(found.hidden_TD)
-        homes = iter(context.homes)
+        inputs, device, traffic = context.inputs, d_out_TD.device, Traffic()
+        hidden_TD, weight_TK = inputs.hidden_TD, inputs.weight_TK
+        forms = (hidden_TD.shape, hidden_TD.dtype), (weight_TK.shape, weight_TK.dtype)
+        with (
+            _brought(device, [[(d_out_TD, hidden_TD.dtype)]], traffic) as ((host_d_out_TD,),),
+            _landing(device, *forms) as landing,
+        ):
+            into = landing.tensors[0], landing.tensors[1]
+            start = time.perf_counter()
+            found, report = self._backward(context.call, inputs, host_d_out_TD, context.kept, into)
+            seconds = time.perf_counter() - start
+            d_hidden_TD, d_weight_TK = landing.send(traffic)
+            finite = is_finite(into[0])
+        lora = self._lora_gradients(context, found, device, lora_may_wait, traffic)
+        gradients = LayerGradients(d_hidden_TD, d_weight_TK.to(context.weight_dtype), lora)
+        return gradients, Report(report.rows, report.max_rows, seconds, finite, traffic)
 
-        def home(tensor: Tensor) -> Tensor:
-            device, dtype = next(homes)
-            return tensor.to(device=device, dtype=dtype)
-
-        hidden_TD, weight_TK = home(found.hidden_TD), home(found.weight_TK)
-        lora: list[tuple[Tensor, Tensor] | None] = []
-        for factors, pair in zip(inputs.lora, found.lora, strict=True):
-            if factors is None or pair is None:
-                next(homes), next(homes)
-                lora.append(None)
+    def _lora_gradients(
+        self,
+        context: Context,
+        found: LoraGradients,
+        device: torch.device,
+        may_wait: bool,
+        traffic: Traffic,
+    ) -> tuple[Tensor | None, ...]:
+        """Each where its factor is; None for those that wait here."""
+        flat = [gradient for pair in found for gradient in (pair or (None, None))]
+        results: list[Tensor | None] = [None] * len(flat)
+        going: list[int] = []
+        for i, (factor, gradient) in enumerate(zip(context.lora, flat, strict=True)):
+            if gradient is None:
+                continue
+            total = _of(factor, gradient)
+            is_parameter = isinstance(factor, nn.Parameter)
+            if factor.device.type == "cpu":
+                results[i] = total.to(factor.dtype)
+            elif is_parameter and may_wait:
+                self._mirror.hold(factor, total)
             else:
-                lora.append((home(_of(factors.a, pair[0])), home(_of(factors.b, pair[1]))))
-        gradients = Gradients(hidden_TD, weight_TK, tuple(lora))
-        return gradients, Report(report.rows, report.max_rows, seconds, finite)
+                going.append(i)
+                results[i] = (
+                    self._mirror.with_held(factor, total)
+                    if is_parameter
+                    else total.to(factor.dtype)
+                )
+        if going:
+            sums = [t for t in (results[i] for i in going) if t is not None]
+            with _landing(device, *((t.shape, t.dtype) for t in sums)) as landing:
+                for place, gradient in zip(landing.tensors, sums, strict=True):
+                    place.copy_(gradient)
+                for i, sent in zip(going, landing.send(traffic), strict=True):
+                    results[i] = sent
+        return tuple(results)
+
+    def forget_gradients(self) -> None:
+        """See PlacedExperts."""
+        self._mirror.forget_held()
+
+
+def _context(call: Call, inputs: Inputs, staged: Inputs, kept: tuple[Tensor, ...]) -> Context:
+    hidden_TD, index_TK, weight_TK, *lora = staged.tensors()
+    if inputs.hidden_TD.device.type != "cpu":  # the link's memory is for the next layer
+        hidden_TD, index_TK, weight_TK = hidden_TD.clone(), index_TK.clone(), weight_TK.clone()
+    tensors = (hidden_TD, index_TK, weight_TK, *lora, *kept)
+    return Context(call, inputs.scalings, inputs.weight_TK.dtype, inputs.tensors()[3:], tensors)
 
 
 def _of(factor: Tensor, gradient: Tensor) -> Tensor:

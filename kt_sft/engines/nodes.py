@@ -19,14 +19,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from kt_sft.engines.host import HostExperts
+from kt_sft.engines.host import HostExperts, LoraGradients
 from kt_sft.kernels import (
     BlockReport,
     Call,
     CodedMatrix,
     Engine,
     ExpertWeights,
-    Gradients,
     Inputs,
     Kept,
     Lora,
@@ -67,6 +66,7 @@ class NodeExperts(HostExperts):
     """The experts of one layer, a range of intermediate channels on each node."""
 
     def __init__(self, engine: NodeEngines, layout: WeightLayout) -> None:
+        super().__init__()
         self.layout = layout
         self._engine = engine
         cuts = split_channels(
@@ -147,21 +147,26 @@ class NodeExperts(HostExperts):
         return replace(call, first_channel=call.first_channel + begin), own
 
     def _forward(
-        self, call: Call, inputs: Inputs, keep: bool
-    ) -> tuple[Tensor, tuple[Tensor, ...], BlockReport]:
+        self, call: Call, inputs: Inputs, keep: bool, out_TD: Tensor
+    ) -> tuple[tuple[Tensor, ...], BlockReport]:
         wide = replace(inputs, hidden_TD=inputs.hidden_TD.float())  # parts of a sum are not rounded
         found = self._each(
             lambda part, engine: forward(
                 engine, self.parts[part], *self._part(part, call, wide), keep
             )
         )
-        out_TD = _sum([out for out, _, _ in found]).to(inputs.hidden_TD.dtype)
+        out_TD.copy_(_sum([out for out, _, _ in found]))
         kept = tuple(t for _, k, _ in found if k is not None for t in k.tensors())
-        return out_TD, kept, found[0][2]
+        return kept, found[0][2]
 
     def _backward(
-        self, call: Call, inputs: Inputs, d_out_TD: Tensor, kept: tuple[Tensor, ...]
-    ) -> tuple[Gradients, BlockReport]:
+        self,
+        call: Call,
+        inputs: Inputs,
+        d_out_TD: Tensor,
+        kept: tuple[Tensor, ...],
+        into: tuple[Tensor, Tensor],
+    ) -> tuple[LoraGradients, BlockReport]:
         wide = replace(inputs, hidden_TD=inputs.hidden_TD.float())
         wide_d_out_TD, count = d_out_TD.float(), Kept.COUNT
         found = self._each(
@@ -185,9 +190,10 @@ class NodeExperts(HostExperts):
                 d_lora.append((torch.cat(d_a, 2), _sum(d_b)))
             else:  # gate and up: their outputs are
                 d_lora.append((_sum(d_a), torch.cat(d_b, 1)))
-        d_hidden_TD = _sum([part.hidden_TD for part in parts]).to(inputs.hidden_TD.dtype)
-        d_weight_TK = _sum([part.weight_TK for part in parts])
-        return Gradients(d_hidden_TD, d_weight_TK, tuple(d_lora)), found[0][1]
+        d_hidden_TD, d_weight_TK = into
+        d_hidden_TD.copy_(_sum([part.hidden_TD for part in parts]))
+        d_weight_TK.copy_(_sum([part.weight_TK for part in parts]))
+        return tuple(d_lora), found[0][1]
 
 
 class NodeEngines:

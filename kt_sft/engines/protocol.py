@@ -10,23 +10,21 @@ Legend: T tokens, D hidden size, K top-k, E experts, r LoRA rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from kt_sft.engines.link import Traffic
 from kt_sft.kernels import (
     Call,
     CodedMatrix,
     Engine,
     ExpertWeights,
-    Gradients,
     Inputs,
     WeightLayout,
 )
-
-Home = tuple[torch.device, torch.dtype]
 
 
 @dataclass(frozen=True)
@@ -34,13 +32,14 @@ class Report:
     """What one call did.
 
     seconds: of computing, without moving tensors. finite: whether out, or the gradient of hidden,
-    has neither NaN nor Inf.
+    has neither NaN nor Inf. traffic: between the host and an accelerator.
     """
 
     rows: int
     max_rows: int
     seconds: float
     finite: bool
+    traffic: Traffic = field(default_factory=Traffic)
 
 
 @dataclass(frozen=True)
@@ -48,12 +47,14 @@ class Context:
     """What a forward leaves for its backward: the inputs where they were computed, and more.
 
     Autograd holds the tensors, so that it can free them: `replace(context, tensors=())` and back.
-    homes: where the gradients of hidden, weight and LoRA belong.
+    weight_dtype: of the routing weights as given. lora: the factors as given, where their gradients
+    belong.
     """
 
     call: Call
     scalings: tuple[float | None, ...]
-    homes: tuple[Home, ...]
+    weight_dtype: torch.dtype
+    lora: tuple[Tensor, ...]
     tensors: tuple[Tensor, ...]
 
     @property
@@ -84,13 +85,24 @@ class Held:
 class Forward(NamedTuple):
     """The result of a forward: out [T, D] where hidden is.
 
-    context: without `keep`, of no use to a backward. held: for `resume`.
+    context: for backward, if it was to `keep`. held: for `resume`, if it was to `hold`.
     """
 
     out_TD: Tensor
-    context: Context
-    held: Held
+    context: Context | None
+    held: Held | None
     report: Report
+
+
+class LayerGradients(NamedTuple):
+    """Of hidden [T, D], weight [T, K], and (a, b) of gate, up and down, each where its tensor is.
+
+    None where there is no LoRA, and for a gradient that waits.
+    """
+
+    hidden_TD: Tensor
+    weight_TK: Tensor
+    lora: tuple[Tensor | None, ...]
 
 
 class PlacedExperts(Protocol):
@@ -125,8 +137,9 @@ class PlacedExperts(Protocol):
     def unpack(self, expert: int, projection: str) -> Tensor:
         """The weights that are computed with, fp32 [outputs, inputs] on the CPU."""
 
-    def forward(self, call: Call, inputs: Inputs, keep: bool) -> Forward:
-        """The weighted sum of each token's experts. `keep`: a backward or a second run follows.
+    def forward(self, call: Call, inputs: Inputs, keep: bool, hold: bool = False) -> Forward:
+        """The weighted sum of each token's experts. `keep`: a backward follows; `hold`: a second
+        run, which `resume` can take over.
 
         Raises KernelArgumentError, and ValueError for an index outside 0..E.
         """
@@ -134,8 +147,17 @@ class PlacedExperts(Protocol):
     def resume(self, call: Call, inputs: Inputs, held: Held) -> Forward | None:
         """The same forward again, without computing it; None where its tokens went elsewhere."""
 
-    def backward(self, context: Context, d_out_TD: Tensor) -> tuple[Gradients, Report]:
-        """Gradients of the inputs, each where it belongs."""
+    def backward(
+        self, context: Context, d_out_TD: Tensor, lora_may_wait: bool = False
+    ) -> tuple[LayerGradients, Report]:
+        """Gradients of the inputs, each where it belongs.
+
+        `lora_may_wait`: those of parameters elsewhere may be summed up here, until a call brings
+        them; they are None meanwhile.
+        """
+
+    def forget_gradients(self) -> None:
+        """Drops those that wait."""
 
 
 class ExpertsEngine(Protocol):

@@ -50,16 +50,14 @@ class LayerPass:
             if again is not None:
                 return again
         keeper = checkpoint if checkpoint and checkpoint.keeps else None
-        done = self.experts.forward(self.call, inputs, self.keep or keeper is not None)
+        done = self.experts.forward(self.call, inputs, self.keep, hold=keeper is not None)
         self.runtime.meter.record("forward", done.report, self.experts.layout, 0)
         if not done.report.finite:
             self.runtime.watch.forward(self.path, self.experts, inputs, done.out_TD)
-        if keeper is not None:
+        if keeper is not None and done.held is not None:
             computed = Computed(key, done.held)
             if self.runtime.kept.admit(computed):
                 keeper.put(position, computed)
-                if done.out_TD is done.held.out_TD:  # the model may write into what it gets
-                    return done._replace(out_TD=done.out_TD.clone())
         return done
 
 
@@ -70,7 +68,7 @@ class ExpertsFunction(torch.autograd.Function):
     def forward(ctx: Any, layer: LayerPass, *tensors: Tensor) -> Tensor:
         """On the device of hidden."""
         done = layer.forward(Inputs.of(tensors, layer.scalings))
-        if layer.keep:
+        if done.context is not None:
             # Tensors only, so that saved-tensor hooks (non-reentrant checkpointing) free them.
             ctx.save_for_backward(*done.context.tensors)
             ctx.layer, ctx.context = layer, replace(done.context, tensors=())
@@ -82,10 +80,11 @@ class ExpertsFunction(torch.autograd.Function):
         """Gradients of hidden, weight and the LoRA factors, where each of them lives."""
         layer: LayerPass = ctx.layer
         context: Context = replace(ctx.context, tensors=ctx.saved_tensors)
-        found, report = layer.experts.backward(context, d_out_TD)
+        found, report = layer.experts.backward(
+            context, d_out_TD, layer.runtime.gradients_may_wait()
+        )
         tokens = d_out_TD.shape[0] if layer.counts_tokens else 0
         layer.runtime.meter.record("backward", report, layer.experts.layout, tokens)
         if not report.finite:
             layer.runtime.watch.backward(layer.path, d_out_TD, found.hidden_TD)
-        lora = [gradient for pair in found.lora for gradient in (pair or (None, None))]
-        return None, found.hidden_TD, None, found.weight_TK, *lora
+        return None, found.hidden_TD, None, found.weight_TK, *found.lora

@@ -27,6 +27,8 @@ class ExpertsRuntime:
         self.planned: tuple[int, int] | None = None
         # Called before each forward pass: raises where the weights cannot be used any more.
         self.require_weights: Callable[[], None] = lambda: None
+        # Whether gradients of LoRA on an accelerator may wait for the next backward.
+        self.gradients_may_wait: Callable[[], bool] = lambda: False
         self.meter = ExpertsMeter()
         self.watch = FiniteWatch()
         self.kept = KeptActivations(lambda: int(_KEEPS * available_memory_bytes()) // ranks)

@@ -158,15 +158,22 @@ class BlockReport:
 
 
 def forward(
-    engine: Engine, weights: ExpertWeights, call: Call, inputs: Inputs, keep: bool = False
+    engine: Engine,
+    weights: ExpertWeights,
+    call: Call,
+    inputs: Inputs,
+    keep: bool = False,
+    out_TD: Tensor | None = None,
 ) -> tuple[Tensor, Kept | None, BlockReport]:
     """out[t] = sum_k weight[t, k] * expert_{index[t, k]}(hidden[t]).
 
     Returns out [T, D] in the dtype of hidden, what backward needs if `keep`, and a report.
-    Raises KernelArgumentError, and ValueError for an index outside 0..E.
+    out_TD: where to write it. Raises KernelArgumentError, and ValueError for an index outside
+    0..E.
     """
     native = _native(weights, call, inputs)
-    out_TD = torch.empty_like(inputs.hidden_TD)
+    out_TD = torch.empty_like(inputs.hidden_TD) if out_TD is None else out_TD
+    out = address_of(out_TD, "out", inputs.hidden_TD.shape, [inputs.hidden_TD.dtype])
     kept = None
     addresses = _core.KeptActivations()
     if keep:
@@ -177,7 +184,7 @@ def forward(
             *(torch.empty(rows, f.rank) if f else torch.empty(0) for f in inputs.lora),
         )
         addresses = _kept_addresses(kept, weights, inputs)
-    report = engine.handle.forward(native, out=out_TD.data_ptr(), kept=addresses)
+    report = engine.handle.forward(native, out=out, kept=addresses)
     return out_TD, kept, BlockReport(**report)
 
 
@@ -188,14 +195,22 @@ def backward(
     inputs: Inputs,
     d_out_TD: Tensor,
     kept: Kept,
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Gradients, BlockReport]:
-    """Gradients of `forward` for the same call and inputs. Raises KernelArgumentError."""
+    """Gradients of `forward` for the same call and inputs. Raises KernelArgumentError.
+
+    into: where to write those of hidden and weight.
+    """
     native = _native(weights, call, inputs)
     hidden_TD = inputs.hidden_TD
     d_out = address_of(d_out_TD, "d_out", hidden_TD.shape, [hidden_TD.dtype])
     addresses = _kept_addresses(kept, weights, inputs)
-    d_hidden_TD = torch.empty_like(hidden_TD)
-    d_weight_TK = torch.empty_like(inputs.weight_TK)
+    d_hidden_TD, d_weight_TK = into or (
+        torch.empty_like(hidden_TD),
+        torch.empty_like(inputs.weight_TK),
+    )
+    d_hidden = address_of(d_hidden_TD, "d_hidden", hidden_TD.shape, [hidden_TD.dtype])
+    d_weight = address_of(d_weight_TK, "d_weight", inputs.weight_TK.shape, [torch.float32])
     d_lora = tuple(
         (
             engine.empty(weights.experts, *f.a.shape[1:]),
@@ -209,8 +224,8 @@ def backward(
         native,
         d_out=d_out,
         kept=addresses,
-        d_hidden=d_hidden_TD.data_ptr(),
-        d_weight=d_weight_TK.data_ptr(),
+        d_hidden=d_hidden,
+        d_weight=d_weight,
         d_lora=[
             _core.LoraGradient(a=p[0].data_ptr(), b=p[1].data_ptr()) if p else _core.LoraGradient()
             for p in d_lora

@@ -40,12 +40,13 @@ class Traffic:
     device_waited: float = 0.0
     arrived: float = 0.0  # when the host had what it last asked for
 
-    def add(self, other: Traffic) -> None:
-        """The sum of both, here."""
-        self.bytes_down += other.bytes_down
-        self.bytes_up += other.bytes_up
-        self.host_waited += other.host_waited
-        self.device_waited += other.device_waited
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(
+            self.bytes_down + other.bytes_down,
+            self.bytes_up + other.bytes_up,
+            self.host_waited + other.host_waited,
+            self.device_waited + other.device_waited,
+        )
 
 
 @dataclass(eq=False)
@@ -85,7 +86,8 @@ class _Buffers:
             else:
                 self._made += 1
         if buffer is not None and buffer.busy is not None:
-            buffer.busy.synchronize()
+            if not buffer.busy.query():
+                buffer.busy.synchronize()
             buffer.busy = None
         if buffer is None or buffer.memory.nbytes < nbytes:
             size = -(-nbytes // _GRAIN) * _GRAIN

@@ -48,6 +48,7 @@ class LayerPass:
         if first is not None and first.key == key:
             again = self.experts.resume(self.call, inputs, first.held)
             if again is not None:
+                self.runtime.meter.record_traffic(again.report)
                 return again
         keeper = checkpoint if checkpoint and checkpoint.keeps else None
         done = self.experts.forward(self.call, inputs, self.keep, hold=keeper is not None)

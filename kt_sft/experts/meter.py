@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from kt_sft.engines.link import Traffic
 from kt_sft.engines.protocol import Report
 from kt_sft.kernels import WeightLayout
 
@@ -22,6 +23,7 @@ class ExpertsReading:
     load_max_over_mean: float
     forward_calls: int
     backward_calls: int
+    traffic: Traffic
 
     @property
     def share(self) -> float:
@@ -51,6 +53,7 @@ class _Sums:
     balanced: int = 0
     forward_calls: int = 0
     backward_calls: int = 0
+    traffic: Traffic = field(default_factory=Traffic)
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,14 @@ class ExpertsMeter:
         # Multiply-adds of the three frozen products, counted twice each.
         sums.flops += 6.0 * report.rows * layout.hidden * layout.intermediate
         sums.tokens += counted_tokens
+        sums.traffic = sums.traffic + report.traffic
         if report.rows:
             sums.imbalance += report.max_rows * layout.experts / report.rows
             sums.balanced += 1
+
+    def record_traffic(self, report: Report) -> None:
+        """Of a call that computed nothing."""
+        self._sums.traffic = self._sums.traffic + report.traffic
 
     def mark(self) -> MeterMark:
         """This moment, for `leave_out`."""
@@ -113,4 +121,5 @@ class ExpertsMeter:
             load_max_over_mean=sums.imbalance / sums.balanced if sums.balanced else 0.0,
             forward_calls=sums.forward_calls,
             backward_calls=sums.backward_calls,
+            traffic=sums.traffic,
         )

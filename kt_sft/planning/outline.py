@@ -19,6 +19,7 @@ from kt_sft.families.table import TOP_K_NAMES
 from kt_sft.kernels import WeightLayout, requested_isa
 from kt_sft.kernels.formats import AS_PUBLISHED
 from kt_sft.machine import allocator
+from kt_sft.machine.accelerator import free_device_memory, has_accelerator
 from kt_sft.machine.cpus import place_among_ranks, threads_of
 from kt_sft.machine.memory import available_memory_bytes
 from kt_sft.planning.lora_targets import LoraTargets
@@ -128,7 +129,7 @@ def plan_of(
     """The plan for a model whose stock experts are gone and whose weights are not there yet."""
     text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else None
     config = text or model.config
-    on_host = not torch.cuda.is_available() or (outline is not None and outline.on_host)
+    on_host = not has_accelerator() or (outline is not None and outline.on_host)
     parameters = list(model.parameters())
     rest = RestOfModel(
         nbytes=sum(p.nbytes for p in parameters),
@@ -168,6 +169,6 @@ def check_memory(plan: MemoryPlan, settings: HybridExpertsSettings) -> None:
     logger.info("%s", plan.text())
     on_device = plan.of("device")
     free = available_memory_bytes()
-    plan.require(free, torch.cuda.mem_get_info()[0] if on_device else None, settings.memory_check)
+    plan.require(free, free_device_memory() if on_device else None, settings.memory_check)
     if not on_device:
         allocator.settle(plan.host_bytes, free)

@@ -115,8 +115,10 @@ def _warn_of_spinning_threads() -> None:
     """Without an accelerator torch computes on the experts' cores, and its threads spin there."""
     import torch
 
+    from kt_sft.machine.accelerator import has_accelerator
+
     policy = os.environ.get("OMP_WAIT_POLICY", "").upper()
-    if not torch.cuda.is_available() and policy != "PASSIVE" and torch.get_num_threads() > 1:
+    if not has_accelerator() and policy != "PASSIVE" and torch.get_num_threads() > 1:
         logger.warning(
             "no accelerator, and OMP_WAIT_POLICY is %s: waiting OpenMP threads of torch spin on "
             "the cores that the experts need, which can slow a step down many times; "

@@ -11,6 +11,7 @@ from kt_sft import patches
 from kt_sft.experts import hybrid_experts_of
 from kt_sft.loading.config import HybridExpertsConfig
 from kt_sft.loading.in_memory import hybridize
+from kt_sft.training.accumulation import WaitingGradients
 from kt_sft.training.guard import RunGuard
 from kt_sft.training.metrics import HybridExpertsMetrics
 
@@ -21,11 +22,12 @@ def register() -> None:
 
 
 def with_our_callbacks(stock: list) -> list:
-    """`DEFAULT_CALLBACKS` with metrics and guard, which run before the trackers'.
+    """`DEFAULT_CALLBACKS` with ours, which run before the trackers'.
 
     The list itself: PPO and others have imported it by its name.
     """
-    stock += [c for c in (HybridExpertsMetrics, RunGuard) if c not in stock]
+    ours = (HybridExpertsMetrics, RunGuard, WaitingGradients)
+    stock += [c for c in ours if c not in stock]
     return stock
 
 

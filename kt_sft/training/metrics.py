@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kt_sft.experts import ExpertsMeter, MeterMark, hybrid_experts_of
 from kt_sft.kernels.report import machine_description
+from kt_sft.machine.accelerator import peak_device_memory
 from kt_sft.machine.memory import host_memory_bytes, peak_memory_bytes
 from kt_sft.training import trained, wandb_run
 
@@ -22,8 +22,11 @@ class HybridExpertsMetrics(TrainerCallback):
 
     Per logging step: tokens_per_second, experts_forward_ms and experts_backward_ms (per optimizer
     step), experts_tflops, experts_time_share, experts_forwards_per_backward (1 where nothing is
-    computed twice), experts_load_max_over_mean, host_memory_gb, device_memory_gb. Evaluations
-    between the steps are left out. Does nothing for a model without hybrid experts.
+    computed twice), experts_load_max_over_mean, host_memory_gb. With an accelerator also
+    device_memory_gb and, for each optimizer step, experts_mb_down, experts_mb_up (from and to the
+    device), experts_host_waited_ms and experts_device_waited_ms (one side for the other, at the
+    experts). Evaluations between the steps are left out. Does nothing for a model without hybrid
+    experts.
     """
 
     def __init__(self) -> None:
@@ -140,8 +143,16 @@ class HybridExpertsMetrics(TrainerCallback):
             "experts_load_max_over_mean": round(reading.load_max_over_mean, 3),
             "host_memory_gb": round(host_memory_bytes() / 1e9, 3),
         }
-        if torch.cuda.is_available():
-            metrics["device_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
+        device = peak_device_memory()
+        if device is not None:
+            # What crossed the link, and who waited for whom there.
+            metrics |= {
+                "device_memory_gb": round(device / 1e9, 3),
+                "experts_mb_down": round(reading.traffic.bytes_down / steps / 1e6, 3),
+                "experts_mb_up": round(reading.traffic.bytes_up / steps / 1e6, 3),
+                "experts_host_waited_ms": round(1e3 * reading.traffic.host_waited / steps, 2),
+                "experts_device_waited_ms": round(1e3 * reading.traffic.device_waited / steps, 2),
+            }
         logs.update(metrics)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(metrics)

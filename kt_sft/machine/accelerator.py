@@ -1,0 +1,31 @@
+"""The accelerator that torch finds, whichever it is, and its memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def _module() -> Any:
+    """torch.cuda, torch.xpu or another; None without an accelerator that can be used."""
+    if not torch.accelerator.is_available():
+        return None
+    return torch.get_device_module(torch.accelerator.current_accelerator())
+
+
+def has_accelerator() -> bool:
+    """Whether there is one."""
+    return _module() is not None
+
+
+def free_device_memory() -> int | None:
+    """Bytes of the current device; None where there is none, or it does not tell."""
+    tell = getattr(_module(), "mem_get_info", None)
+    return None if tell is None else int(tell()[0])
+
+
+def peak_device_memory() -> int | None:
+    """The most bytes that tensors took on the current device; None as above."""
+    tell = getattr(_module(), "max_memory_allocated", None)
+    return None if tell is None else int(tell())

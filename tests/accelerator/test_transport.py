@@ -1,0 +1,284 @@
+"""What crosses the link between the simulated device and the host, and who waits for it."""
+
+from __future__ import annotations
+
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from device_child import DEVICE, on_device, outcome
+from simulated_device import Observed, SimulatedDevice
+from test_models_on_device import FP32, IDS, assert_close, gradients, late, placed, qwen, step
+from torch import nn
+
+import kt_sft.engines.host as host
+import kt_sft.engines.link as link
+from kt_sft.engines.link import BUFFERS, link_of
+from kt_sft.experts import hybrid_experts_of
+
+LAYERS, EXPERTS, RANK, HIDDEN, CHANNELS, TOP_K = 3, 8, 3, 64, 72, 2
+TOKENS = IDS.numel()
+FLOAT, INDEX = 4, 8
+# Of one layer: A and B of gate, up and down.
+LORA = 3 * EXPERTS * RANK * (HIDDEN + CHANNELS) * FLOAT
+UP, BACK = TOKENS * HIDDEN * FLOAT, TOKENS * TOP_K * FLOAT
+DOWN = UP + TOKENS * TOP_K * INDEX + BACK
+
+
+def padded(*sizes: int) -> int:
+    return sum(-(-size // 64) * 64 for size in sizes)
+
+
+def watched(device: SimulatedDevice, model: nn.Module) -> tuple[Observed, Observed]:
+    """What the device saw of a forward, and of its backward, without the labels' way up."""
+    ids = IDS.to(DEVICE)
+    torch.accelerator.synchronize()
+    device.clear()
+    loss = model(ids, labels=ids).loss
+    forward = device.observed()
+    torch.accelerator.synchronize()
+    device.clear()
+    loss.backward()
+    return forward, device.observed()
+
+
+def _steady(device: SimulatedDevice) -> None:
+    model = placed(qwen(), DEVICE).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    watched(device, model)
+    model.zero_grad()
+    for changed in (False, True):
+        if changed:
+            for p in model.parameters():
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+            model.zero_grad()
+        forward, backward = watched(device, model)
+        lora = LORA if changed else 0
+        assert forward.copies_down == (2 if changed else 1) * LAYERS
+        per_layer = padded(UP, TOKENS * TOP_K * INDEX, BACK)
+        assert forward.bytes_down == LAYERS * (per_layer + lora)
+        assert (forward.copies_up, forward.bytes_up) == (LAYERS, LAYERS * UP)
+        assert (backward.copies_down, backward.bytes_down) == (LAYERS, LAYERS * UP)
+        assert (backward.copies_up, backward.bytes_up) == (
+            2 * LAYERS,
+            LAYERS * (padded(UP, BACK) + LORA),
+        )
+        # The host waits for its inputs only: an event for each layer and direction.
+        for seen in (forward, backward):
+            assert seen.waits == {**dict.fromkeys(seen.waits, 0), "event": LAYERS}
+            assert seen.violations == []
+    assert link_of(torch.device(DEVICE, 0)).pinned_bytes <= 2 * BUFFERS * (1 << 20)
+
+
+def test_a_step_copies_and_waits_as_little_as_it_can() -> None:
+    on_device(_steady)
+
+
+def _changes(device: SimulatedDevice) -> None:
+    """Whatever way LoRA changes, the host computes with what it is now."""
+    model = placed(qwen(), DEVICE).eval()
+    parameters = {n: p for n, p in model.named_parameters() if "experts" in n and "lora_B" in n}
+    name, factor = next(iter(parameters.items()))
+
+    def logits() -> torch.Tensor:
+        with torch.no_grad():
+            return model(IDS.to(DEVICE)).logits.cpu()
+
+    def written_through_data() -> None:
+        # As DeepSpeed does it, whose optimizer steps first.
+        torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0).step()
+        factor.data.mul_(-2)
+
+    def assigned() -> None:
+        factor.data = factor.data * 3
+
+    def loaded() -> None:
+        model.load_state_dict({name: factor.detach().cpu() * 0.5}, strict=False)
+
+    def in_place() -> None:
+        with torch.no_grad():
+            factor.add_(0.1)
+
+    for change in (in_place, written_through_data, assigned, loaded):
+        before = logits()
+        change()
+        after = logits()
+        assert not torch.equal(before, after), change.__name__
+        fresh = placed(qwen(), "cpu").eval()
+        fresh.load_state_dict({n: p.detach().cpu() for n, p in model.named_parameters()}, False)
+        with torch.no_grad():
+            torch.testing.assert_close(after, fresh(IDS).logits, rtol=1e-3, atol=1e-3)
+        device.clear()
+        logits()
+        assert device.observed().copies_down == LAYERS + 1, change.__name__
+
+
+def test_changed_lora_is_fetched_once() -> None:
+    on_device(_changes)
+
+
+def _waiting(device: SimulatedDevice, dtype: torch.dtype) -> None:
+    def accumulated(wait: bool) -> tuple[dict[str, torch.Tensor], int]:
+        model = placed(qwen(), DEVICE).train()
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data = p.data.to(dtype)
+        runtime = next(iter(hybrid_experts_of(model).values())).runtime
+        parts = [IDS, IDS.flip(0), IDS.flip(1)]
+        device.clear()
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            for i, part in enumerate(parts):
+                last = i == len(parts) - 1
+                runtime.gradients_may_wait = lambda last=last: wait and not last
+                ids = part.to(DEVICE)
+                model(ids, labels=ids).loss.backward()
+                assert last or wait == all(
+                    p.grad is None for n, p in model.named_parameters() if "experts" in n
+                )
+        return gradients(model), device.observed().bytes_up
+
+    (together, less), (each, more) = accumulated(True), accumulated(False)
+    assert {n for n, t in each.items() if not torch.equal(t, together[n])} == set()
+    assert more - less == 2 * LAYERS * LORA * dtype.itemsize // FLOAT
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_that_wait_are_the_same_to_the_bit(dtype: torch.dtype) -> None:
+    on_device(_waiting, dtype)
+
+
+def _forgotten(device: SimulatedDevice) -> None:
+    model = placed(qwen(), DEVICE).train()
+    want = step(model)
+    experts = hybrid_experts_of(model).values()
+    runtime = next(iter(experts)).runtime
+    runtime.gradients_may_wait = lambda: True
+    step(model, IDS.flip(1))
+    for module in experts:
+        module.weights.forget_gradients()
+    runtime.gradients_may_wait = lambda: False
+    got = step(model)
+    assert {n for n, t in want.items() if not torch.equal(t, got[n])} == set()
+
+
+def test_gradients_that_wait_can_be_dropped() -> None:
+    on_device(_forgotten)
+
+
+def _growing(device: SimulatedDevice) -> None:
+    """Batches of other sizes, and two models in turns, share the link's memory."""
+    models = [placed(qwen(), DEVICE), qwen()]
+    other = placed(qwen(activations="recompute"), DEVICE)
+    for length in (3, 17, 5, 17, 2):
+        with late(device):
+            got = step(models[0], IDS[:, :length])
+            again = step(other, IDS[:, :length])
+        want = step(models[1], IDS[:, :length])
+        assert_close(got, want, FP32)
+        assert_close(again, want, FP32)
+
+
+def test_batches_of_any_size() -> None:
+    on_device(_growing)
+
+
+def plant(module: types.ModuleType, old: str, new: str) -> None:
+    """Puts a fault into a module: into its classes, and into whoever imported its functions."""
+    source = Path(module.__file__ or "").read_text()
+    assert source.count(old) == 1, old
+    before = dict(vars(module))
+    exec(compile(source.replace(old, new), str(module.__file__), "exec"), vars(module))
+    users = [m for name, m in sys.modules.items() if name.startswith("kt_sft.engines")]
+    for name, stock in before.items():
+        if getattr(stock, "__module__", None) != module.__name__:
+            continue
+        changed = vars(module)[name]
+        if isinstance(stock, type):
+            for member, value in vars(changed).items():
+                if callable(value):
+                    setattr(stock, member, value)
+            vars(module)[name] = stock
+            continue
+        for user in users:
+            if vars(user).get(name) is stock:
+                setattr(user, name, changed)
+
+
+_FAULTS = {
+    "results are used before they are there": (
+        link, "        link.current_stream().wait_event(self._sent)\n", ""
+    ),
+    "inputs are copied before they are made": (
+        link, "        self.down_stream.wait_event(self.mark())\n", ""
+    ),
+    "the host does not wait for its inputs": (link, "            arrived.synchronize()\n", ""),
+    "pinned memory is reused too early": (
+        link, "give_back(self._buffer, self._sent)", "give_back(self._buffer, None)"
+    ),
+    "the device's tensors are read on the host": (
+        host, 'if device.type != "cpu":\n        with', 'if device.type == "meta":\n        with'
+    ),
+    "what backward needs stays in the link's memory": (
+        host, 'if inputs.hidden_TD.device.type != "cpu":  # the', "if False:  # the"
+    ),
+    "gradients of LoRA stay on the host": (
+        host, "for i, sent in zip(going, landing.send(traffic), strict=True):",
+        "for i, sent in zip(going, landing.tensors, strict=True):",
+    ),
+    "LoRA is fetched but once": (
+        host, "return self._mirror.copy_of(factor)",
+        "return self._mirror._of(factor).copy if factor in self._mirror._known else None",
+    ),
+}  # fmt: skip
+
+
+def _overwritten(device: SimulatedDevice, fault: bool) -> None:
+    """Memory for a result that earlier work of the current stream still reads."""
+    if fault:
+        plant(link, "        link.up_stream.wait_event(self._free)\n", "")
+    there = link_of(torch.device(DEVICE, 0))
+    with device.delays(compute=3000):
+        read = torch.ones(4000, device=DEVICE)
+        doubled = read * 2
+        del read
+        with there.landing((torch.Size([4000]), torch.float32)) as landing:
+            landing.tensors[0].fill_(5)
+            (sent,) = landing.send(link.Traffic())
+        assert (doubled.tolist(), sent.tolist()) == ([2.0] * 4000, [5.0] * 4000) or fault
+    assert bool(device.observed().violations) == fault
+
+
+@pytest.mark.parametrize("fault", [False, True])
+def test_results_do_not_overwrite_what_is_still_read(fault: bool) -> None:
+    on_device(_overwritten, fault)
+
+
+def _check(device: SimulatedDevice, fault: str) -> None:
+    if fault:
+        plant(*_FAULTS[fault])
+    models = [placed(qwen(), DEVICE), qwen()]
+    with late(device):
+        first = step(models[0])
+        for model in models:
+            with torch.no_grad():
+                for name, p in model.named_parameters():
+                    if "experts" in name:
+                        p.add_(0.05)
+        got = step(models[0], IDS.flip(1))
+    assert all(t.isfinite().all() for t in first.values())
+    assert_close(got, step(models[1], IDS.flip(1)), FP32)
+
+
+def test_without_a_fault() -> None:
+    on_device(_check, "")
+
+
+@pytest.mark.parametrize("fault", _FAULTS)
+def test_a_fault_is_seen(fault: str) -> None:
+    code, output = outcome(_check, fault)
+    assert code != 0
+    # By what the test looks at or by a crash, not by a fault that is none.
+    assert code < 0 or "AssertionError" in output or "Error" in output

@@ -17,6 +17,7 @@ from kt_sft.machine.cpus import machine_cpus
 _CHOICES = {
     "compute": ("exact", "int8"),
     "activations": ("keep", "recompute"),
+    "adapters": ("auto", "device", "host"),
     "expert_lora": (True, False, "shared"),
     "numa": ("auto", "off"),
     "resident": ("auto", True, False),
@@ -39,6 +40,9 @@ class HybridExpertsSettings:
         saved once per expert, as other programs read it) or false.
     activations: what gradient checkpointing does with the experts: keep (their forward is computed
         once and held in host memory until backward) or recompute (a second time, less memory).
+    adapters: where the experts' LoRA, its gradients and its optimizer's states are: device (with
+        the router), host (nothing of them crosses the link, the optimizer steps on the CPU; one
+        process only) or auto (on the device, unless the memory plan says that they do not fit).
     threads: CPU threads for the experts, at most as many as the machine has CPUs, or auto
         (affinity, container quota, physical cores).
     isa: auto, or the name of an instruction set that `kt-sft doctor` lists; the environment
@@ -58,6 +62,7 @@ class HybridExpertsSettings:
     compute: str = "exact"
     expert_lora: bool | str = True
     activations: str = "keep"
+    adapters: str = "auto"
     threads: int | str = "auto"
     isa: str = "auto"
     numa: str = "auto"

@@ -55,6 +55,10 @@ class ActiveFactors:
     dropout: float
 
 
+def _follows() -> bool:
+    return False
+
+
 class HybridExpertsLinear(nn.Module, LoraLayer):
     """One projection of all experts: no weight of its own, LoRA A [E, r, in] and B [E, out, r].
 
@@ -73,7 +77,9 @@ class HybridExpertsLinear(nn.Module, LoraLayer):
         outputs: int,
         device: Callable[[], torch.device],
         shared: bool = False,
+        stays: Callable[[], bool] | None = None,
     ) -> None:
+        """device: where new factors belong. stays: whether they are left there by `.to()`."""
         # LoraLayer.__init__ reads the weight of a base layer, which does not exist here.
         nn.Module.__init__(self)
         self.experts: int = experts
@@ -81,6 +87,7 @@ class HybridExpertsLinear(nn.Module, LoraLayer):
         self.out_features: int = outputs
         self.shared: bool = shared
         self._device = device
+        self._stays = stays or _follows
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
@@ -204,13 +211,22 @@ class HybridExpertsLinear(nn.Module, LoraLayer):
         )
         return a, b
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HybridExpertsLinear:
+        """As for any module; factors that stay change their dtype only."""
+
+        def in_place(tensor: Tensor) -> Tensor:
+            return fn(tensor) if tensor.is_meta else tensor.to(fn(tensor.new_empty(0)).dtype)
+
+        return super()._apply(in_place if self._stays() else fn, recurse)
+
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
         # PEFT looks for a weight's device; the router tells ours.
         for factors in (self.lora_A, self.lora_B):
             if adapter_name in factors and factors[adapter_name].device.type != "meta":
-                factors[adapter_name].data = factors[adapter_name].data.to(device or self._device())
+                there = self._device() if device is None or self._stays() else device
+                factors[adapter_name].data = factors[adapter_name].data.to(there)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused in place; `merge_and_unload` keeps the factors beside the packed weights."""
@@ -235,7 +251,12 @@ class HybridExpertsLinear(nn.Module, LoraLayer):
         if safe_merge and joined and not all(bool(torch.isfinite(t).all()) for t in joined):
             raise ValueError(f"NaN or Inf in the expert LoRA of {names}; nothing was merged")
         bare = HybridExpertsLinear(
-            self.experts, self.in_features, self.out_features, self._device, self.shared
+            self.experts,
+            self.in_features,
+            self.out_features,
+            self._device,
+            self.shared,
+            self._stays,
         )
         if joined:
             bare.merged_a, bare.merged_b = (t.detach().clone() for t in joined)

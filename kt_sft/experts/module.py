@@ -61,6 +61,7 @@ class HybridExperts(nn.Module):
                     inputs,
                     outputs,
                     self.adapter_device,
+                    stays=self.adapters_stay,
                     shared=runtime.settings.expert_lora == "shared",
                 )
                 self.add_module(name, layer)
@@ -78,13 +79,19 @@ class HybridExperts(nn.Module):
         return copied
 
     def adapter_device(self) -> torch.device:
-        """Where new LoRA parameters belong: with the router, whose output they follow."""
+        """Where new LoRA parameters belong: with the router, whose output they follow, or here."""
+        if self.runtime.adapters_on_host:
+            return torch.device("cpu")
         parent = self._parent()
         own = {id(p) for p in self.parameters()}
         for parameter in parent.parameters() if parent is not None else ():
             if id(parameter) not in own and parameter.device.type != "meta":
                 return parameter.device
         return torch.device("cpu")
+
+    def adapters_stay(self) -> bool:
+        """Whether LoRA parameters are left on the host when the model moves."""
+        return self.runtime.adapters_on_host
 
     def lora_layers(self) -> list[HybridExpertsLinear | None]:
         """The LoRA layers of gate, up and down; None where there is none."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from kt_sft.config import HybridExpertsSettings
 from kt_sft.engines.choose import choose_engine
+from kt_sft.errors import SettingsError
 from kt_sft.experts.meter import ExpertsMeter
 from kt_sft.experts.recompute import KeptActivations
 from kt_sft.experts.watch import FiniteWatch
@@ -22,7 +23,14 @@ class ExpertsRuntime:
     def __init__(self, settings: HybridExpertsSettings) -> None:
         self.settings = settings
         _, ranks = place_among_ranks()
+        if settings.adapters == "host" and ranks > 1:
+            raise SettingsError(
+                f"adapters: got host with {ranks} ranks, expected device or auto; DDP and "
+                "DeepSpeed take parameters of one kind of device only"
+            )
         self.engine = choose_engine(settings)
+        # Whether the experts' LoRA stays on the host; the memory plan may decide it.
+        self.adapters_on_host = settings.adapters == "host"
         # What the memory plan says that this process takes, and what it had when it was made.
         self.planned: tuple[int, int] | None = None
         # Called before each forward pass: raises where the weights cannot be used any more.

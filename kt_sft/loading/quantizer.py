@@ -96,6 +96,7 @@ class HybridExpertsQuantizer(HfQuantizer):
             peft_injection.refuse_targets(model, outline.targets, outline.rank)
         plan = plan_of(model, self._layers, self._source, settings, outline)
         check_memory(plan, settings)
+        runtime.adapters_on_host = plan.adapters == "host"
         runtime.planned = plan.of("machine") + plan.of("host"), host_memory_bytes()
         # The experts' keys have no parameter any more; they are not an accident to warn of.
         unexpected = _expert_keys(model, self._layers)

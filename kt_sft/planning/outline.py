@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,7 +45,8 @@ class TrainingOutline:
 
     tokens: of one micro batch at most. targets: the layers that get LoRA; trained: names of
     modules that train in full. on_host: the training runs without an accelerator. frozen_models:
-    reference and reward models that are loaded after this one.
+    reference and reward models that are loaded after this one. accumulates: a step has several
+    micro batches.
     """
 
     tokens: int
@@ -54,6 +56,7 @@ class TrainingOutline:
     checkpointing: bool = True
     on_host: bool = False
     frozen_models: int = 0
+    accumulates: bool = False
 
     def adapted(self, model: nn.Module) -> dict[str, tuple[str, ...]]:
         """Path of a block of experts -> its projections that get LoRA."""
@@ -79,7 +82,9 @@ class TrainingOutline:
             elif isinstance(module, nn.Linear) and path.rpartition(".")[2] not in self.trained:
                 other += self.rank * (module.in_features + module.out_features)
         rank = self.rank if on_experts else 0
-        return Workload(self.tokens, rank, self.checkpointing, other, self.frozen_models)
+        return Workload(
+            self.tokens, rank, self.checkpointing, other, self.frozen_models, self.accumulates
+        )
 
 
 def _top_k(config: Any, experts: int) -> int:
@@ -126,7 +131,10 @@ def plan_of(
     settings: HybridExpertsSettings,
     outline: TrainingOutline | None,
 ) -> MemoryPlan:
-    """The plan for a model whose stock experts are gone and whose weights are not there yet."""
+    """The plan for a model whose stock experts are gone and whose weights are not there yet.
+
+    With `adapters: auto` it decides where the experts' LoRA is.
+    """
     text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else None
     config = text or model.config
     on_host = not has_accelerator() or (outline is not None and outline.on_host)
@@ -151,7 +159,8 @@ def plan_of(
             layers, _layouts(layers, open_source, settings.weights), strict=True
         )
     ]
-    return plan_memory(
+    plan = functools.partial(
+        plan_memory,
         needs,
         rest,
         outline.workload(model) if outline else None,
@@ -162,6 +171,22 @@ def plan_of(
         mapped=settings.store != "memory" and settings.resident is not True,
         ranks=place_among_ranks()[1],
     )
+    if on_host:
+        return plan(adapters="device")
+    if settings.adapters != "auto":
+        return plan(adapters=settings.adapters)
+    there, here, free = plan(adapters="device"), plan(adapters="host"), free_device_memory()
+    if outline is None or there.ranks > 1 or free is None or there.fits_device(free):
+        return there
+    if here.fits_device(free):
+        logger.info(
+            "adapters: the experts' LoRA goes to the host, where its optimizer steps too; the "
+            "device would have to hold %.2f GB and has %.2f GB free",
+            there.of("device") / 1e9,
+            free / 1e9,
+        )
+        return here
+    return there
 
 
 def check_memory(plan: MemoryPlan, settings: HybridExpertsSettings) -> None:

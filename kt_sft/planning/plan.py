@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from kt_sft.engines.link import BUFFERS
 from kt_sft.errors import MemoryPlanError
 from kt_sft.kernels import PROJECTIONS, WeightLayout, backward_bytes, kept_bytes
 
@@ -35,6 +36,7 @@ class Workload:
     tokens: of one micro batch at most. rank: of the LoRA on the experts, 0 without; other_trained:
     parameters that train beside the experts. checkpointing: gradient checkpointing is on.
     frozen_models: reference and reward models that are loaded too, taken to be as large.
+    accumulates: a step has several micro batches.
     """
 
     tokens: int
@@ -42,6 +44,7 @@ class Workload:
     checkpointing: bool = True
     other_trained: int = 0
     frozen_models: int = 0
+    accumulates: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,10 +98,14 @@ class Component:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The components of one rank's run, and how many ranks share the machine."""
+    """The components of one rank's run, and how many ranks share the machine.
+
+    adapters: where the experts' LoRA is, host or device.
+    """
 
     components: tuple[Component, ...]
     ranks: int
+    adapters: str = "device"
 
     def of(self, place: str) -> int:
         """Bytes that one rank takes in a place."""
@@ -120,6 +127,10 @@ class MemoryPlan:
         total = f"  {'host, together':<28} {self.host_bytes / 1e9:9.3f} GB"
         return "\n".join(["memory plan:", *lines, total])
 
+    def fits_device(self, free: int) -> bool:
+        """Whether `free` bytes of an accelerator are enough."""
+        return self.of("device") <= free - _margin(free)
+
     def require(self, host_free: int, device_free: int | None, enforce: bool) -> None:
         """Raises MemoryPlanError where a limit would be passed; warns where not `enforce`."""
         limits = [("host", self.host_bytes, host_free)]
@@ -138,7 +149,7 @@ class MemoryPlan:
             + "\n".join(f"  - {p}" for p in problems)
             + f"\n{self.text()}\nSmaller are: weights: int4, a shorter cutoff_len, a smaller "
             "per_device_train_batch_size, activations: recompute, a lower lora_rank, "
-            "expert_lora: shared"
+            "expert_lora: shared; on the device, adapters: host"
         )
         if enforce:
             raise MemoryPlanError(f"{message}. memory_check: false starts all the same")
@@ -185,9 +196,23 @@ def workspace_bytes(
         isa=arithmetic.isa,
         threads=arithmetic.threads,
     )
-    gradients = lora_parameters(replace(layer, shared_lora=False), work.rank)
-    factors = 0 if rest.on_host else lora_parameters(layer, work.rank)  # copied to the host
-    return temporary + _FLOAT * (gradients + factors)
+    return temporary + _FLOAT * lora_parameters(replace(layer, shared_lora=False), work.rank)
+
+
+def pinned_bytes(
+    layers: Sequence[LayerNeeds], work: Workload, element_bytes: int, lora: bool
+) -> int:
+    """The link's memory on the host: the same buffers for all layers, in both directions.
+
+    lora: the experts' LoRA crosses it too.
+    """
+    largest = 0
+    for layer in {*layers}:
+        crossing = [staged_bytes(layer, work, element_bytes)]
+        if lora:
+            crossing.append(_FLOAT * lora_parameters(layer, work.rank))
+        largest = max(largest, *crossing)
+    return 2 * BUFFERS * largest
 
 
 def plan_memory(
@@ -199,12 +224,15 @@ def plan_memory(
     keeps: bool,
     mapped: bool,
     ranks: int,
+    adapters: str = "device",
 ) -> MemoryPlan:
     """The plan of a run; without `work`, of a model that only computes forwards.
 
     keeps: activations: keep. mapped: the experts are a file that all ranks of the machine map.
+    adapters: where their LoRA is, device or host.
     """
     there = "host" if rest.on_host else "device"
+    lora_there = "host" if adapters == "host" else there
     shared = "machine" if mapped else "host"
     experts = sum(layer.layout.nbytes for layer in layers)
     parts = [
@@ -217,12 +245,13 @@ def plan_memory(
         kept = [held_bytes(layer, work, rest.element_bytes) for layer in layers]
         # Without checkpointing autograd holds every layer's; recompute has one at a time.
         held = sum(kept) if keeps or not work.checkpointing else max(kept, default=0)
-        # The same goes for what an accelerator's tensors are copied to; LoRA's for one layer is in
-        # the workspace.
+        # The same goes for what an accelerator's tensors are copied to.
         copies = [staged_bytes(layer, work, rest.element_bytes) for layer in layers]
-        copied = max(copies, default=0)
-        if not work.checkpointing:
-            copied = sum(copies) + _FLOAT * trained
+        copied = max(copies, default=0) if work.checkpointing else sum(copies)
+        crosses = adapters == "device"
+        if crosses:  # LoRA, and the sums of its gradients
+            copied += _FLOAT * trained * (2 if work.accumulates else 1)
+        pinned = pinned_bytes(layers, work, rest.element_bytes, crosses)
         tensor = work.tokens * rest.hidden * rest.element_bytes
         # With checkpointing: the input of every layer, and all of one.
         held_tensors = rest.layers + _HELD_TENSORS
@@ -233,11 +262,12 @@ def plan_memory(
         parts += [
             Component("frozen models' experts", shared, work.frozen_models * experts),
             Component("frozen models' other weights", there, work.frozen_models * rest.nbytes),
-            Component("expert LoRA and its optimizer", there, _STATES * _FLOAT * trained),
+            Component("expert LoRA and its optimizer", lora_there, _STATES * _FLOAT * trained),
             Component("other trained parameters", there, _STATES * _FLOAT * work.other_trained),
             Component("experts' activations", "host", held),
             Component("copies for the host", "host", 0 if rest.on_host else copied),
+            Component("pinned memory of the link", "host", 0 if rest.on_host else pinned),
             Component("kernels' workspace", "host", max(workspaces, default=0)),
             Component("other activations (estimate)", there, tensor * tensors + logits),
         ]
-    return MemoryPlan(tuple(parts), ranks)
+    return MemoryPlan(tuple(parts), ranks, adapters)

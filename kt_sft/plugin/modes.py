@@ -128,6 +128,7 @@ def outline_of(recipe: Mapping[str, Any], model_type: str = "") -> TrainingOutli
         checkpointing=not recipe.get("disable_gradient_checkpointing"),
         on_host=bool(recipe.get("use_cpu")),
         frozen_models=bool(recipe.get("ref_model")) + (recipe.get("reward_model_type") == "full"),
+        accumulates=int(recipe.get("gradient_accumulation_steps", 1)) > 1,
     )
 
 

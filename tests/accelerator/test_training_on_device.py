@@ -33,13 +33,19 @@ class OnDevice(Training):
         (Path(self.folder) / "observed.json").write_text(json.dumps(seen))
 
 
-def run(folder: Path, resume: bool = False, **arguments: Any) -> dict[str, Any]:
+def run(
+    folder: Path, resume: bool = False, adapters: str = "device", **arguments: Any
+) -> dict[str, Any]:
     """What the device saw of a training in a child."""
     # Numbers that the device draws are not among what the Trainer saves of devices unknown to it:
     # with attention's dropout a resumed run would drop others.
     targets = EXPERTS
     work = OnDevice(
-        str(folder), resume=resume, targets=targets, arguments={"use_cpu": False, **arguments}
+        str(folder),
+        resume=resume,
+        targets=targets,
+        arguments={"use_cpu": False, **arguments},
+        experts={"adapters": adapters},
     )
     code, output = finish(work, seconds=300)
     assert code == 0, output
@@ -56,6 +62,10 @@ def on_cpu(folder: Path, **arguments: Any) -> list[float]:
     return losses(folder)
 
 
+both_places = pytest.mark.parametrize("adapters", ["device", "host"])
+
+
+@both_places
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -64,10 +74,12 @@ def on_cpu(folder: Path, **arguments: Any) -> list[float]:
         {"gradient_checkpointing": True, "max_steps": 3},
         {"optim": "adamw_torch", "max_grad_norm": 0.1, "max_steps": 3},
     ],
-    ids=["plain", "accumulating", "checkpointing", "clipping"],
+    ids=["fused", "accumulating", "checkpointing", "clipping"],
 )
-def test_a_training_follows_the_one_on_the_cpu(tmp_path: Path, arguments: dict[str, Any]) -> None:
-    seen = run(tmp_path / "device", **arguments)
+def test_a_training_follows_the_one_on_the_cpu(
+    tmp_path: Path, arguments: dict[str, Any], adapters: str
+) -> None:
+    seen = run(tmp_path / "device", adapters=adapters, **arguments)
     assert seen["violations"] == [] and seen["bytes_down"] > 0
     want = on_cpu(tmp_path / "cpu", **arguments)
     assert losses(tmp_path / "device") == pytest.approx(want, rel=2e-4)
@@ -80,9 +92,10 @@ def test_a_training_in_bf16_follows_the_one_on_the_cpu(tmp_path: Path) -> None:
     assert losses(tmp_path / "device") == pytest.approx(want, rel=3e-2)
 
 
-def test_a_resumed_training_is_the_same_to_the_bit(tmp_path: Path) -> None:
+@both_places
+def test_a_resumed_training_is_the_same_to_the_bit(tmp_path: Path, adapters: str) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    constant = {"lr_scheduler_type": "constant"}
+    constant = {"lr_scheduler_type": "constant", "adapters": adapters}
     run(whole, **constant)
     run(parts, max_steps=4, **constant)
     run(parts, resume=True, **constant)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from device_child import DEVICE, on_device, outcome
+from peft import LoraConfig
 from simulated_device import Observed, SimulatedDevice
 from test_models_on_device import FP32, IDS, assert_close, gradients, late, placed, qwen, step
 from torch import nn
@@ -282,3 +283,30 @@ def test_a_fault_is_seen(fault: str) -> None:
     assert code != 0
     # By what the test looks at or by a crash, not by a fault that is none.
     assert code < 0 or "AssertionError" in output or "Error" in output
+
+
+def _on_host(device: SimulatedDevice) -> None:
+    """LoRA of the experts that stays: nothing of it is on the device or crosses the link."""
+    model = placed(qwen(adapters="host"), DEVICE).train()
+    places = {n: p.device.type for n, p in model.named_parameters() if "lora_" in n}
+    assert {n for n, place in places.items() if place == "cpu"} == {
+        n for n in places if "experts" in n
+    }
+    with late(device):
+        got = step(model)
+    assert_close(got, step(qwen()), FP32)
+    _, backward = watched(device, model)
+    assert (backward.copies_up, backward.bytes_up) == (LAYERS, LAYERS * padded(UP, BACK))
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "lora_B" in n and "experts" in n).add_(1)
+    forward, _ = watched(device, model)
+    assert forward.copies_down == LAYERS
+    model.to(torch.bfloat16)
+    model.add_adapter("late", LoraConfig(r=2, target_modules=["up_proj"]))
+    later = {p.device.type for n, p in model.named_parameters() if ".late" in n}
+    assert later == {"cpu"}
+    assert {p.dtype for n, p in model.named_parameters() if "default" in n} == {torch.bfloat16}
+
+
+def test_adapters_that_stay_on_the_host() -> None:
+    on_device(_on_host)

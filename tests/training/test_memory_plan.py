@@ -23,8 +23,11 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import memory_plan
 
 from kt_sft import HybridExpertsConfig, hybridize
+from kt_sft.config import HybridExpertsSettings
 from kt_sft.errors import MemoryPlanError
 from kt_sft.experts import hybrid_experts_of
+from kt_sft.experts.runtime import ExpertsRuntime
+from kt_sft.families.finding import find_experts
 from kt_sft.kernels import (
     Call,
     Engine,
@@ -38,6 +41,7 @@ from kt_sft.kernels import (
     forward,
 )
 from kt_sft.loading import quantizer as transformers
+from kt_sft.loading.swap import swap_experts
 from kt_sft.machine import allocator
 from kt_sft.planning import outline as memory
 from kt_sft.planning.lora_targets import LoraTargets
@@ -50,6 +54,7 @@ from kt_sft.planning.plan import (
     Workload,
     held_bytes,
     lora_parameters,
+    pinned_bytes,
     plan_memory,
     workspace_bytes,
 )
@@ -83,11 +88,12 @@ def test_numbers_of_a_layer() -> None:
     without = workspace_bytes(LAYER, replace(WORK, rank=0), EXACT, REST)
     by_hand = rows * 2 * (2048 + 1536) + 4 * (rows * (1536 + 2048) + 2 * 4096 * 2048)
     assert 1.0 < without / by_hand < 1.06, "scales and sums of rows, and threads' own, beside them"
-    factors = 4 * (lora_parameters(LAYER, 8) + lora_parameters(LAYER, 8))
     with_lora = workspace_bytes(LAYER, WORK, EXACT, REST)
-    assert with_lora > without + factors + 4 * rows * (768 + 24)
-    on_host = workspace_bytes(LAYER, WORK, EXACT, replace(REST, on_host=True))
-    assert with_lora - on_host == factors // 2, "only an accelerator's factors are copied"
+    assert with_lora > without + 4 * lora_parameters(LAYER, 8) + 4 * rows * (768 + 24)
+    # Two buffers in each direction, and LoRA is larger than hidden states, indices and weights.
+    assert 4 * lora_parameters(LAYER, 8) > 4096 * (2048 * 2 + 8 * 12)
+    assert pinned_bytes([LAYER] * 3, WORK, 2, lora=True) == 4 * 4 * lora_parameters(LAYER, 8)
+    assert pinned_bytes([LAYER] * 3, WORK, 2, lora=False) == 4 * 4096 * (2048 * 2 + 8 * 12)
 
 
 @pytest.mark.parametrize("weights", ["int8", "bf16", "int4_g32"])
@@ -307,19 +313,64 @@ def test_freed_blocks_go_back_unless_a_person_decided(
 
 
 def test_copies_of_a_device_are_counted() -> None:
-    """Without checkpointing those of every layer lie on the host until backward."""
+    """Without checkpointing those of every layer lie on the host until backward; LoRA always."""
 
-    def copied(work: Workload, rest: RestOfModel = REST) -> int:
-        (part,) = [c for c in plan(work, rest).components if c.name == "copies for the host"]
+    def copied(work: Workload, rest: RestOfModel = REST, adapters: str = "device") -> int:
+        parts = plan(work, rest, adapters=adapters).components
+        (part,) = [c for c in parts if c.name == "copies for the host"]
         assert part.place == "host"
         return part.nbytes
 
     one = 4096 * 2048 * 2 + 4096 * 8 * 12
-    assert copied(WORK) == one
-    every = copied(replace(WORK, checkpointing=False))
-    assert every == 48 * (one + lora_parameters(LAYER, 8) * 4)
+    lora = 48 * lora_parameters(LAYER, 8) * 4
+    assert copied(WORK) == one + lora
+    assert copied(replace(WORK, checkpointing=False)) == 48 * one + lora
+    assert copied(replace(WORK, accumulates=True)) == one + 2 * lora
+    assert copied(WORK, adapters="host") == one
     on_host = replace(REST, on_host=True)
     assert copied(WORK, on_host) == copied(replace(WORK, checkpointing=False), on_host) == 0
+
+
+def test_adapters_on_the_host_are_planned_there() -> None:
+    there, here = plan(WORK), plan(WORK, adapters="host")
+    states = 4 * 4 * 48 * lora_parameters(LAYER, 8)
+    assert there.of("device") - here.of("device") == states
+    assert (there.adapters, here.adapters) == ("device", "host")
+    assert here.of("host") > there.of("host"), "it went somewhere"
+
+
+@pytest.mark.parametrize(
+    "setting, free, expected",
+    [
+        ("auto", 1 << 40, "device"),
+        ("auto", "between", "host"),
+        ("auto", 1 << 20, "device"),
+        ("auto", None, "device"),
+        ("device", "between", "device"),
+        ("host", 1 << 40, "host"),
+    ],
+)
+def test_auto_puts_adapters_where_they_fit(
+    monkeypatch: pytest.MonkeyPatch, setting: str, free: int | str | None, expected: str
+) -> None:
+    monkeypatch.setattr(memory, "has_accelerator", lambda: True)
+    model = make_model("qwen3_moe")
+    layers = find_experts(model)
+    settings = HybridExpertsSettings(adapters=setting)
+    swap_experts(model, layers, ExpertsRuntime(settings))
+    outline = TrainingOutline(64, 512, LoraTargets.of("all"))
+
+    def planned(free: int | None, settings: HybridExpertsSettings = settings) -> MemoryPlan:
+        monkeypatch.setattr(memory, "free_device_memory", lambda: free)
+        return memory.plan_of(model, layers, lambda _: None, settings, outline)  # type: ignore[arg-type]
+
+    if free == "between":
+        sizes = [
+            planned(None, replace(settings, adapters=a)).of("device") for a in ("device", "host")
+        ]
+        # What is handed out leaves half a gigabyte out.
+        free = sum(sizes) // 2 + (512 << 20)
+    assert planned(free).adapters == expected  # type: ignore[arg-type]
 
 
 # Those of the quickest models; all of them are `make test-full`.

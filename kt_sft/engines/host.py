@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kt_sft.engines.link import Landing, Traffic, Wanted, link_of
+from kt_sft.engines.link import Arrival, Landing, Traffic, Wanted, link_of
 from kt_sft.engines.mirror import Mirror
 from kt_sft.engines.protocol import Context, Forward, Held, LayerGradients, Report
 from kt_sft.kernels import BlockReport, Call, Inputs
@@ -46,11 +46,11 @@ def _landing(device: torch.device, *shapes: tuple[torch.Size, torch.dtype]) -> _
 
 @contextmanager
 def _brought(
-    device: torch.device, groups: Sequence[Sequence[Wanted]], traffic: Traffic
+    arriving: Arrival | None, groups: Sequence[Sequence[Wanted]], traffic: Traffic
 ) -> Iterator[list[list[Tensor]]]:
-    """The groups' tensors on the host, contiguous; an accelerator's are valid inside only."""
-    if device.type != "cpu":
-        with link_of(device).fetched(groups, traffic) as found:
+    """The groups' tensors on the host, contiguous; those that arrive are valid inside only."""
+    if arriving is not None:
+        with arriving.wait(traffic) as found:
             yield found
     else:
         yield [[t.detach().to(dtype).contiguous() for t, dtype in group] for group in groups]
@@ -82,19 +82,37 @@ class HostExperts(ABC):
     ) -> tuple[LoraGradients, BlockReport]:
         """Writes the gradients of hidden and weight `into` tensors; returns those of LoRA."""
 
-    @contextmanager
-    def _inputs(self, inputs: Inputs, traffic: Traffic) -> Iterator[Inputs]:
-        """The inputs as the kernels read them; valid inside only."""
+    def _wanted(self, inputs: Inputs) -> tuple[list[Wanted], list[Wanted]]:
+        """The LoRA that has changed, which comes in the same wait, and the other tensors."""
         hidden_TD, index_TK, weight_TK, *lora = inputs.tensors()
-        copies = [self._on_host(factor) for factor in lora]
-        missing = [f for f, copy in zip(lora, copies, strict=True) if copy is None]
-        # LoRA that has changed comes with the first pass that needs it, in the same wait.
-        groups: list[list[Wanted]] = [
-            [(factor, factor.dtype) for factor in missing],
-            [(hidden_TD, hidden_TD.dtype), (index_TK, torch.int64), (weight_TK, torch.float32)],
-        ]
-        with _brought(hidden_TD.device, groups, traffic) as (new, brought):
-            fetched = iter([self._mirror.keep(f, t) for f, t in zip(missing, new, strict=True)])
+        missing = [(f, f.dtype) for f in lora if self._on_host(f) is None]
+        return missing, [
+            (hidden_TD, hidden_TD.dtype), (index_TK, torch.int64), (weight_TK, torch.float32)
+        ]  # fmt: skip
+
+    def send(self, inputs: Inputs) -> Arrival | None:
+        """See PlacedExperts."""
+        device = inputs.hidden_TD.device
+        if device.type == "cpu":
+            return None
+        return link_of(device).send_down(*self._wanted(inputs))
+
+    def send_gradient(self, context: Context, d_out_TD: Tensor) -> Arrival | None:
+        """See PlacedExperts."""
+        device = d_out_TD.device
+        if device.type == "cpu":
+            return None
+        return link_of(device).send_down([(d_out_TD, context.inputs.hidden_TD.dtype)])
+
+    @contextmanager
+    def _inputs(
+        self, inputs: Inputs, arriving: Arrival | None, traffic: Traffic
+    ) -> Iterator[Inputs]:
+        """The inputs as the kernels read them; valid inside only."""
+        missing, others = self._wanted(inputs)
+        with _brought(arriving, (missing, others), traffic) as (new, brought):
+            fetched = (self._mirror.keep(f, t) for (f, _), t in zip(missing, new, strict=True))
+            copies = (self._on_host(factor) for factor in inputs.tensors()[3:])
             factors = [next(fetched) if copy is None else copy for copy in copies]
             yield Inputs.of((*brought, *factors), inputs.scalings)
 
@@ -106,12 +124,14 @@ class HostExperts(ABC):
             return factor.detach().contiguous()
         return self._mirror.copy_of(factor)
 
-    def forward(self, call: Call, inputs: Inputs, keep: bool, hold: bool = False) -> Forward:
+    def forward(
+        self, call: Call, inputs: Inputs, arriving: Arrival | None, keep: bool, hold: bool = False
+    ) -> Forward:
         """See PlacedExperts."""
         traffic, hidden_TD = Traffic(), inputs.hidden_TD
         form = hidden_TD.shape, hidden_TD.dtype
         with (
-            self._inputs(inputs, traffic) as staged,
+            self._inputs(inputs, arriving, traffic) as staged,
             _landing(hidden_TD.device, form) as landing,
         ):
             (host_out_TD,) = landing.tensors
@@ -128,10 +148,12 @@ class HostExperts(ABC):
         done = Report(report.rows, report.max_rows, seconds, finite, traffic)
         return Forward(out_TD, context, held, done)
 
-    def resume(self, call: Call, inputs: Inputs, held: Held) -> Forward | None:
+    def resume(
+        self, call: Call, inputs: Inputs, arriving: Arrival | None, held: Held
+    ) -> Forward | None:
         """See PlacedExperts."""
         traffic = Traffic()
-        with self._inputs(inputs, traffic) as staged:
+        with self._inputs(inputs, arriving, traffic) as staged:
             if not torch.equal(held.index_TK, staged.index_TK):
                 return None
             form = held.out_TD.shape, held.out_TD.dtype
@@ -142,14 +164,18 @@ class HostExperts(ABC):
         return Forward(out_TD, context, held, Report(0, 0, 0.0, finite=True, traffic=traffic))
 
     def backward(
-        self, context: Context, d_out_TD: Tensor, lora_may_wait: bool = False
+        self,
+        context: Context,
+        d_out_TD: Tensor,
+        arriving: Arrival | None,
+        lora_may_wait: bool = False,
     ) -> tuple[LayerGradients, Report]:
         """See PlacedExperts."""
         inputs, device, traffic = context.inputs, d_out_TD.device, Traffic()
         hidden_TD, weight_TK = inputs.hidden_TD, inputs.weight_TK
         forms = (hidden_TD.shape, hidden_TD.dtype), (weight_TK.shape, weight_TK.dtype)
         with (
-            _brought(device, [[(d_out_TD, hidden_TD.dtype)]], traffic) as ((host_d_out_TD,),),
+            _brought(arriving, [[(d_out_TD, hidden_TD.dtype)]], traffic) as ((host_d_out_TD,),),
             _landing(device, *forms) as landing,
         ):
             into = landing.tensors[0], landing.tensors[1]

@@ -160,6 +160,62 @@ class Landing:
         return [self._target] if alone else _views(self._target, self._shapes)
 
 
+class Arrival:
+    """Groups of tensors on their way to the host; `wait` for them."""
+
+    def __init__(self, link: Link, groups: Sequence[Sequence[Wanted]]) -> None:
+        self._link, self._groups = link, groups
+        self._buffers: list[_Buffer] = []
+        self._sources: list[Tensor] = []  # device memory that lives until it is read
+        for group in groups:
+            if group:
+                self._begin(group)
+        with link.on(link.down_stream):
+            self._arrived = link.mark()
+
+    def __del__(self) -> None:
+        self._release()
+
+    def _begin(self, group: Sequence[Wanted]) -> None:
+        link, shapes = self._link, [(t.shape, dtype) for t, dtype in group]
+        first, dtype = group[0]
+        if len(group) == 1 and first.dtype == dtype and first.is_contiguous():
+            source = first.detach().reshape(-1).view(torch.uint8)
+        else:
+            source = torch.empty(_places(shapes)[1], dtype=torch.uint8, device=link.device)
+            for place, (tensor, _) in zip(_views(source, shapes), group, strict=True):
+                place.copy_(tensor.detach())
+        self._sources.append(source)
+        buffer = link.down.take(source.nbytes)
+        self._buffers.append(buffer)
+        link.down_stream.wait_event(link.mark())
+        with link.on(link.down_stream):
+            buffer.memory[: source.nbytes].copy_(source, non_blocking=True)
+
+    @contextmanager
+    def wait(self, traffic: Traffic) -> Iterator[list[list[Tensor]]]:
+        """Each group's tensors in pinned memory; valid inside."""
+        start = time.perf_counter()
+        self._arrived.synchronize()
+        traffic.arrived = time.perf_counter()
+        traffic.host_waited += traffic.arrived - start
+        traffic.bytes_down += sum(t.nbytes for t in self._sources)
+        self._sources.clear()
+        buffers, found = iter(self._buffers), []
+        for group in self._groups:
+            shapes = [(t.shape, dtype) for t, dtype in group]
+            found.append(_views(next(buffers).memory, shapes) if group else [])
+        try:
+            yield found
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        """Of one that nobody waits for, a copy may still run."""
+        while self._buffers:
+            self._link.down.give_back(self._buffers.pop(), self._arrived)
+
+
 class Link:
     """One accelerator's; use `link_of`."""
 
@@ -193,49 +249,9 @@ class Link:
         finally:
             torch.accelerator.set_stream(former)
 
-    @contextmanager
-    def fetched(self, groups: Sequence[Sequence[Wanted]], traffic: Traffic) -> Iterator[list]:
-        """Each group's tensors in pinned memory, by one copy each and one wait; valid inside."""
-        taken: list[_Buffer] = []
-        packed: list[Tensor] = []  # device memory that lives until it is read
-        try:
-            for group in groups:
-                if group:
-                    self._begin(group, taken, packed)
-            with self.on(self.down_stream):
-                arrived = self.mark()
-            start = time.perf_counter()
-            arrived.synchronize()
-            traffic.arrived = time.perf_counter()
-            traffic.host_waited += traffic.arrived - start
-            buffers = iter(taken)
-            found = []
-            for group in groups:
-                shapes = [(t.shape, dtype) for t, dtype in group]
-                found.append(_views(next(buffers).memory, shapes) if group else [])
-            traffic.bytes_down += sum(t.nbytes for t in packed)
-            packed.clear()
-            yield found
-        finally:
-            for buffer in taken:
-                self.down.give_back(buffer)
-
-    def _begin(self, group: Sequence[Wanted], taken: list[_Buffer], packed: list[Tensor]) -> None:
-        """Begins to copy tensors down as one."""
-        shapes = [(t.shape, dtype) for t, dtype in group]
-        first, dtype = group[0]
-        if len(group) == 1 and first.dtype == dtype and first.is_contiguous():
-            source = first.detach().reshape(-1).view(torch.uint8)
-        else:
-            source = torch.empty(_places(shapes)[1], dtype=torch.uint8, device=self.device)
-            for place, (tensor, _) in zip(_views(source, shapes), group, strict=True):
-                place.copy_(tensor.detach())
-        packed.append(source)
-        buffer = self.down.take(source.nbytes)
-        taken.append(buffer)
-        self.down_stream.wait_event(self.mark())
-        with self.on(self.down_stream):
-            buffer.memory[: source.nbytes].copy_(source, non_blocking=True)
+    def send_down(self, *groups: Sequence[Wanted]) -> Arrival:
+        """Begins to bring tensors to the host, each group by one copy."""
+        return Arrival(self, groups)
 
     def landing(self, *shapes: tuple[torch.Size, torch.dtype]) -> Landing:
         """For results of these shapes."""

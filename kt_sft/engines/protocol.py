@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from kt_sft.engines.link import Traffic
+from kt_sft.engines.link import Arrival, Traffic
 from kt_sft.kernels import (
     Call,
     CodedMatrix,
@@ -137,23 +137,38 @@ class PlacedExperts(Protocol):
     def unpack(self, expert: int, projection: str) -> Tensor:
         """The weights that are computed with, fp32 [outputs, inputs] on the CPU."""
 
-    def forward(self, call: Call, inputs: Inputs, keep: bool, hold: bool = False) -> Forward:
-        """The weighted sum of each token's experts. `keep`: a backward follows; `hold`: a second
-        run, which `resume` can take over.
+    def send(self, inputs: Inputs) -> Arrival | None:
+        """Begins to bring inputs to where they are computed with, for `forward` or `resume`."""
 
-        Raises KernelArgumentError, and ValueError for an index outside 0..E.
+    def forward(
+        self, call: Call, inputs: Inputs, arriving: Arrival | None, keep: bool, hold: bool = False
+    ) -> Forward:
+        """The weighted sum of each token's experts.
+
+        arriving: what `send` returned. `keep`: a backward follows; `hold`: a second run, which
+        `resume` can take over. Raises KernelArgumentError, and ValueError for an index outside
+        0..E.
         """
 
-    def resume(self, call: Call, inputs: Inputs, held: Held) -> Forward | None:
+    def resume(
+        self, call: Call, inputs: Inputs, arriving: Arrival | None, held: Held
+    ) -> Forward | None:
         """The same forward again, without computing it; None where its tokens went elsewhere."""
 
+    def send_gradient(self, context: Context, d_out_TD: Tensor) -> Arrival | None:
+        """As `send`, for `backward`."""
+
     def backward(
-        self, context: Context, d_out_TD: Tensor, lora_may_wait: bool = False
+        self,
+        context: Context,
+        d_out_TD: Tensor,
+        arriving: Arrival | None,
+        lora_may_wait: bool = False,
     ) -> tuple[LayerGradients, Report]:
         """Gradients of the inputs, each where it belongs.
 
-        `lora_may_wait`: those of parameters elsewhere may be summed up here, until a call brings
-        them; they are None meanwhile.
+        arriving: what `send_gradient` returned. `lora_may_wait`: those of parameters elsewhere may
+        be summed up here, until a call brings them; they are None meanwhile.
         """
 
     def forget_gradients(self) -> None:

@@ -12,7 +12,8 @@ from kt_sft.adapters.layer import HybridExpertsLinear, common_dropout
 from kt_sft.adapters.state_dict import collect_expert_factors, spread_expert_factors
 from kt_sft.engines.protocol import PlacedExperts
 from kt_sft.errors import CheckpointError
-from kt_sft.experts.function import ExpertsFunction, LayerPass
+from kt_sft.experts.ahead import run_ahead
+from kt_sft.experts.function import LayerPass, run_layer
 from kt_sft.experts.runtime import ExpertsRuntime
 from kt_sft.families.calls import CALLS
 from kt_sft.families.shape import ExpertsShape
@@ -131,7 +132,16 @@ class HybridExperts(nn.Module):
             counts_tokens=self.counts_tokens,
             keep=torch.is_grad_enabled() and any(t.requires_grad for t in learning),
         )
-        return ExpertsFunction.apply(layer, hidden_states, top_k_index, top_k_weights, *lora)
+        # On the CPU there is nothing to do meanwhile.
+        ahead = hidden_states.device.type != "cpu"
+        return run_layer(
+            layer,
+            lambda: run_ahead(self) if ahead else None,
+            hidden_states,
+            top_k_index,
+            top_k_weights,
+            *lora,
+        )
 
     def extra_repr(self) -> str:
         """For `print(model)`."""

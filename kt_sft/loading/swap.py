@@ -10,6 +10,7 @@ from kt_sft import patches
 from kt_sft.adapters.state_dict import refuse_other_layers, refuse_other_vocabulary
 from kt_sft.errors import UnsupportedModelError
 from kt_sft.experts import ExpertsRuntime, HybridExperts
+from kt_sft.experts.ahead import let_shared_go_ahead
 from kt_sft.experts.recompute import keep_activations
 from kt_sft.families.calls import redirect_block
 from kt_sft.families.finding import FoundExperts
@@ -39,6 +40,7 @@ def swap_experts(
                 layer.module._modules.pop(part.tensor.partition(".")[0], None)
             redirect_block(layer.module, kind.call)
         setattr(parent, path.rpartition(".")[2], hybrid)
+        let_shared_go_ahead(parent)
         # Some families initialize the stock experts' parameters from their block, by name.
         parent._is_hf_initialized = True
         swapped[path] = (hybrid, layer)

@@ -105,7 +105,7 @@ def test_a_layer_with_fewer_blocks_than_nodes(engines: NodeEngines) -> None:
         for p in PROJECTIONS:
             weights.pack(e, p, torch.ones(weights.layout.shape(p)))
     x, index, weight = inputs(5, 64, 2, 1)
-    out = weights.forward(Call("exact", Gate()), Inputs(x, index, weight), keep=False).out_TD
+    out = weights.forward(Call("exact", Gate()), Inputs(x, index, weight), None, keep=False).out_TD
     assert torch.isfinite(out).all() and out.abs().sum() > 0
 
 
@@ -147,8 +147,8 @@ def test_split_layer_is_the_whole_layer(
     d_out = torch.randn(31, 72, generator=torch.Generator().manual_seed(3))
     results = []
     for experts in (CpuExperts(Engine(1), block.weights), weights):
-        done = experts.forward(call, taken, keep=True)
-        found, _ = experts.backward(done.context, d_out)
+        done = experts.forward(call, taken, None, keep=True)
+        found, _ = experts.backward(done.context, d_out, None)
         lora = [t for t in found.lora if t is not None]
         results.append([done.out_TD, found.hidden_TD, found.weight_TK, *lora])
     bound = {"int8": 0.02, "bf16": 0.02, "int4_g32": 0.25}[stored]

@@ -3,8 +3,8 @@
 Two of them, so that other work can be queued on an accelerator between their sending tensors to the
 host and their waiting for its result, forward and backward:
 
-    forward    leave: sends the inputs     [shared experts]    return: waits, computes
-    backward   leave: waits, computes      [shared experts]    return: sends the gradient of out
+    forward    begin: sends the inputs      [shared experts]    end: waits, computes
+    backward   begin: waits, computes       [shared experts]    end: sends the gradient of out
 
 Legend: T tokens, D hidden size, E experts, K top-k, r LoRA rank. LoRA factors come stacked, [E, r,
 in] and [E, out, r], or shared by all experts, [1, r, in] and [1, out, r].
@@ -81,7 +81,7 @@ class _Trip:
     arriving: Arrival | None = None
 
 
-class _Leave(torch.autograd.Function):
+class ExpertsBegin(torch.autograd.Function):
     """(hidden [T, D], index [T, K], weight [T, K], a and b of gate, up, down) -> an empty token."""
 
     @staticmethod
@@ -110,7 +110,7 @@ class _Leave(torch.autograd.Function):
         return None, found.hidden_TD, None, found.weight_TK, *found.lora
 
 
-class _Return(torch.autograd.Function):
+class ExpertsEnd(torch.autograd.Function):
     """out [T, D] of the token's inputs, on the device of hidden."""
 
     @staticmethod
@@ -143,9 +143,9 @@ def run_layer(layer: LayerPass, meanwhile: Callable[[], None], *tensors: Tensor)
     """
     if layer.keep:
         trip = _Trip(layer)
-        token = _Leave.apply(trip, *tensors)
+        token = ExpertsBegin.apply(trip, *tensors)
         meanwhile()
-        return _Return.apply(trip, token)
+        return ExpertsEnd.apply(trip, token)
     inputs = Inputs.of(tensors, layer.scalings)
     arriving = layer.experts.send(inputs)
     meanwhile()

@@ -32,6 +32,7 @@ _OPTIONAL = {
     "llamafactory": "llamafactory",
     "huggingface_hub": "llamafactory",
     "matplotlib": "bench",
+    "bitsandbytes": "quantized",
 }
 # In an environment of its own, made by the user for a measurement.
 _PEERS = {"kt_kernel"}

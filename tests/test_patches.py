@@ -292,7 +292,7 @@ print([c.__name__ for c in DEFAULT_CALLBACKS])
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    names = ["DefaultFlowCallback", "HybridExpertsMetrics", "RunGuard"]
+    names = ["DefaultFlowCallback", "HybridExpertsMetrics", "RunGuard", "WaitingGradients"]
     assert done.stdout.splitlines()[-1] == str(names)
 
 

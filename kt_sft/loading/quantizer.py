@@ -28,6 +28,7 @@ from kt_sft.files.safetensors import (
 from kt_sft.loading import peft_injection
 from kt_sft.loading.config import METHOD, HybridExpertsConfig
 from kt_sft.loading.placing import place_experts
+from kt_sft.loading.quantized_rest import QuantizedRest
 from kt_sft.loading.rest_of_model import Shapes, refuse_loaded_misfits, refuse_misfits, shapes_of
 from kt_sft.loading.swap import swap_experts
 from kt_sft.machine.memory import host_memory_bytes
@@ -51,6 +52,35 @@ class HybridExpertsQuantizer(HfQuantizer):
         self._stacks: dict[str, Stack] = {}
         self._layers: list[FoundExperts] = []
         self._shapes: Shapes = {}
+        rest = quantization_config.rest
+        self._rest = QuantizedRest(rest) if rest is not None else None
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """What the quantizer of the rest needs. Raises ImportError."""
+        if self._rest is not None:
+            self._rest.quantizer.validate_environment(*args, **kwargs)
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """As the quantizer of the rest wants it."""
+        if self._rest is None:
+            return super().update_device_map(device_map)
+        return self._rest.quantizer.update_device_map(device_map)
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Of the rest; the experts are not read with the model."""
+        rest = self._rest
+        return rest is not None and rest.quantizer.param_needs_quantization(model, param_name)
+
+    def get_quantize_ops(self) -> Any:
+        """Of the rest."""
+        assert self._rest is not None
+        return self._rest.quantizer.get_quantize_ops()
+
+    def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
+        """Bytes of an element."""
+        if self._rest is None:
+            return super().param_element_size(model, param_name, param)
+        return self._rest.quantizer.param_element_size(model, param_name, param)
 
     def update_tp_plan(self, config: Any) -> Any:
         """Asked before anything is built: sizes that no model has would take minutes and memory.
@@ -94,7 +124,12 @@ class HybridExpertsQuantizer(HfQuantizer):
         outline = self.quantization_config.outline
         if outline is not None:
             peft_injection.refuse_targets(model, outline.targets, outline.rank)
-        plan = plan_of(model, self._layers, self._source, settings, outline)
+        rest_bytes = None
+        if self._rest is not None:
+            self._rest.replace_layers(model, kwargs.get("device_map"))
+            size = max((p.element_size() for p in model.parameters()), default=2)
+            rest_bytes = self._rest.parameter_bytes(model, size)
+        plan = plan_of(model, self._layers, self._source, settings, outline, rest_bytes)
         check_memory(plan, settings)
         runtime.adapters_on_host = plan.adapters == "host"
         runtime.planned = plan.of("machine") + plan.of("host"), host_memory_bytes()
@@ -141,8 +176,13 @@ class HybridExpertsQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         checkpoint = self._checkpoint
         assert checkpoint is not None
-        refuse_loaded_misfits(model, self._shapes)
+        coded = self._rest.names(model) if self._rest is not None else set()
+        readable = {n: s for n, s in self._shapes.items() if n not in coded}
+        refuse_loaded_misfits(model, readable)
         for name, key in self._quantized_rest().items():
+            if self._rest is not None and name in coded:
+                self._rest.fill(model, name, checkpoint.dequantized(key))
+                continue
             parameter = model.get_parameter_or_buffer(name)
             if parameter.device.type == "meta":
                 raise CheckpointError(
@@ -161,6 +201,8 @@ class HybridExpertsQuantizer(HfQuantizer):
         )
         place_experts(hybrid_experts_of(model), experts)
         self._layers, self._stacks, self._checkpoint = [], {}, None
+        if self._rest is not None:
+            self._rest.finish(model)
         return model
 
     def is_serializable(self) -> bool:

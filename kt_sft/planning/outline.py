@@ -130,9 +130,11 @@ def plan_of(
     open_source: Callable[[FoundExperts], ExpertSource],
     settings: HybridExpertsSettings,
     outline: TrainingOutline | None,
+    rest_bytes: int | None = None,
 ) -> MemoryPlan:
     """The plan for a model whose stock experts are gone and whose weights are not there yet.
 
+    rest_bytes: of the weights beside the experts, where their parameters do not tell.
     With `adapters: auto` it decides where the experts' LoRA is.
     """
     text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else None
@@ -140,7 +142,7 @@ def plan_of(
     on_host = not has_accelerator() or (outline is not None and outline.on_host)
     parameters = list(model.parameters())
     rest = RestOfModel(
-        nbytes=sum(p.nbytes for p in parameters),
+        nbytes=sum(p.nbytes for p in parameters) if rest_bytes is None else rest_bytes,
         hidden=int(config.hidden_size),
         layers=int(config.num_hidden_layers),
         vocabulary=int(config.vocab_size),

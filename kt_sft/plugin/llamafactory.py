@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -159,11 +160,16 @@ def loading_hybrids(
         refuse_other_loaders(model_args)
         # For a checkpoint that is quantized already it asks for the packages of that format,
         # which we do without.
-        if not getattr(config, "quantization_config", None):
-            stock(config, tokenizer, model_args, is_trainable, init_kwargs)
-        elif is_trainable:
+        quantized = getattr(config, "quantization_config", None)
+        if quantized and is_trainable:
             warn_of_quantized_base(config)
-        ours = HybridExpertsConfig(**settings.as_dict())
+        if not quantized or model_args.quantization_bit is not None:
+            plain = copy.copy(config)
+            plain.quantization_config = None
+            stock(plain, tokenizer, model_args, is_trainable, init_kwargs)
+        # With `quantization_bit` this is what bitsandbytes makes of everything but the experts.
+        rest = init_kwargs.get("quantization_config")
+        ours = HybridExpertsConfig(**settings.as_dict(), rest=rest)
         # A reference or reward model only computes forwards.
         ours.outline = outline_of(recipe, config.model_type) if is_trainable else None
         init_kwargs["quantization_config"] = ours

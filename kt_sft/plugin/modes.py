@@ -223,15 +223,18 @@ def resizing_as_unquantized(stock: Callable, **given: Any) -> Callable:
 
 
 # Settings of LLaMA-Factory that load the model in another way, past our quantization config.
-_OTHER_LOADERS = ("quantization_bit", "use_unsloth", "train_from_scratch", "mixture_of_depths")
+_OTHER_LOADERS = ("use_unsloth", "train_from_scratch", "mixture_of_depths")
 
 
 def refuse_other_loaders(model_args: Any) -> None:
     """Raises SettingsError that names each of them that is set."""
-    wrong = [name for name in _OTHER_LOADERS if getattr(model_args, name, None)]
+    wrong = {name: value for name in _OTHER_LOADERS if (value := getattr(model_args, name, None))}
+    method = getattr(model_args, "quantization_method", "bnb")
+    if getattr(model_args, "quantization_bit", None) and method != "bnb":
+        wrong["quantization_method"] = f"{method}, expected bnb"
     if wrong:
         raise SettingsError(
             "kt_sft: the section does not go together with\n"
-            + "\n".join(f"  - {name}: {getattr(model_args, name)}" for name in wrong)
+            + "\n".join(f"  - {name}: {value}" for name, value in wrong.items())
             + "\nRemove these settings, or the section."
         )

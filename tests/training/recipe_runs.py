@@ -36,6 +36,16 @@ class Recipe:
         {"train": tuner.run_exp, "export": tuner.export_model}[self.command](self.values)
 
 
+def no_cuda_by_name() -> None:
+    """LLaMA-Factory's `use_unsloth_gc` brings hidden states to "cuda", whatever the device is."""
+    stock = torch.Tensor.to
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return stock(self, *("cpu" if a == "cuda" else a for a in args), **kwargs)
+
+    torch.Tensor.to = to  # type: ignore[method-assign]
+
+
 def allow_pure_bf16() -> None:
     """LLaMA-Factory admits it with an accelerator only; everything behind that runs without."""
     parser.is_torch_bf16_gpu_available = lambda: True

@@ -288,8 +288,10 @@ def test_export_command_merges(place: Workplace, trained: str, tmp_path: Path) -
 
 
 def test_settings_that_load_the_model_another_way_are_refused(place: Workplace) -> None:
-    text = place.train("bits", check=False, kt_sft=EXPERTS, quantization_bit=4)
-    assert "does not go together with" in text and "quantization_bit: 4" in text
+    text = place.train(
+        "bits", check=False, kt_sft=EXPERTS, quantization_bit=4, quantization_method="hqq"
+    )
+    assert "does not go together with" in text and "quantization_method: hqq" in text
 
 
 @dataclasses.dataclass

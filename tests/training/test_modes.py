@@ -17,7 +17,14 @@ import pytest
 import torch
 from children import finish
 from llamafactory_runs import RECIPE, Workplace, effective_workplace
-from recipe_runs import STEPS, CompareReference, OtherHub, Recipe, allow_pure_bf16
+from recipe_runs import (
+    STEPS,
+    CompareReference,
+    OtherHub,
+    Recipe,
+    allow_pure_bf16,
+    no_cuda_by_name,
+)
 from safetensors.torch import load_file
 from tiny_models import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -70,6 +77,11 @@ MODES: dict[str, dict[str, Any]] = {
         "per_device_train_batch_size": 2,
     },
     "pure_bf16": {"pure_bf16": True},
+    # Of everything but the experts, whose weights are no linear layers for bitsandbytes either.
+    "4 bits": {"quantization_bit": 4},
+    "4 bits, bf16": {"quantization_bit": 4, "bf16": True, "double_quantization": False},
+    "8 bits": {"quantization_bit": 8},
+    "unsloth": {"use_unsloth_gc": True},
 }
 # Not on the experts: refused there, and the same as stock on the rest.
 BESIDE_EXPERTS: dict[str, dict[str, Any]] = {
@@ -129,7 +141,7 @@ def assert_follows(stock: list[float], hybrid: list[float], tolerance: float) ->
 @pytest.mark.parametrize("name", MODES)
 def test_mode_follows_stock(name: str, place: Workplace) -> None:
     settings = MODES[name]
-    change = allow_pure_bf16 if name == "pure_bf16" else None
+    change = {"pure_bf16": allow_pure_bf16, "unsloth": no_cuda_by_name}.get(name)
     stock = train(place, f"{name} stock", change, **settings)
     hybrid = train(place, f"{name} hybrid", change, kt_sft=FROZEN, **settings)
     assert_follows(stock, hybrid, 2e-2 if "bf16" in name else 2e-3)

@@ -126,7 +126,7 @@ BlockInput block_input(const PackedExperts& weights, const std::string& compute_
                        const Gate& gate, int64_t tokens, int64_t top_k, const std::string& dtype,
                        Address hidden, Address index, Address routing_weight,
                        const std::array<Lora, kProjectionCount>& lora, float dropout,
-                       uint64_t dropout_seed, int64_t first_channel) {
+                       uint64_t dropout_seed, int64_t first_channel, int64_t max_rows) {
   BlockInput in;
   in.weights = &weights;
   in.compute = compute(compute_name);
@@ -141,6 +141,7 @@ BlockInput block_input(const PackedExperts& weights, const std::string& compute_
   in.dropout = dropout;
   in.dropout_seed = dropout_seed;
   in.first_channel = first_channel;
+  in.max_rows = max_rows;
   return in;
 }
 
@@ -338,7 +339,8 @@ PYBIND11_MODULE(_core, m) {
       .def(py::init(&block_input), py::keep_alive<1, 2>(), py::kw_only(), py::arg("weights"),
            py::arg("compute"), py::arg("gate"), py::arg("tokens"), py::arg("top_k"),
            py::arg("dtype"), py::arg("hidden"), py::arg("index"), py::arg("routing_weight"),
-           py::arg("lora"), py::arg("dropout"), py::arg("dropout_seed"), py::arg("first_channel"));
+           py::arg("lora"), py::arg("dropout"), py::arg("dropout_seed"), py::arg("first_channel"),
+           py::arg("max_rows"));
 
   py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine")
       .def(py::init([](int threads, const std::string& isa, const FlagMap& flags) {
@@ -375,7 +377,7 @@ PYBIND11_MODULE(_core, m) {
       "backward_bytes",
       [](const std::string& isa, int threads, const PackedLayout& layout,
          const std::string& compute_name, int64_t tokens, int64_t top_k, const std::string& dtype,
-         const std::array<int, kProjectionCount>& ranks, bool shared) {
+         const std::array<int, kProjectionCount>& ranks, bool shared, int64_t max_rows) {
         const PackedExperts outline = PackedExperts::outline(layout);
         BlockInput in;
         in.weights = &outline;
@@ -383,6 +385,7 @@ PYBIND11_MODULE(_core, m) {
         in.tokens = tokens;
         in.top_k = top_k;
         in.type = float_type(dtype);
+        in.max_rows = max_rows;
         for (size_t i = 0; i < ranks.size(); ++i) {
           in.lora[i].rank = ranks[i];
           in.lora[i].shared = shared;
@@ -392,7 +395,7 @@ PYBIND11_MODULE(_core, m) {
       },
       py::kw_only(), py::arg("isa"), py::arg("threads"), py::arg("layout"), py::arg("compute"),
       py::arg("tokens"), py::arg("top_k"), py::arg("dtype"), py::arg("ranks"), py::arg("shared"),
-      "Temporary bytes of a backward on such experts.");
+      py::arg("max_rows"), "Temporary bytes of a backward on such experts.");
   m.def(
       "kernel_rows",
       [] {

@@ -1,6 +1,7 @@
 // Rows of activations: as fp32 of the caller's tokens, packed for the dot kernels, and summed back.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -117,32 +118,65 @@ class ActivationRows {
   int32_t* sums_ = nullptr;
 };
 
-// The weighted sum of a token's routed rows, in a fixed order, written in the caller's dtype.
+// The weighted sum of a token's routed rows, in the order of their experts, written in the caller's
+// dtype. Experts may come in runs: what earlier ones have summed waits in fp32.
 class TokenSum {
  public:
-  TokenSum(float* buffer, int64_t top_k) : buffer_(buffer) {
-    weights_.reserve(static_cast<size_t>(top_k));
-    rows_.reserve(static_cast<size_t>(top_k));
-  }
+  // buffer: [D padded]. waiting: [T, D padded], null where there is one run.
+  TokenSum(const KernelTable& kernels, float* buffer, float* waiting, const RunOfExperts& run,
+           int64_t width, FloatType type)
+      : kernels_(kernels),
+        buffer_(buffer),
+        waiting_(waiting),
+        run_(run),
+        width_(width),
+        type_(type) {}
 
-  void clear() {
+  void clear() { parts_.clear(); }
+  void add(int64_t row, float weight, const float* values) {
+    parts_.push_back({row, weight, values});
+  }
+  void write(void* out, int64_t token) {
+    float* waiting = waiting_ ? waiting_ + token * padded(width_) : nullptr;
+    if (parts_.empty() && !run_.first && !run_.last) return;
+    // Rows are sorted by expert.
+    std::sort(parts_.begin(), parts_.end(),
+              [](const Part& a, const Part& b) { return a.row < b.row; });
     weights_.clear();
     rows_.clear();
-  }
-  void add(float weight, const float* row) {
-    weights_.push_back(weight);
-    rows_.push_back(row);
-  }
-  void write(const KernelTable& kernels, int64_t padded_width, int64_t width, FloatType type,
-             void* out, int64_t token) {
-    kernels.weighted_sum(static_cast<int>(rows_.size()), padded_width, weights_.data(),
-                         rows_.data(), buffer_);
-    const int64_t element = type == FloatType::kFloat32 ? 4 : 2;
-    kernels.from_float_row(width, type, buffer_, static_cast<char*>(out) + token * width * element);
+    if (!run_.first) {
+      weights_.push_back(1.0f);
+      rows_.push_back(waiting);
+    }
+    for (const Part& part : parts_) {
+      weights_.push_back(part.weight);
+      rows_.push_back(part.values);
+    }
+    kernels_.weighted_sum(static_cast<int>(rows_.size()), padded(width_), weights_.data(),
+                          rows_.data(), buffer_);
+    if (run_.last) {
+      const int64_t element = type_ == FloatType::kFloat32 ? 4 : 2;
+      kernels_.from_float_row(width_, type_, buffer_,
+                              static_cast<char*>(out) + token * width_ * element);
+    } else {
+      std::memcpy(waiting, buffer_, sizeof(float) * static_cast<size_t>(padded(width_)));
+    }
   }
 
  private:
-  float* buffer_;
+  struct Part {
+    int64_t row;
+    float weight;
+    const float* values;
+  };
+
+  const KernelTable& kernels_;
+  float* const buffer_;
+  float* const waiting_;
+  const RunOfExperts run_;
+  const int64_t width_;
+  const FloatType type_;
+  std::vector<Part> parts_;
   std::vector<float> weights_;
   std::vector<const float*> rows_;
 };

@@ -9,16 +9,14 @@
 namespace kt {
 namespace {
 
-// What a backward needs beside its inputs and results.
+// What the backward of a run of experts needs beside inputs and results.
 struct BackwardArrays {
   BackwardArrays(const BlockInput& in, const Routing& routing, const KernelTable& kernels,
-                 const void* d_out, Scratch& scratch)
+                 Scratch& scratch)
       : d(in.weights->layout().hidden_padded()),
         f(in.weights->layout().intermediate_padded()),
         gate_up(in.weights->layout().gated ? 2 * f : f),
         lora(in, routing, kernels, scratch),
-        x(in.hidden, in.type, in.tokens, in.weights->layout().hidden, scratch),
-        g(d_out, in.type, in.tokens, in.weights->layout().hidden, scratch),
         dy_rows(kernels, in.compute, routing.rows, d, scratch),
         dgu_rows(kernels, in.compute, routing.rows, gate_up, scratch),
         dgu_RG(scratch.floats(routing.rows * gate_up)),
@@ -31,7 +29,6 @@ struct BackwardArrays {
 
   const int64_t d, f, gate_up;  // padded widths; of a row of d_gate and d_up, or of d_up alone
   const LoraOperands lora;
-  const FloatRows x, g;
   ActivationRows dy_rows, dgu_rows;
   float* const dgu_RG;
   float* const dx_RD;
@@ -48,15 +45,27 @@ int64_t ExpertsBlock::backward_bytes(const KernelTable& kernels, int threads,
                                      const BlockInput& in) {
   const int64_t experts = in.weights->layout().experts;
   const Routing routing = evenly(in.tokens, in.top_k, experts);
-  Scratch scratch = Scratch::counting(threads);
-  const BackwardArrays arrays(in, routing, kernels, nullptr, scratch);
+  Scratch shared = Scratch::counting(threads), scratch = Scratch::counting(threads);
+  const PackedLayout& layout = in.weights->layout();
+  const FloatRows x(nullptr, in.type, in.tokens, layout.hidden, shared);
+  const FloatRows g(nullptr, in.type, in.tokens, layout.hidden, shared);
+  const std::vector<RunOfExperts> runs = runs_of(routing, in.max_rows);
+  if (runs.size() > 1) shared.floats(in.tokens * layout.hidden_padded());
+  RunOfExperts most = runs.front();
+  const auto rows_of = [&](const RunOfExperts& run) {
+    return routing.offset[run.end] - routing.offset[run.begin];
+  };
+  for (const RunOfExperts& run : runs)
+    if (rows_of(run) > rows_of(most)) most = run;
+  const Routing part = part_of(routing, most);
+  const BackwardArrays arrays(in, part, kernels, scratch);
   for (int thread = 0; thread < threads; ++thread) {
     scratch.thread_bytes(thread, BackwardPanels::buffer_bytes(kernels, *in.weights, arrays.d));
     scratch.thread_bytes(thread,
                          BackwardPanels::buffer_bytes(kernels, *in.weights, arrays.gate_up));
     scratch.thread_floats(thread, std::max(arrays.d, arrays.gradients.thread_floats()));
   }
-  return scratch.counted();
+  return shared.counted() + scratch.counted();
 }
 
 BlockReport ExpertsBlock::backward(const BlockInput& in, const void* d_out,
@@ -64,16 +73,45 @@ BlockReport ExpertsBlock::backward(const BlockInput& in, const void* d_out,
                                    const std::array<LoraGradient, kProjectionCount>& d_lora) {
   BlockReport report;
   Phases phases(pool_, report);
-  const PackedExperts& weights = *in.weights;
-  const bool gated = weights.layout().gated;
-  const Routing routing = route(in.index, in.tokens, in.top_k, weights.layout().experts);
+  const PackedLayout& layout = in.weights->layout();
+  const Routing routing = route(in.index, in.tokens, in.top_k, layout.experts);
   report.rows = routing.rows;
   report.max_rows = routing.max_count();
   report.active_experts = static_cast<int64_t>(routing.active.size());
+
+  Scratch scratch(cache_, pool_.size());
+  const FloatRows x(in.hidden, in.type, in.tokens, layout.hidden, scratch);
+  const FloatRows g(d_out, in.type, in.tokens, layout.hidden, scratch);
+  const bool needs_x = in.lora[0].rank || in.lora[1].rank;
+  phases.run("to_float", ceil_div(in.tokens, kTokensPerItem),
+             in.tokens * layout.hidden_padded() * 2, [&](int64_t item, int) {
+               const int64_t end = std::min(in.tokens, (item + 1) * kTokensPerItem);
+               for (int64_t t = item * kTokensPerItem; t < end; ++t) {
+                 g.convert(kernels_, t);
+                 if (needs_x) x.convert(kernels_, t);
+               }
+             });
+  const std::vector<RunOfExperts> runs = runs_of(routing, in.max_rows);
+  float* waiting = runs.size() > 1 ? scratch.floats(in.tokens * layout.hidden_padded()) : nullptr;
+  for (const RunOfExperts& run : runs)
+    backward_run(in, run, runs.size() > 1 ? part_of(routing, run) : routing, x, g,
+                 kept.from(routing.offset[run.begin], in), waiting, d_hidden, d_weight, d_lora,
+                 phases);
+  return report;
+}
+
+void ExpertsBlock::backward_run(const BlockInput& in, const RunOfExperts& run,
+                                const Routing& routing, const FloatRows& x, const FloatRows& g,
+                                const KeptActivations& kept, float* waiting, void* d_hidden,
+                                float* d_weight,
+                                const std::array<LoraGradient, kProjectionCount>& d_lora,
+                                Phases& phases) {
+  const PackedExperts& weights = *in.weights;
+  const bool gated = weights.layout().gated;
   const int64_t token_items = ceil_div(in.tokens, kTokensPerItem);
 
   Scratch scratch(cache_, pool_.size());
-  BackwardArrays arrays(in, routing, kernels_, d_out, scratch);
+  BackwardArrays arrays(in, routing, kernels_, scratch);
   const int64_t dp = arrays.d, fp = arrays.f, gp = arrays.gate_up;
   const int64_t f_blocks = fp / kBlock, d_blocks = dp / kBlock;
   const int64_t weight_parts = arrays.weight_parts;
@@ -90,19 +128,11 @@ BlockReport ExpertsBlock::backward(const BlockInput& in, const void* d_out,
     weight_R[r] = in.routing_weight[routing.slot_of_row[r]];
   const bool stream_f = streams(routing.rows * fp), stream_d = streams(routing.rows * dp);
 
-  const auto x_of_row = [&](int64_t r) { return arrays.x.row(routing.token_of_row(r)); };
-  const auto dout_of_row = [&](int64_t r) { return arrays.g.row(routing.token_of_row(r)); };
+  const auto x_of_row = [&](int64_t r) { return x.row(routing.token_of_row(r)); };
+  const auto dout_of_row = [&](int64_t r) { return g.row(routing.token_of_row(r)); };
   const auto h_of_row = [&](int64_t r) { return h_RF + r * fp; };
   const auto dgate_of_row = [&](int64_t r) { return dgu_RG + r * gp; };
   const auto dup_of_row = [&](int64_t r) { return dgu_RG + r * gp + (gated ? fp : 0); };
-
-  phases.run("to_float", token_items, in.tokens * dp * 2, [&](int64_t item, int) {
-    const int64_t end = std::min(in.tokens, (item + 1) * kTokensPerItem);
-    for (int64_t t = item * kTokensPerItem; t < end; ++t) {
-      arrays.g.convert(kernels_, t);
-      if (lora.any(Projection::kGate) || lora.any(Projection::kUp)) arrays.x.convert(kernels_, t);
-    }
-  });
 
   const auto in_batches = [](const ExpertItem& item, const auto& body) {
     for (int64_t row = item.row_begin; row < item.row_end; row += kRowsPerItem)
@@ -209,24 +239,26 @@ BlockReport ExpertsBlock::backward(const BlockInput& in, const void* d_out,
   gradients.write_a(phases, scratch, weight_R, x_of_row, h_of_row, d_lora);
 
   phases.run("reduce", token_items, routing.rows * dp * 2, [&](int64_t item, int thread) {
-    TokenSum sum(scratch.thread_floats(thread, dp), in.top_k);
+    TokenSum sum(kernels_, scratch.thread_floats(thread, dp), waiting, run, weights.layout().hidden,
+                 in.type);
     const int64_t end = std::min(in.tokens, (item + 1) * kTokensPerItem);
     for (int64_t t = item * kTokensPerItem; t < end; ++t) {
       sum.clear();
       for (int64_t k = 0; k < in.top_k; ++k) {
         const int64_t slot = t * in.top_k + k;
         const int64_t r = routing.row_of_slot[slot];
-        float total = 0.0f;
-        if (r >= 0) {
-          sum.add(1.0f, dx_RD + r * dp);
-          for (int64_t b = 0; b < weight_parts; ++b) total += d_weight_parts[r * weight_parts + b];
+        if (r < 0) {
+          if (run.first) d_weight[slot] = 0.0f;
+          continue;
         }
+        sum.add(r, 1.0f, dx_RD + r * dp);
+        float total = 0.0f;
+        for (int64_t b = 0; b < weight_parts; ++b) total += d_weight_parts[r * weight_parts + b];
         d_weight[slot] = total;
       }
-      sum.write(kernels_, dp, weights.layout().hidden, in.type, d_hidden, t);
+      sum.write(d_hidden, t);
     }
   });
-  return report;
 }
 
 }  // namespace kt

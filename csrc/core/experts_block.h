@@ -22,6 +22,9 @@
 
 namespace kt {
 
+class FloatRows;
+class Phases;
+
 enum class Compute : int { kExact = 0, kInt8 = 1, kBf16 = 2 };
 
 // LoRA of one projection over all experts, fp32: a [E, rank, inputs], b [E, outputs, rank]; of one
@@ -56,6 +59,9 @@ struct BlockInput {
   float dropout = 0.0f;
   uint64_t dropout_seed = 0;
   int64_t first_channel = 0;  // of F in a layer whose channels are split, for down's dropout
+  // Routed rows that are computed at a time, whole experts at least; 0: all. Temporary memory
+  // depends on it, results do not.
+  int64_t max_rows = 0;
 
   // Throws std::invalid_argument where compute, gate or LoRA do not go with the weights.
   void check() const;
@@ -66,6 +72,9 @@ struct KeptActivations {
   float* gate = nullptr;                             // [T * K, F padded]; null without a gate
   float* up = nullptr;                               // [T * K, F padded]
   std::array<float*, kProjectionCount> lora_down{};  // [T * K, rank]: s (input~ A')
+
+  // Of the rows from `row` on.
+  KeptActivations from(int64_t row, const BlockInput& in) const;
 };
 
 struct BlockReport {
@@ -90,6 +99,16 @@ class ExpertsBlock {
   static int64_t backward_bytes(const KernelTable& kernels, int threads, const BlockInput& input);
 
  private:
+  // A run of experts of a call. kept: of the run's rows. waiting: sums of tokens over the runs
+  // before, see TokenSum.
+  void forward_run(const BlockInput& input, const RunOfExperts& run, const Routing& routing,
+                   const FloatRows& x, const KeptActivations& kept, float* waiting, void* out,
+                   Phases& phases);
+  void backward_run(const BlockInput& input, const RunOfExperts& run, const Routing& routing,
+                    const FloatRows& x, const FloatRows& g, const KeptActivations& kept,
+                    float* waiting, void* d_hidden, float* d_weight,
+                    const std::array<LoraGradient, kProjectionCount>& d_lora, Phases& phases);
+
   const KernelTable& kernels_;
   ThreadPool& pool_;
   std::shared_ptr<BufferCache> cache_;

@@ -21,22 +21,47 @@ void BlockInput::check() const {
     throw std::invalid_argument("gate_proj: LoRA on a projection that these experts lack");
 }
 
+KeptActivations KeptActivations::from(int64_t row, const BlockInput& in) const {
+  const int64_t fp = in.weights->layout().intermediate_padded();
+  KeptActivations own = *this;
+  if (gate) own.gate += row * fp;
+  if (up) own.up += row * fp;
+  for (size_t i = 0; i < lora_down.size(); ++i)
+    if (lora_down[i]) own.lora_down[i] += row * in.lora[i].rank;
+  return own;
+}
+
 BlockReport ExpertsBlock::forward(const BlockInput& in, void* out, const KeptActivations& kept) {
   BlockReport report;
   Phases phases(pool_, report);
-  const PackedExperts& weights = *in.weights;
-  const int64_t d = weights.layout().hidden, dp = weights.layout().hidden_padded();
-  const int64_t fp = weights.layout().intermediate_padded();
-  const Routing routing = route(in.index, in.tokens, in.top_k, weights.layout().experts);
+  const PackedLayout& layout = in.weights->layout();
+  const Routing routing = route(in.index, in.tokens, in.top_k, layout.experts);
   report.rows = routing.rows;
   report.max_rows = routing.max_count();
   report.active_experts = static_cast<int64_t>(routing.active.size());
+
+  Scratch scratch(cache_, pool_.size());
+  const FloatRows x(in.hidden, in.type, in.tokens, layout.hidden, scratch);
+  const std::vector<RunOfExperts> runs = runs_of(routing, in.max_rows);
+  float* waiting = runs.size() > 1 ? scratch.floats(in.tokens * layout.hidden_padded()) : nullptr;
+  for (const RunOfExperts& run : runs)
+    forward_run(in, run, runs.size() > 1 ? part_of(routing, run) : routing, x,
+                kept.from(routing.offset[run.begin], in), waiting, out, phases);
+  return report;
+}
+
+void ExpertsBlock::forward_run(const BlockInput& in, const RunOfExperts& run,
+                               const Routing& routing, const FloatRows& x,
+                               const KeptActivations& kept, float* waiting, void* out,
+                               Phases& phases) {
+  const PackedExperts& weights = *in.weights;
+  const int64_t d = weights.layout().hidden, dp = weights.layout().hidden_padded();
+  const int64_t fp = weights.layout().intermediate_padded();
   const int64_t token_items = ceil_div(in.tokens, kTokensPerItem);
 
   Scratch scratch(cache_, pool_.size());
   const LoraOperands lora(in, routing, kernels_, scratch);
   lora.lay_out(phases);
-  const FloatRows x(in.hidden, in.type, in.tokens, d, scratch);
   ActivationRows x_rows(kernels_, in.compute, routing.rows, dp, scratch);
   ActivationRows h_rows(kernels_, in.compute, routing.rows, fp, scratch);
   float* h_RF = scratch.floats(routing.rows * fp);
@@ -46,7 +71,7 @@ BlockReport ExpertsBlock::forward(const BlockInput& in, void* out, const KeptAct
   phases.run("pack_hidden", token_items, routing.rows * dp * 4, [&](int64_t item, int) {
     const int64_t end = std::min(in.tokens, (item + 1) * kTokensPerItem);
     for (int64_t t = item * kTokensPerItem; t < end; ++t) {
-      const float* row = x.convert(kernels_, t);
+      const float* row = run.first ? x.convert(kernels_, t) : x.row(t);
       int64_t first = -1;
       for (int64_t k = 0; k < in.top_k; ++k) {
         const int64_t r = routing.row_of_slot[t * in.top_k + k];
@@ -170,19 +195,18 @@ BlockReport ExpertsBlock::forward(const BlockInput& in, void* out, const KeptAct
       });
 
   phases.run("reduce", token_items, routing.rows * dp * 2, [&](int64_t item, int thread) {
-    TokenSum sum(scratch.thread_floats(thread, dp), in.top_k);
+    TokenSum sum(kernels_, scratch.thread_floats(thread, dp), waiting, run, d, in.type);
     const int64_t end = std::min(in.tokens, (item + 1) * kTokensPerItem);
     for (int64_t t = item * kTokensPerItem; t < end; ++t) {
       sum.clear();
       for (int64_t k = 0; k < in.top_k; ++k) {
         const int64_t slot = t * in.top_k + k;
         const int64_t r = routing.row_of_slot[slot];
-        if (r >= 0) sum.add(in.routing_weight[slot], y_RD + r * dp);
+        if (r >= 0) sum.add(r, in.routing_weight[slot], y_RD + r * dp);
       }
-      sum.write(kernels_, dp, d, in.type, out, t);
+      sum.write(out, t);
     }
   });
-  return report;
 }
 
 }  // namespace kt

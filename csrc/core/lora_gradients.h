@@ -85,10 +85,11 @@ class LoraGradients {
       if (!count[e]++) first[e] = static_cast<int64_t>(i);
     }
     const int64_t channels = layout.hidden_padded() + 2 * layout.intermediate_padded();
-    phases.run("lora_b_gradients", layout.experts * kProjectionCount,
-               layout.experts * channels * lora_.rank_sum(), [&](int64_t i, int) {
+    const int64_t experts = routing_.end_expert - routing_.first_expert;
+    phases.run("lora_b_gradients", experts * kProjectionCount,
+               experts * channels * lora_.rank_sum(), [&](int64_t i, int) {
                  const Projection p = static_cast<Projection>(i % kProjectionCount);
-                 const int64_t expert = i / kProjectionCount;
+                 const int64_t expert = routing_.first_expert + i / kProjectionCount;
                  const size_t e = static_cast<size_t>(expert);
                  if (lora_.any(p))
                    write_b(p, first[e], count[e],
@@ -110,19 +111,20 @@ class LoraGradients {
           items.push_back({&group, expert, col});
     };
     for (const int32_t expert : routing_.active) add(expert);
-    for (int32_t e = 0; e < layout.experts; ++e)
+    for (int32_t e = routing_.first_expert; e < routing_.end_expert; ++e)
       if (!routing_.count(e)) add(e);
     const int64_t width = layout.hidden_padded() + layout.intermediate_padded();
-    phases.run("lora_a_gradients", static_cast<int64_t>(items.size()),
-               (routing_.rows + layout.experts) * width * lora_.rank_sum(),
-               [&](int64_t i, int thread) {
-                 const ColumnItem& item = items[static_cast<size_t>(i)];
-                 float* buffer = scratch.thread_floats(thread, column_floats(ranks(*item.group)));
-                 if ((*item.group)[0] == Projection::kDown)
-                   write_columns(item, weight_R, h_of_row, buffer, out);
-                 else
-                   write_columns(item, weight_R, x_of_row, buffer, out);
-               });
+    phases.run(
+        "lora_a_gradients", static_cast<int64_t>(items.size()),
+        (routing_.rows + routing_.end_expert - routing_.first_expert) * width * lora_.rank_sum(),
+        [&](int64_t i, int thread) {
+          const ColumnItem& item = items[static_cast<size_t>(i)];
+          float* buffer = scratch.thread_floats(thread, column_floats(ranks(*item.group)));
+          if ((*item.group)[0] == Projection::kDown)
+            write_columns(item, weight_R, h_of_row, buffer, out);
+          else
+            write_columns(item, weight_R, x_of_row, buffer, out);
+        });
   }
 
  private:

@@ -30,6 +30,11 @@ class Phases {
     else
       pool_.run(items, body);
     const std::chrono::duration<double, std::milli> ms = std::chrono::steady_clock::now() - start;
+    for (auto& [known, sum] : report_.phase_ms)
+      if (known == name) {
+        sum += ms.count();
+        return;
+      }
     report_.phase_ms.emplace_back(name, ms.count());
   }
 

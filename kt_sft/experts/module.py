@@ -17,7 +17,7 @@ from kt_sft.experts.function import LayerPass, run_layer
 from kt_sft.experts.runtime import ExpertsRuntime
 from kt_sft.families.calls import CALLS
 from kt_sft.families.shape import ExpertsShape
-from kt_sft.kernels import PROJECTIONS, Call
+from kt_sft.kernels import PROJECTIONS, Call, rows_within
 
 
 class HybridExperts(nn.Module):
@@ -116,17 +116,19 @@ class HybridExperts(nn.Module):
             lora.extend((stack.a, stack.b) if stack else (empty, empty))
         dropout = common_dropout([s for s in stacks if s], self.path)
         learning = (hidden_states, top_k_weights, *lora)
+        layout, compute = self.weights.layout, self.runtime.settings.compute
         layer = LayerPass(
             runtime=self.runtime,
             path=self.path,
             experts=self.weights,
             call=Call(
-                compute=self.weights.layout.arithmetic or self.runtime.settings.compute,
+                compute=layout.arithmetic or compute,
                 gate=self.shape.gate,
                 dropout=dropout,
                 # From torch's CPU generator, which checkpointing restores: recompute drops the
                 # same.
                 dropout_seed=int(torch.randint(2**62, ()).item()) if dropout > 0 else 0,
+                max_rows=rows_within(layout, compute),
             ),
             scalings=tuple(s.scaling if s else None for s in stacks),
             counts_tokens=self.counts_tokens,

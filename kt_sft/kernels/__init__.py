@@ -19,6 +19,7 @@ from kt_sft.kernels.block import (
     backward_bytes,
     forward,
     kept_bytes,
+    rows_within,
 )
 from kt_sft.kernels.engine import Engine
 from kt_sft.kernels.formats import PROJECTIONS, CodedMatrix, Coding, WeightLayout
@@ -50,5 +51,6 @@ __all__ = [
     "kept_bytes",
     "kernel_rows",
     "requested_isa",
+    "rows_within",
     "select_isa",
 ]

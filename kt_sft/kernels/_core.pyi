@@ -92,6 +92,7 @@ class BlockInput:
         dropout: float,
         dropout_seed: int,
         first_channel: int,
+        max_rows: int,
     ) -> None: ...
 
 class Engine:
@@ -131,4 +132,5 @@ def backward_bytes(
     dtype: str,
     ranks: list[int],
     shared: bool,
+    max_rows: int,
 ) -> int: ...

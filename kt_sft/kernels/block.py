@@ -24,6 +24,9 @@ from kt_sft.kernels.gate import Gate
 from kt_sft.kernels.weights import ExpertWeights
 
 MAX_RANK = 512
+# Temporary bytes for the routed rows of a call, beyond which it takes some experts after the
+# others. Every expert still gets all of its rows at once, so that this costs no speed.
+AT_A_TIME = 2 << 30
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,9 @@ class Call:
 
     compute: exact, int8 or bf16, as the weights' format allows. dropout: of LoRA's inputs, 0 <= p <
     1; its masks follow from the seed. first_channel: where these intermediate channels begin in a
-    layer that is split, so that dropout is that of the whole layer.
+    layer that is split, so that dropout is that of the whole layer. max_rows: routed rows that are
+    computed at a time, those of one expert at least, 0 for all; temporary memory depends on it,
+    results do not.
     """
 
     compute: str
@@ -40,6 +45,7 @@ class Call:
     dropout: float = 0.0
     dropout_seed: int = 0
     first_channel: int = 0
+    max_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -251,11 +257,12 @@ def backward_bytes(
     shared: bool,
     isa: str,
     threads: int,
+    max_rows: int = 0,
 ) -> int:
     """Temporary memory of a backward, which takes more than a forward; the core counts it.
 
     dtype: of hidden. ranks: of the LoRA of gate, up and down, 0 without; shared: by all experts.
-    The gradients of LoRA are not among it.
+    max_rows: of the call. The gradients of LoRA are not among it.
     """
     return _core.backward_bytes(
         isa=isa,
@@ -267,7 +274,16 @@ def backward_bytes(
         dtype=FLOAT_NAMES[dtype],
         ranks=list(ranks),
         shared=shared,
+        max_rows=max_rows,
     )
+
+
+def rows_within(layout: WeightLayout, compute: str, nbytes: int = AT_A_TIME) -> int:
+    """How many routed rows a backward can take at a time in about so much temporary memory."""
+    hidden, width = _round_up(layout.hidden), _round_up(layout.intermediate)
+    inner = 2 * width if layout.gated else width
+    packed = (1 if (layout.arithmetic or compute) == "int8" else 2) * (hidden + inner)
+    return max(1, nbytes // (packed + 4 * (inner + hidden + width)))
 
 
 def _round_up(n: int) -> int:
@@ -285,8 +301,9 @@ def _native(weights: ExpertWeights, call: Call, inputs: Inputs) -> _core.BlockIn
     # In fp32, as the kernels see it, a little less than 1 would be 1.
     if not 0.0 <= call.dropout <= 1.0 - 2.0**-24:
         raise KernelArgumentError(f"dropout: got {call.dropout}, expected 0 <= p < 1")
-    if call.first_channel < 0:
-        raise KernelArgumentError(f"first_channel: got {call.first_channel}, expected at least 0")
+    for name, value in (("first_channel", call.first_channel), ("max_rows", call.max_rows)):
+        if value < 0:
+            raise KernelArgumentError(f"{name}: got {value}, expected at least 0")
     tokens, top_k = index_TK.shape
     return _core.BlockInput(
         weights=weights.handle,
@@ -305,6 +322,7 @@ def _native(weights: ExpertWeights, call: Call, inputs: Inputs) -> _core.BlockIn
         dropout=call.dropout,
         dropout_seed=call.dropout_seed,
         first_channel=call.first_channel,
+        max_rows=call.max_rows,
     )
 
 

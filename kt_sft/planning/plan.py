@@ -14,7 +14,13 @@ import torch
 
 from kt_sft.engines.link import BUFFERS
 from kt_sft.errors import MemoryPlanError
-from kt_sft.kernels import PROJECTIONS, WeightLayout, backward_bytes, kept_bytes
+from kt_sft.kernels import (
+    PROJECTIONS,
+    WeightLayout,
+    backward_bytes,
+    kept_bytes,
+    rows_within,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -195,6 +201,7 @@ def workspace_bytes(
         shared=layer.shared_lora,
         isa=arithmetic.isa,
         threads=arithmetic.threads,
+        max_rows=rows_within(layer.layout, arithmetic.compute),
     )
     return temporary + _FLOAT * lora_parameters(replace(layer, shared_lora=False), work.rank)
 

@@ -22,12 +22,18 @@ from torch import Tensor
 from kt_sft.errors import KernelArgumentError
 from kt_sft.kernels import (
     PROJECTIONS,
+    Call,
     CodedMatrix,
     Coding,
+    Engine,
     ExpertWeights,
     Gate,
+    Inputs,
     LoraFactors,
     WeightLayout,
+    backward,
+    backward_bytes,
+    forward,
 )
 from kt_sft.kernels.formats import SCALE_DTYPES
 
@@ -752,6 +758,53 @@ def test_a_layer_is_the_sum_of_its_experts_in_two_parts(stored: str) -> None:
             total[chosen] += one
     for total, want in zip(sums, whole, strict=True):
         assert_matches(total, want, 1e-5, "sum of the parts")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("stored", "compute"), MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_limit_of_rows_changes_no_bit(
+    isa: str, stored: str, compute: str, dtype: torch.dtype
+) -> None:
+    """Whatever runs of experts it makes: of one expert, of some, with idle ones, of all."""
+    block = Block.make(7, 130, 70, stored, 3)
+    x, index, weight = inputs(41, 130, 7, 3)
+    index[index == 4] = 7  # skipped, so that expert 4 is idle
+    index[::2, 0] = 1  # more rows than any limit but the largest
+    index[5] = 7
+    d_out = torch.randn(41, 130, generator=torch.Generator().manual_seed(8))
+    arguments = (isa, block, compute, x.to(dtype), index, weight, d_out.to(dtype))
+    drops = {"dropout": 0.2, "dropout_seed": 9}
+    whole = results_of(*arguments, **drops)
+    assert all(t.float().abs().sum() > 0 for t in whole)
+    for limit in (1, 13, 30, 60, 10_000):
+        parts = results_of(*arguments, **drops, max_rows=limit)
+        different = [n for n, (a, b) in enumerate(zip(whole, parts, strict=True)) if not torch.equal(a, b)]
+        assert different == [], limit
+
+
+def test_a_limit_of_rows_bounds_temporary_memory() -> None:
+    """What a fresh engine keeps afterwards is what the call took; it is counted beforehand."""
+    block = Block.make(8, 192, 128, "int8", 4)
+    x, index, weight = inputs(600, 192, 8, 4)
+    d_out = torch.randn(600, 192)
+    taken = []
+    for limit in (0, 700):
+        call = Call("exact", SILU, max_rows=limit)
+        given = Inputs(x, index, weight, tuple(block.lora))
+        _, kept, _ = forward(ENGINES["portable"], block.weights, call, given, keep=True)
+        engine = Engine(2, "portable")
+        found = backward(engine, block.weights, call, given, d_out, kept)
+        lora = sum(t.nbytes for pair in found[0].lora if pair for t in pair)
+        del found
+        taken.append(engine.cached_bytes - lora)
+        counted = backward_bytes(
+            block.weights.layout, "exact", 600, 4, torch.float32, [f.rank for f in block.lora],
+            shared=False, isa="portable", threads=2, max_rows=limit,
+        )  # fmt: skip
+        # Of rows as even as can be, which random ones are not.
+        assert 0.7 * taken[-1] <= counted <= 1.3 * taken[-1]
+    assert taken[1] < 0.6 * taken[0]
 
 
 @pytest.mark.parametrize("groups", [(1, 96), (48, 32), (48, 96)])

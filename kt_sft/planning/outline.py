@@ -45,8 +45,8 @@ class TrainingOutline:
 
     tokens: of one micro batch at most. targets: the layers that get LoRA; trained: names of
     modules that train in full. on_host: the training runs without an accelerator. frozen_models:
-    reference and reward models that are loaded after this one. accumulates: a step has several
-    micro batches.
+    reference and reward models that are loaded after this one. accumulates, offloads, fused_loss:
+    as of Workload.
     """
 
     tokens: int
@@ -57,6 +57,8 @@ class TrainingOutline:
     on_host: bool = False
     frozen_models: int = 0
     accumulates: bool = False
+    offloads: bool = False
+    fused_loss: bool = False
 
     def adapted(self, model: nn.Module) -> dict[str, tuple[str, ...]]:
         """Path of a block of experts -> its projections that get LoRA."""
@@ -83,7 +85,14 @@ class TrainingOutline:
                 other += self.rank * (module.in_features + module.out_features)
         rank = self.rank if on_experts else 0
         return Workload(
-            self.tokens, rank, self.checkpointing, other, self.frozen_models, self.accumulates
+            self.tokens,
+            rank,
+            checkpointing=self.checkpointing,
+            other_trained=other,
+            frozen_models=self.frozen_models,
+            accumulates=self.accumulates,
+            offloads=self.offloads,
+            fused_loss=self.fused_loss,
         )
 
 
@@ -146,7 +155,7 @@ def plan_of(
         hidden=int(config.hidden_size),
         layers=int(config.num_hidden_layers),
         vocabulary=int(config.vocab_size),
-        element_bytes=max((p.element_size() for p in parameters), default=2),
+        element_bytes=model.get_input_embeddings().weight.element_size(),
         on_host=on_host,
     )
     adapted = outline.adapted(model) if outline else {}

@@ -42,7 +42,9 @@ class Workload:
     tokens: of one micro batch at most. rank: of the LoRA on the experts, 0 without; other_trained:
     parameters that train beside the experts. checkpointing: gradient checkpointing is on.
     frozen_models: reference and reward models that are loaded too, taken to be as large.
-    accumulates: a step has several micro batches.
+    accumulates: a step has several micro batches. offloads: checkpointing holds the layers' inputs
+    in host memory (use_unsloth_gc). fused_loss: logits are made and used in pieces
+    (enable_liger_kernel).
     """
 
     tokens: int
@@ -51,6 +53,8 @@ class Workload:
     other_trained: int = 0
     frozen_models: int = 0
     accumulates: bool = False
+    offloads: bool = False
+    fused_loss: bool = False
 
 
 @dataclass(frozen=True)
@@ -261,11 +265,14 @@ def plan_memory(
         pinned = pinned_bytes(layers, work, rest.element_bytes, crosses)
         tensor = work.tokens * rest.hidden * rest.element_bytes
         # With checkpointing: the input of every layer, and all of one.
-        held_tensors = rest.layers + _HELD_TENSORS
+        away = rest.layers if work.checkpointing and work.offloads and not rest.on_host else 0
+        held_tensors = rest.layers + _HELD_TENSORS - away
         if not work.checkpointing:
             held_tensors = rest.layers * _HELD_TENSORS
         tensors = held_tensors + _PASSING_TENSORS
-        logits = _LOGIT_COPIES * work.tokens * rest.vocabulary * _FLOAT
+        # In pieces they are as large as the hidden states.
+        width = rest.hidden if work.fused_loss else rest.vocabulary
+        logits = _LOGIT_COPIES * work.tokens * width * _FLOAT
         parts += [
             Component("frozen models' experts", shared, work.frozen_models * experts),
             Component("frozen models' other weights", there, work.frozen_models * rest.nbytes),
@@ -276,5 +283,6 @@ def plan_memory(
             Component("pinned memory of the link", "host", 0 if rest.on_host else pinned),
             Component("kernels' workspace", "host", max(workspaces, default=0)),
             Component("other activations (estimate)", there, tensor * tensors + logits),
+            Component("inputs of the layers", "host", tensor * away),
         ]
     return MemoryPlan(tuple(parts), ranks, adapters)

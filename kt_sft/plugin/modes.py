@@ -129,6 +129,8 @@ def outline_of(recipe: Mapping[str, Any], model_type: str = "") -> TrainingOutli
         on_host=bool(recipe.get("use_cpu")),
         frozen_models=bool(recipe.get("ref_model")) + (recipe.get("reward_model_type") == "full"),
         accumulates=int(recipe.get("gradient_accumulation_steps", 1)) > 1,
+        offloads=bool(recipe.get("use_unsloth_gc")),
+        fused_loss=bool(recipe.get("enable_liger_kernel")),
     )
 
 

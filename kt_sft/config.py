@@ -16,7 +16,7 @@ from kt_sft.machine.cpus import machine_cpus
 
 _CHOICES = {
     "compute": ("exact", "int8"),
-    "activations": ("keep", "recompute"),
+    "activations": ("auto", "keep", "recompute"),
     "adapters": ("auto", "device", "host"),
     "expert_lora": (True, False, "shared"),
     "numa": ("auto", "off"),
@@ -39,7 +39,8 @@ class HybridExpertsSettings:
         of matrices per expert), shared (one pair per layer and projection for all its experts,
         saved once per expert, as other programs read it) or false.
     activations: what gradient checkpointing does with the experts: keep (their forward is computed
-        once and held in host memory until backward) or recompute (a second time, less memory).
+        once and held in host memory until backward), recompute (a second time, less memory) or auto
+        (keep, and recompute the layers for which host memory is too small).
     adapters: where the experts' LoRA, its gradients and its optimizer's states are: device (with
         the router), host (nothing of them crosses the link, the optimizer steps on the CPU; one
         process only) or auto (on the device, unless the memory plan says that they do not fit).
@@ -61,7 +62,7 @@ class HybridExpertsSettings:
     weights: str = "int8"
     compute: str = "exact"
     expert_lora: bool | str = True
-    activations: str = "keep"
+    activations: str = "auto"
     adapters: str = "auto"
     threads: int | str = "auto"
     isa: str = "auto"

@@ -13,7 +13,7 @@ from kt_sft.machine.cpus import available_threads
 def test_defaults() -> None:
     settings = read_section({})
     assert settings == HybridExpertsSettings(
-        weights="int8", compute="exact", expert_lora=True, activations="keep", threads="auto",
+        weights="int8", compute="exact", expert_lora=True, activations="auto", threads="auto",
         memory_check=True, isa="auto", numa="auto", store="auto", resident="auto",
     )  # fmt: skip
 

@@ -49,7 +49,7 @@ class KeptActivations:
 
     def __init__(self, limit: Callable[[], int]) -> None:
         """`limit` is asked once, when the first activations are kept."""
-        self._ask = limit
+        self.limit_is = limit
         self._limit: int | None = None
         self._warned = False
         self.nbytes = 0
@@ -58,14 +58,14 @@ class KeptActivations:
     def admit(self, computed: Computed) -> bool:
         """Counts `computed` until it is collected; False where it is over the limit."""
         if self._limit is None:
-            self._limit = self._ask()
+            self._limit = self.limit_is()
         size = computed.nbytes
         if self.nbytes + size > self._limit:
             if not self._warned:
                 self._warned = True
                 logger.warning(
-                    "activations: keep has reached its limit, %.1f GB of free memory; the experts "
-                    "of the other layers are recomputed. Fewer tokens in a batch would fit",
+                    "the experts' activations have reached their limit, %.1f GB of host memory; "
+                    "those of the other layers are recomputed. Fewer tokens in a batch would fit",
                     self._limit / 1e9,
                 )
             return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,10 @@ from kt_sft.loading.placing import place_experts
 from kt_sft.loading.quantized_rest import QuantizedRest
 from kt_sft.loading.rest_of_model import Shapes, refuse_loaded_misfits, refuse_misfits, shapes_of
 from kt_sft.loading.swap import swap_experts
-from kt_sft.machine.memory import host_memory_bytes
+from kt_sft.machine.memory import available_memory_bytes, host_memory_bytes
 from kt_sft.planning.outline import check_memory, plan_of
+
+logger = logging.getLogger(__name__)
 
 
 @register_quantizer(METHOD)
@@ -132,6 +135,14 @@ class HybridExpertsQuantizer(HfQuantizer):
         plan = plan_of(model, self._layers, self._source, settings, outline, rest_bytes)
         check_memory(plan, settings)
         runtime.adapters_on_host = plan.adapters == "host"
+        if settings.activations == "auto" and not plan.keeps:
+            spare = max(0, plan.spare_host_bytes(available_memory_bytes()))
+            runtime.kept.limit_is = lambda: spare
+            logger.info(
+                "activations: host memory is too small for those of all layers; %.2f GB hold as "
+                "many as fit, the others are recomputed",
+                spare / 1e9,
+            )
         runtime.planned = plan.of("machine") + plan.of("host"), host_memory_bytes()
         # The experts' keys have no parameter any more; they are not an accident to warn of.
         unexpected = _expert_keys(model, self._layers)

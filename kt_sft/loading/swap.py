@@ -47,7 +47,7 @@ def swap_experts(
     model.register_load_state_dict_pre_hook(refuse_other_layers)
     model.register_load_state_dict_pre_hook(refuse_other_vocabulary)
     patches.install_on(model, "model")
-    if runtime.settings.activations == "keep":
+    if runtime.settings.activations != "recompute":
         keep_activations(model)
     # PEFT takes our empty LoRA layers for an adapter that is already there.
     warnings.filterwarnings(

@@ -144,7 +144,7 @@ def plan_of(
     """The plan for a model whose stock experts are gone and whose weights are not there yet.
 
     rest_bytes: of the weights beside the experts, where their parameters do not tell.
-    With `adapters: auto` it decides where the experts' LoRA is.
+    With `adapters: auto` and `activations: auto` it decides what they mean.
     """
     text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else None
     config = text or model.config
@@ -178,26 +178,33 @@ def plan_of(
         arithmetic=Arithmetic(
             settings.compute, requested_isa(settings.isa), threads_of(settings.threads)
         ),
-        keeps=settings.activations == "keep",
         mapped=settings.store != "memory" and settings.resident is not True,
         ranks=place_among_ranks()[1],
     )
-    if on_host:
-        return plan(adapters="device")
-    if settings.adapters != "auto":
-        return plan(adapters=settings.adapters)
-    there, here, free = plan(adapters="device"), plan(adapters="host"), free_device_memory()
-    if outline is None or there.ranks > 1 or free is None or there.fits_device(free):
-        return there
-    if here.fits_device(free):
-        logger.info(
-            "adapters: the experts' LoRA goes to the host, where its optimizer steps too; the "
-            "device would have to hold %.2f GB and has %.2f GB free",
-            there.of("device") / 1e9,
-            free / 1e9,
-        )
-        return here
-    return there
+    adapters = "device"
+    if not on_host:
+        adapters = settings.adapters
+        if adapters == "auto":
+            adapters = _place_of_adapters(plan, free_device_memory() if outline else None)
+    keeps = settings.activations != "recompute"
+    planned = plan(adapters=adapters, keeps=keeps)
+    if settings.activations == "auto" and planned.spare_host_bytes(available_memory_bytes()) < 0:
+        return plan(adapters=adapters, keeps=False)
+    return planned
+
+
+def _place_of_adapters(plan: Callable[..., MemoryPlan], free: int | None) -> str:
+    """What `adapters: auto` means where `free` bytes of the device are; None: not known."""
+    there, here = (plan(adapters=place, keeps=True) for place in ("device", "host"))
+    if free is None or there.ranks > 1 or there.fits_device(free) or not here.fits_device(free):
+        return "device"
+    logger.info(
+        "adapters: the experts' LoRA goes to the host, where its optimizer steps too; the device "
+        "would have to hold %.2f GB and has %.2f GB free",
+        there.of("device") / 1e9,
+        free / 1e9,
+    )
+    return "host"
 
 
 def check_memory(plan: MemoryPlan, settings: HybridExpertsSettings) -> None:

@@ -110,12 +110,14 @@ class Component:
 class MemoryPlan:
     """The components of one rank's run, and how many ranks share the machine.
 
-    adapters: where the experts' LoRA is, host or device.
+    adapters: where the experts' LoRA is, host or device. keeps: what the experts compute in a
+    checkpointed layer is held until backward.
     """
 
     components: tuple[Component, ...]
     ranks: int
     adapters: str = "device"
+    keeps: bool = True
 
     def of(self, place: str) -> int:
         """Bytes that one rank takes in a place."""
@@ -136,6 +138,10 @@ class MemoryPlan:
         ]
         total = f"  {'host, together':<28} {self.host_bytes / 1e9:9.3f} GB"
         return "\n".join(["memory plan:", *lines, total])
+
+    def spare_host_bytes(self, free: int) -> int:
+        """What this leaves of `free` bytes of host memory, for each rank; negative: too little."""
+        return (free - _margin(free) - self.host_bytes) // self.ranks
 
     def fits_device(self, free: int) -> bool:
         """Whether `free` bytes of an accelerator are enough."""
@@ -239,8 +245,8 @@ def plan_memory(
 ) -> MemoryPlan:
     """The plan of a run; without `work`, of a model that only computes forwards.
 
-    keeps: activations: keep. mapped: the experts are a file that all ranks of the machine map.
-    adapters: where their LoRA is, device or host.
+    keeps: what gradient checkpointing does with the experts' activations. mapped: the experts are a
+    file that all ranks of the machine map. adapters: where their LoRA is, device or host.
     """
     there = "host" if rest.on_host else "device"
     lora_there = "host" if adapters == "host" else there
@@ -285,4 +291,4 @@ def plan_memory(
             Component("other activations (estimate)", there, tensor * tensors + logits),
             Component("inputs of the layers", "host", tensor * away),
         ]
-    return MemoryPlan(tuple(parts), ranks, adapters)
+    return MemoryPlan(tuple(parts), ranks, adapters, keeps)

@@ -779,7 +779,9 @@ def test_a_limit_of_rows_changes_no_bit(
     assert all(t.float().abs().sum() > 0 for t in whole)
     for limit in (1, 13, 30, 60, 10_000):
         parts = results_of(*arguments, **drops, max_rows=limit)
-        different = [n for n, (a, b) in enumerate(zip(whole, parts, strict=True)) if not torch.equal(a, b)]
+        different = [
+            n for n, (a, b) in enumerate(zip(whole, parts, strict=True)) if not torch.equal(a, b)
+        ]
         assert different == [], limit
 
 

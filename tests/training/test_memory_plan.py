@@ -373,6 +373,29 @@ def test_auto_puts_adapters_where_they_fit(
     assert planned(free).adapters == expected  # type: ignore[arg-type]
 
 
+def test_auto_keeps_activations_where_they_fit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_model("qwen3_moe").save_pretrained(tmp_path)
+
+    def loaded(free: int) -> ExpertsRuntime:
+        for module in (memory, transformers):
+            monkeypatch.setattr(module, "available_memory_bytes", lambda: free)
+        config = HybridExpertsConfig(store="memory", threads=1)
+        config.outline = TrainingOutline(4096, 4, LoraTargets.of("all"))
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+        return next(iter(hybrid_experts_of(model).values())).runtime
+
+    assert loaded(1 << 40).kept.limit_is() > 1 << 31
+    # Three layers' activations are some 25 MB; half a gigabyte is never handed out.
+    with caplog.at_level("INFO", "kt_sft"):
+        tight = loaded((512 << 20) + (85 << 20))
+    assert 0 <= tight.kept.limit_is() < 30 << 20
+    assert "activations: host memory is too small for those of all layers" in caplog.text
+    with pytest.raises(MemoryPlanError):
+        loaded((512 << 20) + (20 << 20))
+
+
 # Those of the quickest models; all of them are `make test-full`.
 QUICK = ("recomputed", "lora", "not_checkpointed", "no_expert_lora")
 

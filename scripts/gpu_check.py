@@ -14,8 +14,11 @@ its time is up. The exit status is 1 where a comparison failed or a stage did no
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -53,11 +56,17 @@ def run_stage(stage: str, setting: Setting) -> Outcome:
     words = [sys.executable, __file__, "--stage", stage, *setting.words()]
     start = time.monotonic()
     with (setting.out / f"{stage}.log").open("w") as log:
+        # A session of its own, so that what the stage has started ends with it.
+        process = subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True)
         try:
-            done = subprocess.run(words, stdout=log, stderr=log, timeout=LIMITS[stage])
-            end = "ended" if done.returncode == 0 else f"exit status {done.returncode}"
+            code = process.wait(LIMITS[stage])
+            end = "ended" if code == 0 else f"exit status {code}"
         except subprocess.TimeoutExpired:
             end = f"stopped after {LIMITS[stage]} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     return Outcome(stage, end, round(time.monotonic() - start, 1), setting.rows_of(stage))
 
 

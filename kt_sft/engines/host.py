@@ -53,7 +53,8 @@ def _brought(
         with arriving.wait(traffic) as found:
             yield found
     else:
-        yield [[t.detach().to(dtype).contiguous() for t, dtype in group] for group in groups]
+        host = torch.device("cpu")
+        yield [[t.detach().to(host, dtype).contiguous() for t, dtype in group] for group in groups]
 
 
 class HostExperts(ABC):
@@ -122,7 +123,10 @@ class HostExperts(ABC):
             return torch.empty(0)
         if factor.device.type == "cpu" and factor.dtype == torch.float32:
             return factor.detach().contiguous()
-        return self._mirror.copy_of(factor)
+        copy = self._mirror.copy_of(factor)
+        if copy is None and factor.device.type == "cpu":
+            return self._mirror.keep(factor, factor.detach())
+        return copy
 
     def forward(
         self, call: Call, inputs: Inputs, arriving: Arrival | None, keep: bool, hold: bool = False
@@ -184,7 +188,7 @@ class HostExperts(ABC):
             seconds = time.perf_counter() - start
             d_hidden_TD, d_weight_TK = landing.send(traffic)
             finite = is_finite(into[0])
-        lora = self._lora_gradients(context, found, device, lora_may_wait, traffic)
+        lora = self._lora_gradients(context, found, lora_may_wait, traffic)
         gradients = LayerGradients(d_hidden_TD, d_weight_TK.to(context.weight_dtype), lora)
         return gradients, Report(report.rows, report.max_rows, seconds, finite, traffic)
 
@@ -192,14 +196,13 @@ class HostExperts(ABC):
         self,
         context: Context,
         found: LoraGradients,
-        device: torch.device,
         may_wait: bool,
         traffic: Traffic,
     ) -> tuple[Tensor | None, ...]:
         """Each where its factor is; None for those that wait here."""
         flat = [gradient for pair in found for gradient in (pair or (None, None))]
         results: list[Tensor | None] = [None] * len(flat)
-        going: list[int] = []
+        going: dict[torch.device, list[int]] = {}
         for i, (factor, gradient) in enumerate(zip(context.lora, flat, strict=True)):
             if gradient is None:
                 continue
@@ -210,20 +213,24 @@ class HostExperts(ABC):
             elif is_parameter and may_wait:
                 self._mirror.hold(factor, total)
             else:
-                going.append(i)
+                going.setdefault(factor.device, []).append(i)
                 results[i] = (
                     self._mirror.with_held(factor, total)
                     if is_parameter
                     else total.to(factor.dtype)
                 )
-        if going:
-            sums = [t for t in (results[i] for i in going) if t is not None]
+        for device, places in going.items():
+            sums = [t for t in (results[i] for i in places) if t is not None]
             with _landing(device, *((t.shape, t.dtype) for t in sums)) as landing:
                 for place, gradient in zip(landing.tensors, sums, strict=True):
                     place.copy_(gradient)
-                for i, sent in zip(going, landing.send(traffic), strict=True):
+                for i, sent in zip(places, landing.send(traffic), strict=True):
                     results[i] = sent
         return tuple(results)
+
+    def forget_lora(self) -> None:
+        """See PlacedExperts."""
+        self._mirror.forget_copies()
 
     def forget_gradients(self) -> None:
         """See PlacedExperts."""

@@ -24,7 +24,6 @@ Wanted = tuple[Tensor, torch.dtype]
 _ALIGNMENT = 64
 # Pinned buffers of each direction and size class: one is filled while the other is read.
 BUFFERS = 2
-_GRAIN = 1 << 20
 
 
 @dataclass
@@ -55,6 +54,11 @@ class _Buffer:
 
     memory: Tensor
     busy: torch.Event | None = None
+
+
+def pinned_size(nbytes: int) -> int:
+    """Of a buffer for so many bytes: a power of two, which CUDA's allocator would take anyway."""
+    return max(1 << 20, 1 << (nbytes - 1).bit_length())
 
 
 class _Buffers:
@@ -90,8 +94,9 @@ class _Buffers:
                 buffer.busy.synchronize()
             buffer.busy = None
         if buffer is None or buffer.memory.nbytes < nbytes:
-            size = -(-nbytes // _GRAIN) * _GRAIN
-            buffer = _Buffer(torch.empty(size, dtype=torch.uint8, pin_memory=True))
+            with torch.inference_mode(False):  # it outlives the pass that needs it first
+                memory = torch.empty(pinned_size(nbytes), dtype=torch.uint8, pin_memory=True)
+            buffer = _Buffer(memory)
         return buffer
 
     def give_back(self, buffer: _Buffer, busy: torch.Event | None = None) -> None:
@@ -128,14 +133,15 @@ class Landing:
     def __init__(self, link: Link, shapes: Sequence[tuple[torch.Size, torch.dtype]]) -> None:
         self._link, self._shapes = link, shapes
         _, size = _places(shapes)
-        self._buffer = link.up.take(size)
-        self._bytes = self._buffer.memory[:size]
-        self.tensors = _views(self._bytes, shapes)
         # Alone it is no view: a model may write into what it gets.
         shape, dtype = shapes[0] if len(shapes) == 1 else (torch.Size([size]), torch.uint8)
         self._target = torch.empty(shape, dtype=dtype, device=link.device)
         # The allocator may have given it memory that earlier work of this stream still reads.
         self._free = link.mark()
+        # After what may find too little memory.
+        self._buffer = link.up.take(size)
+        self._bytes = self._buffer.memory[:size]
+        self.tensors = _views(self._bytes, shapes)
         self._sent: torch.Event | None = None
 
     def __enter__(self) -> Landing:
@@ -160,6 +166,15 @@ class Landing:
         return [self._target] if alone else _views(self._target, self._shapes)
 
 
+# Torch 2.6 has these by other names only.
+_current_index = getattr(torch.accelerator, "current_device_index", None) or (
+    torch.accelerator.current_device_idx
+)
+_set_index = getattr(torch.accelerator, "set_device_index", None) or (
+    torch.accelerator.set_device_idx
+)
+
+
 class Arrival:
     """Groups of tensors on their way to the host; `wait` for them."""
 
@@ -167,6 +182,7 @@ class Arrival:
         self._link, self._groups = link, groups
         self._buffers: list[_Buffer] = []
         self._sources: list[Tensor] = []  # device memory that lives until it is read
+        self._arrived: torch.Event | None = None
         for group in groups:
             if group:
                 self._begin(group)
@@ -195,6 +211,7 @@ class Arrival:
     @contextmanager
     def wait(self, traffic: Traffic) -> Iterator[list[list[Tensor]]]:
         """Each group's tensors in pinned memory; valid inside."""
+        assert self._arrived is not None
         start = time.perf_counter()
         self._arrived.synchronize()
         traffic.arrived = time.perf_counter()
@@ -241,13 +258,14 @@ class Link:
 
     @contextmanager
     def on(self, stream: torch.Stream) -> Iterator[None]:
-        """Work for another stream."""
-        former = self.current_stream()
+        """Work for another stream of this device, which may not be the current one."""
+        former, index = self.current_stream(), _current_index()
         torch.accelerator.set_stream(stream)
         try:
             yield
         finally:
             torch.accelerator.set_stream(former)
+            _set_index(index)
 
     def send_down(self, *groups: Sequence[Wanted]) -> Arrival:
         """Begins to bring tensors to the host, each group by one copy."""

@@ -1,8 +1,9 @@
 """LoRA parameters that live elsewhere, as the host computes with them; and their gradients.
 
 A parameter is copied when it has changed, not whenever it is used. It has changed when its version
-counter or its memory has, or when any optimizer has stepped: DeepSpeed writes into `.data`, which
-counts no version.
+counter or its memory has, when any optimizer has stepped (DeepSpeed writes into `.data`, which
+counts no version), and when the model goes from training to evaluation or back (so do averages of
+weights that are swapped in and out).
 """
 
 from __future__ import annotations
@@ -47,6 +48,11 @@ def _steps() -> _Steps:
     return steps
 
 
+def _is_mirrored(tensor: Tensor) -> bool:
+    # What is made in inference mode counts no versions.
+    return isinstance(tensor, nn.Parameter) and not tensor.is_inference()
+
+
 class Mirror:
     """The mirrored parameters of a layer, by identity; they are not kept alive."""
 
@@ -63,15 +69,16 @@ class Mirror:
 
     def copy_of(self, tensor: Tensor) -> Tensor | None:
         """fp32 on the host, where a copy is not older than the tensor."""
-        if not isinstance(tensor, nn.Parameter) or tensor not in self._known:
+        if not _is_mirrored(tensor) or tensor not in self._known:
             return None
         known = self._of(tensor)
         return known.copy if known.state == self._state(tensor) else None
 
     def keep(self, tensor: Tensor, fetched: Tensor) -> Tensor:
         """The copy of a tensor, in memory of its own; the next calls find a parameter's."""
-        copy = fetched.to(torch.float32, copy=True)
-        if isinstance(tensor, nn.Parameter):
+        with torch.inference_mode(False):  # a training may find it
+            copy = fetched.to(torch.float32, copy=True)
+        if _is_mirrored(tensor):
             known = self._of(tensor)
             known.state, known.copy = self._state(tensor), copy
         return copy
@@ -87,6 +94,11 @@ class Mirror:
         known, gradient = self._of(parameter), gradient.to(parameter.dtype)
         waiting, known.waiting = known.waiting, None
         return gradient if waiting is None else waiting.add_(gradient)
+
+    def forget_copies(self) -> None:
+        """Takes every parameter for changed."""
+        for known in self._known.values():
+            known.state = known.copy = None
 
     def forget_held(self) -> None:
         """Drops what waits, as `zero_grad` does."""

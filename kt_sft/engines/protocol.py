@@ -171,6 +171,9 @@ class PlacedExperts(Protocol):
         be summed up here, until a call brings them; they are None meanwhile.
         """
 
+    def forget_lora(self) -> None:
+        """Takes LoRA for changed, whatever it looks like."""
+
     def forget_gradients(self) -> None:
         """Drops those that wait."""
 

@@ -90,6 +90,12 @@ class HybridExperts(nn.Module):
                 return parameter.device
         return torch.device("cpu")
 
+    def train(self, mode: bool = True) -> HybridExperts:
+        """As for any module; who swaps averaged weights in for an evaluation is noticed."""
+        if mode != self.training and self.weights is not None:
+            self.weights.forget_lora()
+        return super().train(mode)
+
     def adapters_stay(self) -> bool:
         """Whether LoRA parameters are left on the host when the model moves."""
         return self.runtime.adapters_on_host

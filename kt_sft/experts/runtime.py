@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 from kt_sft.config import HybridExpertsSettings
@@ -23,9 +24,10 @@ class ExpertsRuntime:
     def __init__(self, settings: HybridExpertsSettings) -> None:
         self.settings = settings
         _, ranks = place_among_ranks()
-        if settings.adapters == "host" and ranks > 1:
+        everywhere = int(os.environ.get("WORLD_SIZE", "1"))
+        if settings.adapters == "host" and everywhere > 1:
             raise SettingsError(
-                f"adapters: got host with {ranks} ranks, expected device or auto; DDP and "
+                f"adapters: got host with {everywhere} ranks, expected device or auto; DDP and "
                 "DeepSpeed take parameters of one kind of device only"
             )
         self.engine = choose_engine(settings)

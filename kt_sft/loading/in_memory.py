@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from kt_sft.adapters.names import alpha_of, rank_of
 from kt_sft.checkpoint.sources import ModuleSource
 from kt_sft.config import HybridExpertsSettings
+from kt_sft.errors import SettingsError
 from kt_sft.experts import ExpertsRuntime, HybridExperts, hybrid_experts_of
 from kt_sft.families.finding import find_experts
 from kt_sft.kernels import PROJECTIONS
@@ -22,9 +23,14 @@ def hybridize(model: Any, config: HybridExpertsConfig | HybridExpertsSettings | 
 
     `model` is a Transformers model or a PeftModel around one. With expert_lora and a PeftModel,
     the experts get the LoRA of every adapter whose target modules name them.
-    Raises UnsupportedModelError. Returns the model.
+    Raises UnsupportedModelError, and SettingsError for `rest`. Returns the model.
     """
     if isinstance(config, HybridExpertsConfig):
+        if config.rest is not None:
+            raise SettingsError(
+                "rest: a model in memory is not quantized; load it with "
+                "from_pretrained(..., quantization_config=config)"
+            )
         config = config.settings
     settings = config or HybridExpertsSettings()
     base = model.get_base_model() if hasattr(model, "get_base_model") else model

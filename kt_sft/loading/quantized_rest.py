@@ -6,6 +6,7 @@ Routers, norms, embeddings and the output head stay as they are.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,8 +24,10 @@ _BLOCK = 64
 
 
 def rest_config(given: BitsAndBytesConfig | Mapping[str, Any]) -> BitsAndBytesConfig:
-    """Itself, or what a saved config.json holds of it."""
-    return given if isinstance(given, BitsAndBytesConfig) else BitsAndBytesConfig(**given)
+    """A copy of its own, as what stays is written into it; or what a config.json holds of it."""
+    if isinstance(given, BitsAndBytesConfig):
+        return copy.deepcopy(given)
+    return BitsAndBytesConfig(**given)
 
 
 class QuantizedRest:
@@ -102,7 +105,7 @@ def _routers(model: nn.Module) -> list[str]:
     found = []
     for path, experts in hybrid_experts_of(model).items():
         block = path.rpartition(".")[0]
-        for name, module in model.get_submodule(block).named_modules():
+        for name, module in model.get_submodule(block).named_children():
             scores = isinstance(module, nn.Linear) and module.out_features in (
                 1,
                 experts.shape.experts,

@@ -69,6 +69,12 @@ class HybridExpertsQuantizer(HfQuantizer):
             return super().update_device_map(device_map)
         return self._rest.quantizer.update_device_map(device_map)
 
+    def adjust_max_memory(self, max_memory: Any) -> Any:
+        """As the quantizer of the rest wants it."""
+        return (
+            max_memory if self._rest is None else self._rest.quantizer.adjust_max_memory(max_memory)
+        )
+
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Of the rest; the experts are not read with the model."""
         rest = self._rest

@@ -40,7 +40,7 @@ def swap_experts(
                 layer.module._modules.pop(part.tensor.partition(".")[0], None)
             redirect_block(layer.module, kind.call)
         setattr(parent, path.rpartition(".")[2], hybrid)
-        let_shared_go_ahead(parent)
+        let_shared_go_ahead(parent, path.rpartition(".")[2])
         # Some families initialize the stock experts' parameters from their block, by name.
         parent._is_hf_initialized = True
         swapped[path] = (hybrid, layer)

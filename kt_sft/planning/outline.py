@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,7 @@ class TrainingOutline:
     tokens: of one micro batch at most. targets: the layers that get LoRA; trained: names of
     modules that train in full. on_host: the training runs without an accelerator. frozen_models:
     reference and reward models that are loaded after this one. accumulates, offloads, fused_loss:
-    as of Workload.
+    as of Workload. one_kind: DeepSpeed or FSDP trains, which want parameters of one kind of device.
     """
 
     tokens: int
@@ -59,6 +60,7 @@ class TrainingOutline:
     accumulates: bool = False
     offloads: bool = False
     fused_loss: bool = False
+    one_kind: bool = False
 
     def adapted(self, model: nn.Module) -> dict[str, tuple[str, ...]]:
         """Path of a block of experts -> its projections that get LoRA."""
@@ -185,7 +187,10 @@ def plan_of(
     if not on_host:
         adapters = settings.adapters
         if adapters == "auto":
-            adapters = _place_of_adapters(plan, free_device_memory() if outline else None)
+            free = free_device_memory()
+            alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+            may_choose = outline is not None and not outline.one_kind and alone
+            adapters = _place_of_adapters(plan, free if may_choose else None)
     keeps = settings.activations != "recompute"
     planned = plan(adapters=adapters, keeps=keeps)
     if settings.activations == "auto" and planned.spare_host_bytes(available_memory_bytes()) < 0:
@@ -196,7 +201,7 @@ def plan_of(
 def _place_of_adapters(plan: Callable[..., MemoryPlan], free: int | None) -> str:
     """What `adapters: auto` means where `free` bytes of the device are; None: not known."""
     there, here = (plan(adapters=place, keeps=True) for place in ("device", "host"))
-    if free is None or there.ranks > 1 or there.fits_device(free) or not here.fits_device(free):
+    if free is None or there.fits_device(free) or not here.fits_device(free):
         return "device"
     logger.info(
         "adapters: the experts' LoRA goes to the host, where its optimizer steps too; the device "

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kt_sft.engines.link import BUFFERS
+from kt_sft.engines.link import BUFFERS, pinned_size
 from kt_sft.errors import MemoryPlanError
 from kt_sft.kernels import (
     PROJECTIONS,
@@ -229,7 +229,7 @@ def pinned_bytes(
         if lora:
             crossing.append(_FLOAT * lora_parameters(layer, work.rank))
         largest = max(largest, *crossing)
-    return 2 * BUFFERS * largest
+    return 2 * BUFFERS * pinned_size(largest)
 
 
 def plan_memory(
@@ -269,6 +269,11 @@ def plan_memory(
         if crosses:  # LoRA, and the sums of its gradients
             copied += _FLOAT * trained * (2 if work.accumulates else 1)
         pinned = pinned_bytes(layers, work, rest.element_bytes, crosses)
+        # Packed on the device: what goes down, and where what comes up lands.
+        packed = [staged_bytes(layer, work, rest.element_bytes) for layer in layers]
+        if crosses:
+            packed += [_FLOAT * lora_parameters(layer, work.rank) for layer in layers]
+        packed_there = 0 if rest.on_host else 2 * max(packed, default=0)
         tensor = work.tokens * rest.hidden * rest.element_bytes
         # With checkpointing: the input of every layer, and all of one.
         away = rest.layers if work.checkpointing and work.offloads and not rest.on_host else 0
@@ -290,5 +295,6 @@ def plan_memory(
             Component("kernels' workspace", "host", max(workspaces, default=0)),
             Component("other activations (estimate)", there, tensor * tensors + logits),
             Component("inputs of the layers", "host", tensor * away),
+            Component("tensors on the link", "device", packed_there),
         ]
     return MemoryPlan(tuple(parts), ranks, adapters, keeps)

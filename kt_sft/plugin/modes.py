@@ -131,6 +131,7 @@ def outline_of(recipe: Mapping[str, Any], model_type: str = "") -> TrainingOutli
         accumulates=int(recipe.get("gradient_accumulation_steps", 1)) > 1,
         offloads=bool(recipe.get("use_unsloth_gc")),
         fused_loss=bool(recipe.get("enable_liger_kernel")),
+        one_kind=bool(recipe.get("deepspeed") or recipe.get("fsdp")),
     )
 
 

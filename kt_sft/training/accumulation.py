@@ -9,6 +9,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.training_args import ParallelMode
 
+from kt_sft.errors import SettingsError
 from kt_sft.experts import HybridExperts, hybrid_experts_of
 
 
@@ -29,14 +30,20 @@ class WaitingGradients(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """From now on."""
+        """From now on. Raises SettingsError for LoRA on the host beside what wants it elsewhere."""
+        self.close()
+        experts = list(hybrid_experts_of(model).values()) if model is not None else []
         alone = args.parallel_mode == ParallelMode.NOT_PARALLEL
-        engines = args.deepspeed or getattr(args, "fsdp", None)
-        if model is None or not alone or engines or args.gradient_accumulation_steps == 1:
-            return
-        self._experts = list(hybrid_experts_of(model).values())
-        for experts in self._experts:
-            experts.runtime.gradients_may_wait = _more_follow
+        engine = "deepspeed" if args.deepspeed else "fsdp" if getattr(args, "fsdp", None) else ""
+        if engine and any(module.runtime.adapters_on_host for module in experts):
+            raise SettingsError(
+                f"adapters: got host with {engine}, expected device or auto; it takes parameters "
+                "of one kind of device only"
+            )
+        if alone and not engine and args.gradient_accumulation_steps > 1:
+            self._experts = experts
+        for module in self._experts:
+            module.runtime.gradients_may_wait = _more_follow
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -50,8 +57,14 @@ class WaitingGradients(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Not any more."""
-        for experts in self._experts:
-            experts.runtime.gradients_may_wait = lambda: False
+        self.close()
+
+    def close(self) -> None:
+        """Nothing waits any more, however the training ended."""
+        for module in self._experts:
+            module.runtime.gradients_may_wait = lambda: False
+            if module.weights is not None:
+                module.weights.forget_gradients()
         self._experts = []
 
 

@@ -19,6 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from kt_sft.errors import CheckpointError, KtSftError, NonFiniteError
 from kt_sft.experts import hybrid_experts_of
+from kt_sft.training.accumulation import WaitingGradients
 from kt_sft.training.guard import RunGuard
 from kt_sft.training.savepoints import (
     StagedCheckpoint,
@@ -208,12 +209,14 @@ def careful_train(stock: Callable) -> Callable:
             resume_from_checkpoint = newest or True
         elif isinstance(resume_from_checkpoint, str | Path):
             require_valid(resume_from_checkpoint)
-        guards = [c for c in self.callback_handler.callbacks if isinstance(c, RunGuard)]
+        callbacks = self.callback_handler.callbacks
+        guards = [c for c in callbacks if isinstance(c, RunGuard)]
         try:
             result = stock(self, resume_from_checkpoint, *args, **kwargs)
         finally:
-            for guard in guards:
-                guard.close()
+            for callback in callbacks:
+                if isinstance(callback, RunGuard | WaitingGradients):
+                    callback.close()
         for guard in guards:
             if guard.stopped_by:
                 raise SystemExit(128 + guard.stopped_by)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -9,11 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from children import finish
 from device_child import DEVICE
 from simulated_device import SimulatedDevice
-from tiny_training import Training, adapter, curve
+from tiny_training import Change, Training, adapter, curve
+from torch import nn
+from transformers import Trainer
+
+from kt_sft.training.accumulation import WaitingGradients
 
 EXPERTS = ["gate_proj", "up_proj", "down_proj"]
 
@@ -34,7 +40,11 @@ class OnDevice(Training):
 
 
 def run(
-    folder: Path, resume: bool = False, adapters: str = "device", **arguments: Any
+    folder: Path,
+    resume: bool = False,
+    adapters: str = "device",
+    change: Change | None = None,
+    **arguments: Any,
 ) -> dict[str, Any]:
     """What the device saw of a training in a child."""
     # Numbers that the device draws are not among what the Trainer saves of devices unknown to it:
@@ -43,6 +53,7 @@ def run(
     work = OnDevice(
         str(folder),
         resume=resume,
+        change=change,
         targets=targets,
         arguments={"use_cpu": False, **arguments},
         experts={"adapters": adapters},
@@ -50,6 +61,46 @@ def run(
     code, output = finish(work, seconds=300)
     assert code == 0, output
     return json.loads((folder / "observed.json").read_text())
+
+
+def _nothing_waits(model: nn.Module, trainer: Trainer) -> None:
+    trainer.remove_callback(WaitingGradients)
+
+
+def _interrupted(model: nn.Module, trainer: Trainer) -> None:
+    """Ctrl-C within a step, and then a loop of one's own."""
+    stock, calls = trainer.training_step, []
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return stock(*args, **kwargs)
+
+    trainer.training_step = step  # type: ignore[method-assign]
+    with contextlib.suppress(KeyboardInterrupt):
+        trainer.train()
+    trainer.training_step = stock  # type: ignore[method-assign]
+    model.zero_grad()
+    ids = torch.arange(9, device=DEVICE)[None]
+    model(ids, labels=ids).loss.backward()
+    without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == [], without
+    model.zero_grad()
+
+
+def test_gradients_wait_for_the_last_micro_batch(tmp_path: Path) -> None:
+    settings = {"gradient_accumulation_steps": 4, "max_steps": 2}
+    less = run(tmp_path / "waiting", **settings)
+    more = run(tmp_path / "not", change=_nothing_waits, **settings)
+    assert curve(tmp_path / "waiting") == curve(tmp_path / "not")
+    assert adapter(tmp_path / "waiting") == adapter(tmp_path / "not")
+    lora = 3 * 3 * 8 * 4 * (64 + 72) * 4
+    assert more["bytes_up"] - less["bytes_up"] == 2 * 3 * lora
+
+
+def test_nothing_waits_after_a_training_that_was_interrupted(tmp_path: Path) -> None:
+    run(tmp_path, change=_interrupted, gradient_accumulation_steps=4, max_steps=2)
 
 
 def losses(folder: Path) -> list[float]:

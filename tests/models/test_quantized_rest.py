@@ -17,8 +17,8 @@ from tiny_models import make_model, take_effective_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from kt_sft import HybridExpertsConfig
-from kt_sft.errors import UnsupportedModelError
+from kt_sft import HybridExpertsConfig, hybridize
+from kt_sft.errors import SettingsError, UnsupportedModelError
 from kt_sft.experts import hybrid_experts_of
 
 FOUR = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
@@ -98,6 +98,31 @@ def test_routers_stay(tmp_path: Path, family: str) -> None:
     assert any("self_attn" in n for n in in_codes(model))
     shared = any("shared" in n for n, _ in model.named_modules())
     assert shared == any("shared" in n for n in in_codes(model))
+
+
+def test_shared_experts_as_wide_as_there_are_experts_are_no_routers(tmp_path: Path) -> None:
+    """As in Qwen3-Next: 512 of them, and 512 channels."""
+    make_model("qwen2_moe", shared_expert_intermediate_size=8).save_pretrained(tmp_path)
+    model = hybrid(tmp_path, "4")
+    shared = {n for n in in_codes(model) if "shared" in n and "layers.0." in n}
+    block = "model.layers.0.mlp.shared_expert"
+    assert shared == {f"{block}.{p}" for p in ("gate_proj", "up_proj", "down_proj")}
+
+
+def test_the_callers_configuration_is_left_alone(tmp_path: Path) -> None:
+    make_model("qwen3_moe").save_pretrained(tmp_path)
+    given = BitsAndBytesConfig(**FOUR)
+    before = given.to_dict()
+    AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=HybridExpertsConfig(threads=1, rest=given)
+    )
+    assert given.to_dict() == before
+
+
+def test_a_model_in_memory_is_refused() -> None:
+    config = HybridExpertsConfig(rest=BitsAndBytesConfig(**FOUR))
+    with pytest.raises(SettingsError, match="rest: a model in memory is not quantized"):
+        hybridize(make_model("qwen3_moe"), config)
 
 
 @pytest.mark.parametrize("bits", BITS)

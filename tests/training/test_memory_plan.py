@@ -24,6 +24,7 @@ import memory_plan
 
 from kt_sft import HybridExpertsConfig, hybridize
 from kt_sft.config import HybridExpertsSettings
+from kt_sft.engines.link import pinned_size
 from kt_sft.errors import MemoryPlanError
 from kt_sft.experts import hybrid_experts_of
 from kt_sft.experts.runtime import ExpertsRuntime
@@ -56,6 +57,7 @@ from kt_sft.planning.plan import (
     lora_parameters,
     pinned_bytes,
     plan_memory,
+    staged_bytes,
     workspace_bytes,
 )
 from kt_sft.plugin.modes import outline_of
@@ -92,8 +94,13 @@ def test_numbers_of_a_layer() -> None:
     assert with_lora > without + 4 * lora_parameters(LAYER, 8) + 4 * rows * (768 + 24)
     # Two buffers in each direction, and LoRA is larger than hidden states, indices and weights.
     assert 4 * lora_parameters(LAYER, 8) > 4096 * (2048 * 2 + 8 * 12)
-    assert pinned_bytes([LAYER] * 3, WORK, 2, lora=True) == 4 * 4 * lora_parameters(LAYER, 8)
-    assert pinned_bytes([LAYER] * 3, WORK, 2, lora=False) == 4 * 4096 * (2048 * 2 + 8 * 12)
+    assert pinned_bytes([LAYER] * 3, WORK, 2, lora=True) == 4 * pinned_size(
+        4 * lora_parameters(LAYER, 8)
+    )
+    assert pinned_bytes([LAYER] * 3, WORK, 2, lora=False) == 4 * pinned_size(
+        4096 * (2048 * 2 + 8 * 12)
+    )
+    assert [pinned_size(n) for n in (1, 1 << 20, (1 << 20) + 1)] == [1 << 20, 1 << 20, 1 << 21]
 
 
 @pytest.mark.parametrize("weights", ["int8", "bf16", "int4_g32"])
@@ -334,7 +341,9 @@ def test_copies_of_a_device_are_counted() -> None:
 def test_adapters_on_the_host_are_planned_there() -> None:
     there, here = plan(WORK), plan(WORK, adapters="host")
     states = 4 * 4 * 48 * lora_parameters(LAYER, 8)
-    assert there.of("device") - here.of("device") == states
+    # A layer's factors are packed there too, and its gradients land there.
+    linked = 2 * (4 * lora_parameters(LAYER, 8) - staged_bytes(LAYER, WORK, 2))
+    assert there.of("device") - here.of("device") == states + linked
     assert (there.adapters, here.adapters) == ("device", "host")
     assert here.of("host") > there.of("host"), "it went somewhere"
 

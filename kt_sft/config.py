@@ -18,6 +18,7 @@ _CHOICES = {
     "compute": ("exact", "int8"),
     "activations": ("auto", "keep", "recompute"),
     "adapters": ("auto", "device", "host"),
+    "embeddings": ("device", "host"),
     "expert_lora": (True, False, "shared"),
     "numa": ("auto", "off"),
     "resident": ("auto", True, False),
@@ -44,6 +45,8 @@ class HybridExpertsSettings:
     adapters: where the experts' LoRA, its gradients and its optimizer's states are: device (with
         the router), host (nothing of them crosses the link, the optimizer steps on the CPU; one
         process only) or auto (on the device, unless the memory plan says that they do not fit).
+    embeddings: where the table of input embeddings is: device, or host (its tokens' rows go up;
+        it must be frozen, and not be the output head too).
     threads: CPU threads for the experts, at most as many as the machine has CPUs, or auto
         (affinity, container quota, physical cores).
     isa: auto, or the name of an instruction set that `kt-sft doctor` lists; the environment
@@ -64,6 +67,7 @@ class HybridExpertsSettings:
     expert_lora: bool | str = True
     activations: str = "auto"
     adapters: str = "auto"
+    embeddings: str = "device"
     threads: int | str = "auto"
     isa: str = "auto"
     numa: str = "auto"

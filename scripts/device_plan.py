@@ -59,7 +59,10 @@ def rows_of(arguments: argparse.Namespace) -> list[str]:
             nbytes = quantized.parameter_bytes(model, 2)
         for adapters in ("device", "host"):
             chosen = HybridExpertsSettings(
-                weights=arguments.weights, adapters=adapters, activations=arguments.activations
+                weights=arguments.weights,
+                adapters=adapters,
+                activations=arguments.activations,
+                embeddings=arguments.embeddings,
             )
             for length in arguments.tokens:
                 outline = TrainingOutline(
@@ -81,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", default="int4", help="of the routed experts")
     parser.add_argument("--fused-loss", action="store_true")
     parser.add_argument("--activations", choices=("keep", "recompute"), default="keep")
+    parser.add_argument("--embeddings", choices=("device", "host"), default="device")
     arguments = parser.parse_args(argv)
     planning.has_accelerator = lambda: True
     heads = ("beside the experts", "adapters", "tokens", "device", "host")

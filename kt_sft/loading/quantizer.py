@@ -28,6 +28,7 @@ from kt_sft.files.safetensors import (
 )
 from kt_sft.loading import peft_injection
 from kt_sft.loading.config import METHOD, HybridExpertsConfig
+from kt_sft.loading.host_embeddings import move_embeddings, require_table
 from kt_sft.loading.placing import place_experts
 from kt_sft.loading.quantized_rest import QuantizedRest
 from kt_sft.loading.rest_of_model import Shapes, refuse_loaded_misfits, refuse_misfits, shapes_of
@@ -133,6 +134,8 @@ class HybridExpertsQuantizer(HfQuantizer):
         outline = self.quantization_config.outline
         if outline is not None:
             peft_injection.refuse_targets(model, outline.targets, outline.rank)
+        if settings.embeddings == "host":
+            require_table(model)
         rest_bytes = None
         if self._rest is not None:
             self._rest.replace_layers(model, kwargs.get("device_map"))
@@ -220,6 +223,8 @@ class HybridExpertsQuantizer(HfQuantizer):
         self._layers, self._stacks, self._checkpoint = [], {}, None
         if self._rest is not None:
             self._rest.finish(model)
+        if self.quantization_config.settings.embeddings == "host":
+            move_embeddings(model)
         return model
 
     def is_serializable(self) -> bool:

@@ -151,14 +151,15 @@ def plan_of(
     text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else None
     config = text or model.config
     on_host = not has_accelerator() or (outline is not None and outline.on_host)
-    parameters = list(model.parameters())
+    parameters, embeddings = list(model.parameters()), model.get_input_embeddings().weight
     rest = RestOfModel(
         nbytes=sum(p.nbytes for p in parameters) if rest_bytes is None else rest_bytes,
         hidden=int(config.hidden_size),
         layers=int(config.num_hidden_layers),
         vocabulary=int(config.vocab_size),
-        element_bytes=model.get_input_embeddings().weight.element_size(),
+        element_bytes=embeddings.element_size(),
         on_host=on_host,
+        host_bytes=embeddings.nbytes if settings.embeddings == "host" else 0,
     )
     adapted = outline.adapted(model) if outline else {}
     needs = [

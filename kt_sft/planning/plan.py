@@ -78,7 +78,10 @@ class LayerNeeds:
 
 @dataclass(frozen=True)
 class RestOfModel:
-    """The parameters beside the routed experts, in bytes, and what its activations depend on."""
+    """The parameters beside the routed experts, in bytes, and what its activations depend on.
+
+    host_bytes: of those that are on the host by a setting.
+    """
 
     nbytes: int
     hidden: int
@@ -86,6 +89,7 @@ class RestOfModel:
     vocabulary: int
     element_bytes: int
     on_host: bool
+    host_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -254,7 +258,8 @@ def plan_memory(
     experts = sum(layer.layout.nbytes for layer in layers)
     parts = [
         Component("routed experts", shared, experts),
-        Component("other weights", there, rest.nbytes),
+        Component("other weights", there, rest.nbytes - rest.host_bytes),
+        Component("embeddings", "host", rest.host_bytes),
     ]
     if work is not None:
         trained = sum(lora_parameters(layer, work.rank) for layer in layers)

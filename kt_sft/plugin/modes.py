@@ -95,6 +95,14 @@ def refuse_unsupported(recipe: Mapping[str, Any], settings: HybridExpertsSetting
         )
     if not recipe.get("do_train"):
         return
+    trained = _names(recipe.get("additional_target"))
+    changed = [n for n in ("add_tokens", "add_special_tokens", "resize_vocab") if recipe.get(n)]
+    if settings.embeddings == "host" and ("embed_tokens" in trained or changed):
+        raise SettingsError(
+            "embeddings: got host with "
+            f"{', '.join(changed) or 'additional_target: embed_tokens'}, expected device; a table "
+            "on the host is frozen"
+        )
     on_experts = bool(settings.expert_lora) and _targets(recipe).may_mean_experts()
     problems = [
         f"{name}: {recipe[name] if not isinstance(recipe[name], bool) else 'true'}: {reason}"

@@ -6,6 +6,7 @@ Every job on the device begins late, so that whoever does not wait for it reads 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -239,9 +240,30 @@ def test_a_model_moves_to_the_device_and_back() -> None:
     on_device(_moved)
 
 
+def _embeddings(device: SimulatedDevice) -> None:
+    with late(device):
+        model = placed(qwen(embeddings="host"), DEVICE)
+        table = model.get_input_embeddings().weight
+        assert table.device.type == "cpu" and model.device.type == DEVICE
+        assert not any(p.shape == table.shape for n, p in model.named_parameters() if "embed" in n)
+        got = step(model)
+        copied = copy.deepcopy(model)
+        assert copied.get_input_embeddings().weight is table
+        again = step(copied)
+        model.enable_input_require_grads()
+        required = step(model)
+    want = step(qwen())
+    for found in (got, again, required):
+        assert_close(found, want, FP32)
+
+
+def test_embeddings_on_the_host() -> None:
+    on_device(_embeddings)
+
+
 def _generate(device: SimulatedDevice) -> None:
     def run(place: str) -> list[list[int]]:
-        model = placed(qwen(), place).eval()
+        model = placed(qwen(embeddings="host" if place == DEVICE else "device"), place).eval()
         ids = IDS[:, :5].to(place)
         return model.generate(input_ids=ids, max_new_tokens=8, do_sample=False).tolist()
 

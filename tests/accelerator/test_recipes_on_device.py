@@ -39,7 +39,8 @@ def train(place: Workplace, name: str, on_device: bool, adapters: str, **setting
         "dataset_dir": str(place.folder / "data"),
         "output_dir": str(place.folder / name),
         "max_steps": 3,
-        "kt_sft": {"threads": 1, "adapters": adapters},
+        # On the host together, as on a device that is too small for either.
+        "kt_sft": {"threads": 1, "adapters": adapters, "embeddings": adapters},
         **settings,
         "use_cpu": not on_device,
     }

@@ -13,14 +13,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import make_model
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from kt_sft import HybridExpertsConfig
 from kt_sft.checkpoint.configuration import read_config
 from kt_sft.checkpoint.folder import checkpoint_experts
-from kt_sft.errors import CheckpointError, UnsupportedModelError
+from kt_sft.errors import CheckpointError, SettingsError, UnsupportedModelError
 from kt_sft.experts import hybrid_experts_of
 from kt_sft.files.safetensors import checkpoint_files
 
@@ -431,3 +433,23 @@ def test_shards_of_several_folders_are_refused(folder: Path, tmp_path: Path) -> 
         CheckpointError, match=r"outside/model\.safetensors' is not a plain file name"
     ):
         load(model)
+
+
+def test_a_table_on_the_host_is_no_parameter(tmp_path: Path) -> None:
+    make_model("qwen3_moe").save_pretrained(tmp_path / "plain")
+    make_model("qwen3_moe", tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+
+    def load(name: str, **settings: str) -> nn.Module:
+        config = HybridExpertsConfig(threads=1, **settings)
+        return AutoModelForCausalLM.from_pretrained(tmp_path / name, quantization_config=config)
+
+    model, plain = load("plain", embeddings="host"), load("plain")
+    assert "model.embed_tokens.weight" not in dict(model.named_parameters())
+    ids = torch.arange(12)[None]
+    assert torch.equal(model(ids).logits, plain(ids).logits)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    back = PeftModel.from_pretrained(load("plain", embeddings="host"), tmp_path / "adapter")
+    assert torch.equal(back(ids).logits, adapted(ids).logits)
+    with pytest.raises(SettingsError, match="output head is the same table"):
+        load("tied", embeddings="host")

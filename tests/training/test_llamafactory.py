@@ -292,6 +292,10 @@ def test_settings_that_load_the_model_another_way_are_refused(place: Workplace) 
         "bits", check=False, kt_sft=EXPERTS, quantization_bit=4, quantization_method="hqq"
     )
     assert "does not go together with" in text and "quantization_method: hqq" in text
+    text = place.train(
+        "table", check=False, kt_sft={**EXPERTS, "embeddings": "host"}, add_tokens="<a>,<b>"
+    )
+    assert "embeddings: got host with add_tokens, expected device" in text
 
 
 @dataclasses.dataclass

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -82,11 +83,29 @@ def _lora(x: Tensor, weight: Tensor, factors: nn.ParameterList, e: int) -> Tenso
     return x @ weight.T + 2.0 * (x @ a.T) @ b.T
 
 
+def _stock(sizes: dict[str, Any]) -> nn.Module:
+    """Weights of the size of trained ones, the same numbers again and again: quick to make."""
+    config = AutoConfig.for_model("qwen3_moe", **sizes)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.to_empty(device="cpu")
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    drawn = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 1:  # of a norm
+                p.fill_(1)
+                continue
+            tile = (drawn * p.shape[-1] ** -0.5).to(p.dtype)
+            for part in p.view(-1).split(len(tile)):
+                part.copy_(tile[: len(part)])
+    return model
+
+
 def _model(setting: Setting, adapters: str | None) -> nn.Module:
-    """Random, LoRA everywhere; `adapters` of None is the streamed one."""
+    """LoRA everywhere; `adapters` of None is the streamed one."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model("qwen3_moe", **(SMALL if setting.small else SHAPE))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = _stock(SMALL if setting.small else SHAPE)
     device = setting.place()
     if adapters is None:
         for layer in model.model.layers:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from kt_sft import HybridExpertsConfig
@@ -138,6 +139,7 @@ def measure(name: str) -> dict[str, float]:
         allocator.return_freed_blocks()
         # What the first use of every library takes is not the model's.
         torch.ones(64, 64, requires_grad=True).matmul(torch.ones(64, 64)).sum().backward()
+        get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["0"]))
         peak = Peak()
         model = AutoModelForCausalLM.from_pretrained(
             folder, config=shape.config(), quantization_config=quantization, dtype=torch.bfloat16

@@ -64,6 +64,9 @@ _FAMILIES = ("tests/models/test_families.py",)
 _FORMATS = ("tests/models/test_formats.py",)
 _STORE = ("tests/store",)
 
+_RUNS = ("tests/kernels/test_block.py::test_a_limit_of_rows_changes_no_bit",)
+_LINK = "tests/accelerator/test_transport.py::"
+
 # Long lines: a fault reads best beside what it replaces.
 # ruff: noqa: E501
 FAULTS = (
@@ -277,6 +280,19 @@ FAULTS = (
           _QUALITIES),
     Fault("upcycle: gate and up exchanged", "scripts/upcycle.py", '{"w1": "gate_proj", "w3": "up_proj"',
           '{"w3": "gate_proj", "w1": "up_proj"', ("tests/models/test_upcycle.py",)),
+    Fault("runs: sums of the runs before are left out", "csrc/core/activation_rows.h",
+          "if (!run_.first) {", "if (false) {", _RUNS),
+    Fault("runs: kept rows begin at the first", _FORWARD,
+          "kept.from(routing.offset[run.begin], in), waiting, out, phases", "kept, waiting, out, phases", _RUNS),
+    Fault("link: an optimizer's step is not noticed", "kt_sft/engines/mirror.py",
+          "parameter._version, _steps().taken", "parameter._version, 0", (f"{_LINK}test_changed_lora_is_fetched_once",)),
+    Fault("link: a gradient that waited is dropped", "kt_sft/engines/mirror.py",
+          "return gradient if waiting is None else waiting.add_(gradient)", "return gradient",
+          (f"{_LINK}test_gradients_that_wait_are_the_same_to_the_bit",)),
+    Fault("link: an early result of another input", "kt_sft/experts/ahead.py",
+          "if args[0]._version == early.version:", "if True:", (f"{_LINK}test_early_results_serve_their_input_only",)),
+    Fault("rest: routers are quantized", "kt_sft/loading/quantized_rest.py",
+          "[*kept, *_routers(model)]", "[*kept]", ("tests/models/test_quantized_rest.py",)),
     Fault("demo: parameters are not compared", "scripts/demo/cards.py", '("module", "function", "parameters")',
           '("module", "function")', ("tests/test_demo.py",)),
 )  # fmt: skip

@@ -120,7 +120,8 @@ def test_thirty_steps_follow_the_stock_path(place: Workplace) -> None:
     """Attention LoRA over frozen experts: same weights, same data, same seeds."""
     settings = {
         "max_steps": 30,
-        "learning_rate": 1.0e-2,
+        # At twice the rate a token comes to stand between two experts, which a last bit decides.
+        "learning_rate": 5.0e-3,
         "lora_target": "q_proj,k_proj,v_proj,o_proj",
     }
     place.train("stock30", **settings)
@@ -129,9 +130,9 @@ def test_thirty_steps_follow_the_stock_path(place: Workplace) -> None:
     assert len(stock) == 30 and sum(stock[-5:]) < 0.95 * sum(stock[:5])
     # exact arithmetic differs from fp32 by about 5e-5 a layer.
     for step, (a, b) in enumerate(zip(stock, hybrid, strict=True)):
-        assert abs(a - b) < 2e-3 * max(1.0, a), f"step {step}: stock {a}, hybrid {b}"
+        assert abs(a - b) < 2e-4 * max(1.0, a), f"step {step}: stock {a}, hybrid {b}"
     for a, b in zip(place.logs("stock30"), place.logs("hybrid30"), strict=True):
-        assert abs(a["grad_norm"] - b["grad_norm"]) < 0.02 * a["grad_norm"]
+        assert abs(a["grad_norm"] - b["grad_norm"]) < 2e-3 * a["grad_norm"]
 
 
 def test_expert_lora_follows_stock_transformers_with_equal_lora(place: Workplace) -> None:

@@ -27,7 +27,7 @@ def test_every_stage_runs(tmp_path: Path) -> None:
         gpu_check.LIMITS, "ended"
     )
     compared = [row for result in found.values() for row in result["rows"] if "ok" in row]
-    assert len(compared) > 25 and all(row["ok"] for row in compared)
+    assert len(compared) > 15 and all(row["ok"] for row in compared)
     ours = [row for row in found["layers"]["rows"] if row["case"].startswith("ours")]
     assert all(row["tokens/s"] > 0 and row["mb_down"] > 0 for row in ours)
     # LoRA that stays on the host does not cross the link.

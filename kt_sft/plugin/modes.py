@@ -119,6 +119,10 @@ def refuse_unsupported(recipe: Mapping[str, Any], settings: HybridExpertsSetting
 _PAIRED = ("rm", "dpo", "kto")
 
 
+# Models with experts for which LLaMA-Factory 0.9.5 knows Liger's loss; others go on without.
+_FUSED_LOSS = ("mixtral", "qwen3_moe", "qwen3_next", "gpt_oss")
+
+
 def outline_of(recipe: Mapping[str, Any], model_type: str = "") -> TrainingOutline | None:
     """What the memory plan needs to know, with LLaMA-Factory's defaults; None without training."""
     if not recipe.get("do_train"):
@@ -138,7 +142,7 @@ def outline_of(recipe: Mapping[str, Any], model_type: str = "") -> TrainingOutli
         frozen_models=bool(recipe.get("ref_model")) + (recipe.get("reward_model_type") == "full"),
         accumulates=int(recipe.get("gradient_accumulation_steps", 1)) > 1,
         offloads=bool(recipe.get("use_unsloth_gc")),
-        fused_loss=bool(recipe.get("enable_liger_kernel")),
+        fused_loss=bool(recipe.get("enable_liger_kernel")) and model_type in _FUSED_LOSS,
         one_kind=bool(recipe.get("deepspeed") or recipe.get("fsdp")),
     )
 

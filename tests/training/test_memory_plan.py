@@ -189,6 +189,22 @@ def test_outline_of_a_recipe() -> None:
     assert outline_of({"do_train": False}) is None
     recipe = {"do_train": True, "per_device_train_batch_size": 2, "cutoff_len": 512}
     assert outline_of(recipe) == TrainingOutline(1024, 8, LoraTargets.of("all"))
+    more = {
+        **recipe, "gradient_accumulation_steps": 4, "use_unsloth_gc": True, "deepspeed": "z2.json",
+        "enable_liger_kernel": True,
+    }  # fmt: skip
+    outline = outline_of(more, "qwen3_moe")
+    assert outline == TrainingOutline(
+        1024,
+        8,
+        LoraTargets.of("all"),
+        accumulates=True,
+        offloads=True,
+        fused_loss=True,
+        one_kind=True,
+    )
+    # LLaMA-Factory has no fused loss for it.
+    assert not outline_of(more, "deepseek_v3").fused_loss
     preference = outline_of({**recipe, "stage": "dpo", "lora_target": "q_proj, experts.up_proj"})
     assert preference == TrainingOutline(2048, 8, LoraTargets.of("q_proj", "experts.up_proj"))
     reference = outline_of({**recipe, "stage": "dpo", "ref_model": "other"})

@@ -200,7 +200,6 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
 }  // namespace
 
 int current_stream() { return g_stream; }
-void set_current_stream(int stream) { g_stream = stream; }
 
 Block* block_of(const at::Tensor& tensor) {
   return static_cast<Block*>(tensor.storage().data_ptr().get_context());

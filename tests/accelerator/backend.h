@@ -11,7 +11,6 @@ namespace simulated {
 inline constexpr auto kSimulated = c10::DeviceType::PrivateUse1;
 
 int current_stream();
-void set_current_stream(int stream);
 
 // nullptr where nothing was allocated.
 Block* block_of(const at::Tensor& tensor);

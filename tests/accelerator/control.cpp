@@ -40,14 +40,6 @@ void simulated_set_random_state(const void* state) {
   generator.set_state(to);
 }
 
-// As cudaLaunchHostFunc: `run` is called in the order of the stream, and may not use the device.
-int simulated_launch_host_function(void* stream, void (*run)(void*), void* data) {
-  int id = static_cast<int>(reinterpret_cast<intptr_t>(stream));
-  Device::instance().submit(id, simulated::Kind::host, "host function", {}, {},
-                            [run, data] { run(data); });
-  return 0;
-}
-
 }  // extern "C"
 
 TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, m) { m.fallback(torch::CppFunction::makeFallthrough()); }

@@ -6,7 +6,6 @@
 #include <ATen/InferSize.h>
 #include <ATen/TensorUtils.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/native/CPUFallback.h>
 #include <c10/util/ParallelGuard.h>
 #include <torch/library.h>
 

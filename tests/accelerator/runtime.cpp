@@ -16,7 +16,7 @@ namespace {
 constexpr size_t kMemory = size_t{64} << 30;  // of addresses; what is touched is taken
 constexpr size_t kAlignment = 512;
 constexpr int kPoison = 0xFF;  // NaN in every floating type, -1 in integers
-constexpr const char* kKindNames[] = {"compute", "down", "up", "order", "host"};
+constexpr const char* kKindNames[] = {"compute", "down", "up", "order"};
 constexpr const char* kWaitNames[] = {"device", "stream", "event",   "pageable",
                                       "copy",   "item",   "fallback"};
 
@@ -48,10 +48,6 @@ Device::Device() {
   inner_ = map(PROT_READ | PROT_WRITE);
   close(file);
   new_stream();
-}
-
-bool Device::holds(const void* pointer) const {
-  return pointer >= outer_ && pointer < outer_ + kMemory;
 }
 
 Block* Device::allocate(size_t bytes, int stream) {

@@ -20,8 +20,8 @@
 namespace simulated {
 
 // What a job on a stream is, for delays and the trace.
-enum class Kind { compute, down, up, order, host };
-inline constexpr int kKinds = 5;
+enum class Kind { compute, down, up, order };
+inline constexpr int kKinds = 4;
 
 // Why the host waited.
 enum class Wait { device, stream, event, pageable, copy, item, fallback };
@@ -67,7 +67,6 @@ class Device {
   void use(Block* block, int stream);
   // Where jobs find what tensors show at `outer`.
   char* inner(void* outer) const { return static_cast<char*>(outer) - outer_ + inner_; }
-  bool holds(const void* pointer) const;
 
   int new_stream();
   void submit(int stream, Kind kind, const char* name, const std::vector<Block*>& reads,

@@ -25,7 +25,7 @@ NAME = "simulated"
 _HERE = Path(__file__).parent
 _BUILD = Path(__file__).parents[2] / ".cache" / "tests" / f"accelerator-{torch.__version__}"
 _SOURCES = ("runtime", "backend", "operators", "control")
-_KINDS = ("compute", "down", "up", "order", "host")
+_KINDS = ("compute", "down", "up", "order")
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kt_sft.engines.link import Arrival, Landing, Traffic, Wanted, link_of
 from kt_sft.engines.mirror import Mirror
-from kt_sft.engines.protocol import Context, Forward, Held, LayerGradients, Report
+from kt_sft.engines.protocol import Context, Forward, Held, Home, LayerGradients, Report
 from kt_sft.kernels import BlockReport, Call, Inputs
 from kt_sft.kernels.checks import is_finite
 
@@ -83,20 +83,24 @@ class HostExperts(ABC):
     ) -> tuple[LoraGradients, BlockReport]:
         """Writes the gradients of hidden and weight `into` tensors; returns those of LoRA."""
 
-    def _wanted(self, inputs: Inputs) -> tuple[list[Wanted], list[Wanted]]:
-        """The LoRA that has changed, which comes in the same wait, and the other tensors."""
+    def _wanted(
+        self, inputs: Inputs
+    ) -> tuple[list[Tensor | None], tuple[list[Wanted], list[Wanted]]]:
+        """LoRA that is on the host; what has changed of it, and the other tensors: one wait."""
         hidden_TD, index_TK, weight_TK, *lora = inputs.tensors()
-        missing = [(f, f.dtype) for f in lora if self._on_host(f) is None]
-        return missing, [
+        copies = [self._on_host(factor) for factor in lora]
+        missing = [(f, f.dtype) for f, copy in zip(lora, copies, strict=True) if copy is None]
+        return copies, (missing, [
             (hidden_TD, hidden_TD.dtype), (index_TK, torch.int64), (weight_TK, torch.float32)
-        ]  # fmt: skip
+        ])  # fmt: skip
 
     def send(self, inputs: Inputs) -> Arrival | None:
         """See PlacedExperts."""
         device = inputs.hidden_TD.device
         if device.type == "cpu":
             return None
-        return link_of(device).send_down(*self._wanted(inputs))
+        _, groups = self._wanted(inputs)
+        return link_of(device).send_down(*groups)
 
     def send_gradient(self, context: Context, d_out_TD: Tensor) -> Arrival | None:
         """See PlacedExperts."""
@@ -110,10 +114,9 @@ class HostExperts(ABC):
         self, inputs: Inputs, arriving: Arrival | None, traffic: Traffic
     ) -> Iterator[Inputs]:
         """The inputs as the kernels read them; valid inside only."""
-        missing, others = self._wanted(inputs)
-        with _brought(arriving, (missing, others), traffic) as (new, brought):
-            fetched = (self._mirror.keep(f, t) for (f, _), t in zip(missing, new, strict=True))
-            copies = (self._on_host(factor) for factor in inputs.tensors()[3:])
+        copies, groups = self._wanted(inputs)
+        with _brought(arriving, groups, traffic) as (new, brought):
+            fetched = (self._mirror.keep(f, t) for (f, _), t in zip(groups[0], new, strict=True))
             factors = [next(fetched) if copy is None else copy for copy in copies]
             yield Inputs.of((*brought, *factors), inputs.scalings)
 
@@ -203,21 +206,22 @@ class HostExperts(ABC):
         flat = [gradient for pair in found for gradient in (pair or (None, None))]
         results: list[Tensor | None] = [None] * len(flat)
         going: dict[torch.device, list[int]] = {}
-        for i, (factor, gradient) in enumerate(zip(context.lora, flat, strict=True)):
+        for i, (home, gradient) in enumerate(zip(context.lora, flat, strict=True)):
             if gradient is None:
                 continue
-            total = _of(factor, gradient)
-            is_parameter = isinstance(factor, nn.Parameter)
-            if factor.device.type == "cpu":
-                results[i] = total.to(factor.dtype)
-            elif is_parameter and may_wait:
-                self._mirror.hold(factor, total)
+            # What all experts share gets the gradients of all of them.
+            shared = home.copies < len(gradient)
+            total = gradient.sum(0, keepdim=True) if shared else gradient
+            if home.device.type == "cpu":
+                results[i] = total.to(home.dtype)
+            elif home.parameter is not None and may_wait:
+                self._mirror.hold(home.parameter, total)
             else:
-                going.setdefault(factor.device, []).append(i)
+                going.setdefault(home.device, []).append(i)
                 results[i] = (
-                    self._mirror.with_held(factor, total)
-                    if is_parameter
-                    else total.to(factor.dtype)
+                    total.to(home.dtype)
+                    if home.parameter is None
+                    else self._mirror.with_held(home.parameter, total)
                 )
         for device, places in going.items():
             sums = [t for t in (results[i] for i in places) if t is not None]
@@ -242,9 +246,5 @@ def _context(call: Call, inputs: Inputs, staged: Inputs, kept: tuple[Tensor, ...
     if inputs.hidden_TD.device.type != "cpu":  # the link's memory is for the next layer
         hidden_TD, index_TK, weight_TK = hidden_TD.clone(), index_TK.clone(), weight_TK.clone()
     tensors = (hidden_TD, index_TK, weight_TK, *lora, *kept)
-    return Context(call, inputs.scalings, inputs.weight_TK.dtype, inputs.tensors()[3:], tensors)
-
-
-def _of(factor: Tensor, gradient: Tensor) -> Tensor:
-    """What all experts share gets the gradients of all of them."""
-    return gradient.sum(0, keepdim=True) if len(factor) < len(gradient) else gradient
+    homes = tuple(Home.of(factor) for factor in inputs.tensors()[3:])
+    return Context(call, inputs.scalings, inputs.weight_TK.dtype, homes, tensors)

@@ -22,8 +22,15 @@ Wanted = tuple[Tensor, torch.dtype]
 
 # In packed memory every tensor begins at a multiple; the host's vectors read best there.
 _ALIGNMENT = 64
-# Pinned buffers of each direction and size class: one is filled while the other is read.
+# Pinned buffers of each direction: one is filled while the other is read.
 BUFFERS = 2
+# Torch 2.6 has these by other names only.
+_current_index = getattr(torch.accelerator, "current_device_index", None) or (
+    torch.accelerator.current_device_idx
+)
+_set_index = getattr(torch.accelerator, "set_device_index", None) or (
+    torch.accelerator.set_device_idx
+)
 
 
 @dataclass
@@ -164,15 +171,6 @@ class Landing:
             traffic.device_waited += time.perf_counter() - traffic.arrived
             traffic.arrived = 0.0
         return [self._target] if alone else _views(self._target, self._shapes)
-
-
-# Torch 2.6 has these by other names only.
-_current_index = getattr(torch.accelerator, "current_device_index", None) or (
-    torch.accelerator.current_device_idx
-)
-_set_index = getattr(torch.accelerator, "set_device_index", None) or (
-    torch.accelerator.set_device_idx
-)
 
 
 class Arrival:

@@ -9,7 +9,6 @@ weights that are swapped in and out).
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -104,7 +103,3 @@ class Mirror:
         """Drops what waits, as `zero_grad` does."""
         for known in self._known.values():
             known.waiting = None
-
-    def waiting(self) -> Sequence[Tensor]:
-        """The sums that wait."""
-        return [k.waiting for k in self._known.values() if k.waiting is not None]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kt_sft.engines.link import Arrival, Traffic
 from kt_sft.kernels import (
@@ -43,18 +43,36 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Home:
+    """Where the gradient of a LoRA factor belongs: its device, dtype and first dimension.
+
+    parameter: the factor, if it is one; what was made of several for this pass is not held.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    copies: int
+    parameter: nn.Parameter | None
+
+    @classmethod
+    def of(cls, factor: Tensor) -> Home:
+        """Of a factor as given, empty ones too."""
+        parameter = factor if isinstance(factor, nn.Parameter) else None
+        return cls(factor.device, factor.dtype, len(factor), parameter)
+
+
+@dataclass(frozen=True)
 class Context:
     """What a forward leaves for its backward: the inputs where they were computed, and more.
 
     Autograd holds the tensors, so that it can free them: `replace(context, tensors=())` and back.
-    weight_dtype: of the routing weights as given. lora: the factors as given, where their gradients
-    belong.
+    weight_dtype: of the routing weights as given.
     """
 
     call: Call
     scalings: tuple[float | None, ...]
     weight_dtype: torch.dtype
-    lora: tuple[Tensor, ...]
+    lora: tuple[Home, ...]
     tensors: tuple[Tensor, ...]
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from tiny_models import make_model
 from torch import nn
 
 from kt_sft import HybridExpertsConfig, hybridize
+from kt_sft.adapters.layer import HybridExpertsLinear
 from kt_sft.experts import hybrid_experts_of
 from kt_sft.experts.runtime import ExpertsRuntime
 
@@ -269,3 +271,24 @@ def test_a_copied_model_has_its_own_checkpointing() -> None:
     twin.gradient_checkpointing_disable()
     assert model.get_base_model().is_gradient_checkpointing
     assert not twin.get_base_model().is_gradient_checkpointing
+
+
+def test_joined_adapters_are_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several adapters are joined for each pass; a checkpointed layer joins them again."""
+    model = checkpointed(False, dropout=0.0)
+    model.add_adapter("second", LoraConfig(r=3, target_modules=TARGETS, init_lora_weights=False))
+    model.base_model.set_adapter(["default", "second"])
+    joined: list[weakref.ref] = []
+    stock = HybridExpertsLinear._joined
+
+    def recording(self: HybridExpertsLinear, names: list[str]) -> Any:
+        made = stock(self, names)
+        joined.extend(weakref.ref(t) for t in made or ())
+        return made
+
+    monkeypatch.setattr(HybridExpertsLinear, "_joined", recording)
+    loss = loss_of(model)
+    gc.collect()
+    assert len(joined) == LAYERS * 6 and [r for r in joined if r() is not None] == []
+    loss.backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "second" in n)

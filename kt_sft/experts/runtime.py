@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 from kt_sft.config import HybridExpertsSettings
@@ -11,7 +10,7 @@ from kt_sft.errors import SettingsError
 from kt_sft.experts.meter import ExpertsMeter
 from kt_sft.experts.recompute import KeptActivations
 from kt_sft.experts.watch import FiniteWatch
-from kt_sft.machine.cpus import place_among_ranks
+from kt_sft.machine.cpus import place_among_ranks, ranks_everywhere
 from kt_sft.machine.memory import available_memory_bytes
 
 # Part of the free memory that activations may take between forward and backward.
@@ -24,11 +23,10 @@ class ExpertsRuntime:
     def __init__(self, settings: HybridExpertsSettings) -> None:
         self.settings = settings
         _, ranks = place_among_ranks()
-        everywhere = int(os.environ.get("WORLD_SIZE", "1"))
-        if settings.adapters == "host" and everywhere > 1:
+        if settings.adapters == "host" and ranks_everywhere() > 1:
             raise SettingsError(
-                f"adapters: got host with {everywhere} ranks, expected device or auto; DDP and "
-                "DeepSpeed take parameters of one kind of device only"
+                f"adapters: got host with {ranks_everywhere()} ranks, expected device or auto; "
+                "DDP and DeepSpeed take parameters of one kind of device only"
             )
         self.engine = choose_engine(settings)
         # Whether the experts' LoRA stays on the host; the memory plan may decide it.

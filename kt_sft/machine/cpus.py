@@ -44,6 +44,11 @@ def place_among_ranks() -> tuple[int, int]:
     return int(os.environ.get("LOCAL_RANK") or 0), max(1, ranks)
 
 
+def ranks_everywhere() -> int:
+    """Ranks on all machines, as torchrun tells them; 1 without."""
+    return max(1, int(os.environ.get("WORLD_SIZE") or 1))
+
+
 def _physical_cores(cpus: set[int], topology: Path) -> int:
     """Cores among `cpus`, hyper-threads of one core counted once."""
     cores = set()

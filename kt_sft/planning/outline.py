@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,7 @@ from kt_sft.kernels import WeightLayout, requested_isa
 from kt_sft.kernels.formats import AS_PUBLISHED
 from kt_sft.machine import allocator
 from kt_sft.machine.accelerator import free_device_memory, has_accelerator
-from kt_sft.machine.cpus import place_among_ranks, threads_of
+from kt_sft.machine.cpus import place_among_ranks, ranks_everywhere, threads_of
 from kt_sft.machine.memory import available_memory_bytes
 from kt_sft.planning.lora_targets import LoraTargets
 from kt_sft.planning.plan import (
@@ -189,8 +188,7 @@ def plan_of(
         adapters = settings.adapters
         if adapters == "auto":
             free = free_device_memory()
-            alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-            may_choose = outline is not None and not outline.one_kind and alone
+            may_choose = outline is not None and not outline.one_kind and ranks_everywhere() == 1
             adapters = _place_of_adapters(plan, free if may_choose else None)
     keeps = settings.activations != "recompute"
     planned = plan(adapters=adapters, keeps=keeps)

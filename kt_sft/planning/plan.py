@@ -220,20 +220,14 @@ def workspace_bytes(
     return temporary + _FLOAT * lora_parameters(replace(layer, shared_lora=False), work.rank)
 
 
-def pinned_bytes(
+def crossing_bytes(
     layers: Sequence[LayerNeeds], work: Workload, element_bytes: int, lora: bool
 ) -> int:
-    """The link's memory on the host: the same buffers for all layers, in both directions.
-
-    lora: the experts' LoRA crosses it too.
-    """
-    largest = 0
-    for layer in {*layers}:
-        crossing = [staged_bytes(layer, work, element_bytes)]
-        if lora:
-            crossing.append(_FLOAT * lora_parameters(layer, work.rank))
-        largest = max(largest, *crossing)
-    return 2 * BUFFERS * pinned_size(largest)
+    """The most that crosses the link in one copy; lora: the experts' LoRA crosses it too."""
+    copies = [staged_bytes(layer, work, element_bytes) for layer in {*layers}]
+    if lora:
+        copies += [_FLOAT * lora_parameters(layer, work.rank) for layer in {*layers}]
+    return max(copies, default=0)
 
 
 def plan_memory(
@@ -273,12 +267,11 @@ def plan_memory(
         crosses = adapters == "device"
         if crosses:  # LoRA, and the sums of its gradients
             copied += _FLOAT * trained * (2 if work.accumulates else 1)
-        pinned = pinned_bytes(layers, work, rest.element_bytes, crosses)
+        crossing = crossing_bytes(layers, work, rest.element_bytes, crosses)
+        # The same buffers for all layers, down and up.
+        pinned = 2 * BUFFERS * pinned_size(crossing)
         # Packed on the device: what goes down, and where what comes up lands.
-        packed = [staged_bytes(layer, work, rest.element_bytes) for layer in layers]
-        if crosses:
-            packed += [_FLOAT * lora_parameters(layer, work.rank) for layer in layers]
-        packed_there = 0 if rest.on_host else 2 * max(packed, default=0)
+        packed = 2 * crossing
         tensor = work.tokens * rest.hidden * rest.element_bytes
         # With checkpointing: the input of every layer, and all of one.
         away = rest.layers if work.checkpointing and work.offloads and not rest.on_host else 0
@@ -300,6 +293,6 @@ def plan_memory(
             Component("kernels' workspace", "host", max(workspaces, default=0)),
             Component("other activations (estimate)", there, tensor * tensors + logits),
             Component("inputs of the layers", "host", tensor * away),
-            Component("tensors on the link", "device", packed_there),
+            Component("tensors on the link", "device", 0 if rest.on_host else packed),
         ]
     return MemoryPlan(tuple(parts), ranks, adapters, keeps)

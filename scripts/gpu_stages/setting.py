@@ -65,10 +65,6 @@ def prepare(device: str) -> None:
     torch.backends.cudnn.allow_tf32 = False
     if device == "simulated":
         sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "accelerator"))
-        import transformers
         from simulated_device import SimulatedDevice
 
-        SimulatedDevice()
-        os.environ["ACCELERATE_TORCH_DEVICE"] = device
-        # It is asked for GPUs by their names.
-        transformers.training_args.is_torch_bf16_gpu_available = lambda: True
+        SimulatedDevice.for_trainers()

@@ -89,6 +89,16 @@ class SimulatedDevice:
         torch._register_device_module(NAME, self._module())
         torch.utils.generate_methods_for_privateuse1_backend()
 
+    @classmethod
+    def for_trainers(cls) -> SimulatedDevice:
+        """Taken by accelerate and Transformers too, which know devices by their names."""
+        import transformers
+
+        device = cls()
+        os.environ["ACCELERATE_TORCH_DEVICE"] = NAME
+        transformers.training_args.is_torch_bf16_gpu_available = lambda: True
+        return device
+
     def clear(self) -> None:
         """Forgets what was observed."""
         torch.accelerator.synchronize()

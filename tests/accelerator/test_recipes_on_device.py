@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
 from children import finish
-from device_child import DEVICE
 from llamafactory_runs import RECIPE, Workplace, effective_workplace
 from recipe_runs import Recipe
 from simulated_device import SimulatedDevice
@@ -23,8 +21,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 def on_simulated_device() -> None:
     """In a child, before its recipe runs."""
-    SimulatedDevice()
-    os.environ["ACCELERATE_TORCH_DEVICE"] = DEVICE
+    SimulatedDevice.for_trainers()
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from children import finish
 from device_child import DEVICE
 from simulated_device import SimulatedDevice
@@ -25,14 +23,11 @@ EXPERTS = ["gate_proj", "up_proj", "down_proj"]
 
 
 @dataclasses.dataclass
-class OnDevice(Training):
+class TrainingOnDevice(Training):
     """A training on the simulated device, whose jobs begin late."""
 
     def __call__(self) -> None:
-        device = SimulatedDevice()
-        # accelerate and Transformers take devices by name only, and another one from here.
-        os.environ["ACCELERATE_TORCH_DEVICE"] = DEVICE
-        transformers.training_args.is_torch_bf16_gpu_available = lambda: True
+        device = SimulatedDevice.for_trainers()
         with device.delays(compute=10, down=300, up=300):
             super().__call__()
         seen = dataclasses.asdict(device.observed())
@@ -49,12 +44,11 @@ def run(
     """What the device saw of a training in a child."""
     # Numbers that the device draws are not among what the Trainer saves of devices unknown to it:
     # with attention's dropout a resumed run would drop others.
-    targets = EXPERTS
-    work = OnDevice(
+    work = TrainingOnDevice(
         str(folder),
         resume=resume,
         change=change,
-        targets=targets,
+        targets=EXPERTS,
         arguments={"use_cpu": False, **arguments},
         experts={"adapters": adapters},
     )

@@ -53,9 +53,9 @@ from kt_sft.planning.plan import (
     MemoryPlan,
     RestOfModel,
     Workload,
+    crossing_bytes,
     held_bytes,
     lora_parameters,
-    pinned_bytes,
     plan_memory,
     staged_bytes,
     workspace_bytes,
@@ -94,12 +94,15 @@ def test_numbers_of_a_layer() -> None:
     assert with_lora > without + 4 * lora_parameters(LAYER, 8) + 4 * rows * (768 + 24)
     # Two buffers in each direction, and LoRA is larger than hidden states, indices and weights.
     assert 4 * lora_parameters(LAYER, 8) > 4096 * (2048 * 2 + 8 * 12)
-    assert pinned_bytes([LAYER] * 3, WORK, 2, lora=True) == 4 * pinned_size(
-        4 * lora_parameters(LAYER, 8)
-    )
-    assert pinned_bytes([LAYER] * 3, WORK, 2, lora=False) == 4 * pinned_size(
-        4096 * (2048 * 2 + 8 * 12)
-    )
+    assert crossing_bytes([LAYER] * 3, WORK, 2, lora=True) == 4 * lora_parameters(LAYER, 8)
+    assert crossing_bytes([LAYER] * 3, WORK, 2, lora=False) == 4096 * (2048 * 2 + 8 * 12)
+    for adapters, largest in (
+        ("device", 4 * lora_parameters(LAYER, 8)),
+        ("host", 4096 * (2048 * 2 + 8 * 12)),
+    ):
+        parts = {c.name: c.nbytes for c in plan(adapters=adapters).components}
+        assert parts["pinned memory of the link"] == 4 * pinned_size(largest)
+        assert parts["tensors on the link"] == 2 * largest
     assert [pinned_size(n) for n in (1, 1 << 20, (1 << 20) + 1)] == [1 << 20, 1 << 20, 1 << 21]
 
 

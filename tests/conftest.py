@@ -63,6 +63,7 @@ COSTS = {
     "test_comparators.py": "unit",
     "test_settings.py": "unit",
     "test_layers.py": "unit",
+    "test_block_order.py": "unit",
 }
 _ORDER = list(dict.fromkeys(COSTS.values()))
 

@@ -1,22 +1,20 @@
 """Shared experts ahead of the routed ones, so that an accelerator has work while the host computes.
 
-Many blocks call their routed experts first, and then their shared ones on the block's own input.
-Such a second call gets the result of an earlier one: made between the routed experts' inputs
-leaving and the wait for their result. Whether a block is one of these is read from its forward, so
-that every pass, a recomputation too, does the same things in the same order.
+In the forward of a block whose shared experts come after the routed ones (order.py), their call
+gets the result of an earlier one: made between the routed experts' inputs leaving and the wait for
+their result. What a block does is decided when it is prepared, so that every pass, a recomputation
+too, does the same things in the same order.
 """
 
 from __future__ import annotations
 
-import ast
-import functools
-import inspect
-import textwrap
 import threading
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
+
+from kt_sft.experts.order import Order, order_of
 
 
 @dataclass
@@ -25,15 +23,24 @@ class _Early:
 
     made_of: Tensor
     version: int
-    result: Any
+    result: Tensor
+
+    def serves(self, given: Tensor) -> bool:
+        """Whether a call with this input is the same one; a view in another shape counts."""
+        made_of = self.made_of
+        return (
+            given is made_of
+            or (given.data_ptr(), given.numel(), given.dtype, given.shape[-1])
+            == (made_of.data_ptr(), made_of.numel(), made_of.dtype, made_of.shape[-1])
+        ) and given._version == self.version
 
 
 @dataclass
 class _BlockCall:
     """A block whose forward runs in this thread: its input, and what it has got early."""
 
-    block: nn.Module
-    given: Any
+    block: _Block
+    given: Tensor
     early: dict[str, _Early] = field(default_factory=dict)
 
 
@@ -45,19 +52,23 @@ class _Running(threading.local):
 _running = _Running()
 
 
-def _enter(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    calls = _running.calls
-    # Left by a call that an interrupt ended, after which torch runs no hooks.
-    for number, call in enumerate(calls):
-        if call.block is block:
-            del calls[number:]
-            break
-    calls.append(_BlockCall(block, args[0] if args else next(iter(kwargs.values()), None)))
+class _Block(nn.Module):
+    """What a block becomes a subclass of."""
 
+    order: ClassVar[Order]
 
-def _leave(*_: Any) -> None:
-    if _running.calls:
-        _running.calls.pop()
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock forward; on an accelerator with the routed experts first."""
+        given = args[0] if args else next(iter(kwargs.values()), None)
+        if not isinstance(given, Tensor) or given.device.type == "cpu":
+            return super().forward(*args, **kwargs)
+        _running.calls.append(_BlockCall(self, given))
+        try:
+            if self.order.routed_first is not None:
+                return self.order.routed_first(self, *args, **kwargs)
+            return super().forward(*args, **kwargs)
+        finally:
+            _running.calls.pop()
 
 
 class _SharedExperts(nn.Module):
@@ -68,83 +79,28 @@ class _SharedExperts(nn.Module):
         call = _running.calls[-1] if _running.calls else None
         if call is not None and len(args) == 1 and not kwargs:
             # By its name: another module may have taken its place, as PEFT's copies do.
-            for name in list(call.early):
-                early = call.early[name]
-                holder = call.block.get_submodule(name)
-                if self in holder.modules() and early.made_of is args[0]:
+            for name, early in call.early.items():
+                if self in call.block.get_submodule(name).modules() and early.serves(args[0]):
                     del call.early[name]
-                    if args[0]._version == early.version:
-                        return early.result
+                    return early.result.view(*args[0].shape[:-1], -1)
         return super().forward(*args, **kwargs)
-
-
-@functools.cache
-def called_after(block: type[nn.Module], experts: str, children: frozenset[str]) -> tuple[str, ...]:
-    """Children that a block's forward calls after its child `experts`, on its own input.
-
-    Read from the source; only what is called by a statement of the forward itself counts.
-    """
-    try:
-        source = textwrap.dedent(inspect.getsource(block.forward))
-        function = ast.parse(source).body[0]
-    except (OSError, TypeError, SyntaxError):
-        return ()
-    if not isinstance(function, ast.FunctionDef) or len(function.args.args) < 2:
-        return ()
-    this, given_name = (argument.arg for argument in function.args.args[:2])
-    inputs = {given_name}  # names of the block's input
-    found, routed = [], False
-    for statement in function.body:
-        for node in ast.walk(statement):
-            name = _called_child(node, this)
-            if name == experts:
-                routed = True
-            elif routed and name in children and _gets_one_of(node, inputs):
-                found.append(name)
-        _follow(statement, inputs)
-    return tuple(found)
-
-
-def _called_child(node: ast.AST, this: str) -> str:
-    """The name of a call of `this.<name>(...)`; empty for anything else."""
-    function = node.func if isinstance(node, ast.Call) else None
-    own = isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name)
-    return function.attr if own and function.value.id == this else ""  # type: ignore[union-attr]
-
-
-def _gets_one_of(node: ast.AST, names: set[str]) -> bool:
-    """Whether a call's only argument has one of these names."""
-    alone = isinstance(node, ast.Call) and len(node.args) == 1 and not node.keywords
-    return alone and isinstance(node.args[0], ast.Name) and node.args[0].id in names  # type: ignore[attr-defined]
-
-
-def _follow(statement: ast.stmt, inputs: set[str]) -> None:
-    """Names that are given the input, and those that are given something else."""
-    same = (
-        isinstance(statement, ast.Assign)
-        and isinstance(statement.value, ast.Name)
-        and statement.value.id in inputs
-    )
-    for node in ast.walk(statement):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            (inputs.add if same else inputs.discard)(node.id)
-
-
-def _children(block: nn.Module) -> frozenset[str]:
-    return frozenset(n for n, _ in block.named_children() if "shared" in n and "gate" not in n)
 
 
 def let_shared_go_ahead(block: nn.Module, experts: str) -> None:
     """Prepares a block that holds routed experts by that name, and may hold shared ones."""
-    names = called_after(type(block), experts, _children(block))  # type: ignore[arg-type]
-    if not names:
+    children = (name for name, _ in block.named_children())
+    shared = frozenset(name for name in children if "shared" in name and "gate" not in name)
+    order = order_of(type(block), experts, shared)  # type: ignore[arg-type]
+    if not order.shared_after:
         return
-    block.register_forward_pre_hook(_enter, with_kwargs=True)
-    block.register_forward_hook(_leave, always_call=True)
-    for name in names:
-        child = block.get_submodule(name)
-        stock = type(child)
-        child.__class__ = type(stock.__name__, (_SharedExperts, stock), {})
+    _derive(block, _Block, {"order": order})
+    for name in order.shared_after:
+        _derive(block.get_submodule(name), _SharedExperts, {})
+
+
+def _derive(module: nn.Module, mixin: type[nn.Module], attributes: dict[str, Any]) -> None:
+    stock = type(module)
+    module.__class__ = type(stock.__name__, (mixin, stock), attributes)
 
 
 def _is_plain(child: nn.Module) -> bool:
@@ -155,14 +111,12 @@ def _is_plain(child: nn.Module) -> bool:
 def run_ahead(experts: nn.Module) -> None:
     """Calls what the block around `experts` calls after them."""
     call = _running.calls[-1] if _running.calls else None
-    if call is None or not isinstance(call.given, Tensor) or call.given.is_inference():
+    if call is None or call.given.is_inference() or not call.given.is_contiguous():
         return
-    own = next((name for name, child in call.block.named_children() if child is experts), None)
-    if own is None:
+    block, given = call.block, call.given
+    if not any(child is experts for child in block.children()):
         return
-    block = call.block
-    for name in called_after(type(block), own, _children(block)):  # type: ignore[arg-type]
+    for name in block.order.shared_after:
         child = block.get_submodule(name)
         if _is_plain(child):
-            given = call.given
             call.early[name] = _Early(given, given._version, child(given))

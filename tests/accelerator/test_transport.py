@@ -372,7 +372,18 @@ def _overlapping(device: SimulatedDevice, family: str, ahead: bool) -> None:
         assert [names.count("aten::mm") >= 3 for names in backward] == [True] * layers or not ahead
 
 
-@pytest.mark.parametrize("family, ahead", [("deepseek_v3", True), ("qwen3_moe", False)])
+@pytest.mark.parametrize(
+    "family, ahead",
+    [
+        ("deepseek_v3", True),
+        ("qwen3_next", True),  # called first in the stock block
+        ("ernie4_5_moe", True),  # so, and in an `if`
+        ("hunyuan_v1_moe", True),  # so, and the input's name is given to something else
+        ("aria_text", True),  # on a view of the input
+        ("llama4_text", True),  # a block forward of our own
+        ("qwen3_moe", False),
+    ],
+)
 def test_shared_experts_run_while_the_host_computes(family: str, ahead: bool) -> None:
     """Qwen3 has none, and so shows that the test can fail."""
     on_device(_overlapping, family, ahead)

@@ -14,11 +14,23 @@ import yaml
 from kt_sft.errors import SettingsError
 from kt_sft.machine.cpus import machine_cpus
 
+# What `kt-sft export --to` writes for; export/programs.py says what each of them reads.
+EXPORT_TARGETS = (
+    "kt_sft",
+    "peft",
+    "peft-fused",
+    "peft-fused-0.18",
+    "vllm",
+    "sglang",
+    "gguf",
+    "merged",
+)
 _CHOICES = {
     "compute": ("exact", "int8"),
     "activations": ("auto", "keep", "recompute"),
     "adapters": ("auto", "device", "host"),
     "embeddings": ("device", "host"),
+    "adapter_base": ("check", "any"),
     "expert_lora": (True, False, "shared"),
     "numa": ("auto", "off"),
     "resident": ("auto", True, False),
@@ -38,7 +50,8 @@ class HybridExpertsSettings:
         use bf16 products.
     expert_lora: LoRA on the routed experts, with the recipe's rank, alpha and dropout: true (a pair
         of matrices per expert), shared (one pair per layer and projection for all its experts,
-        saved once per expert, as other programs read it) or false.
+        and saved so; `kt-sft export` writes it for every expert where a program needs it) or
+        false.
     activations: what gradient checkpointing does with the experts: keep (their forward is computed
         once and held in host memory until backward), recompute (a second time, less memory) or auto
         (keep, and recompute the layers for which host memory is too small).
@@ -47,6 +60,10 @@ class HybridExpertsSettings:
         process only) or auto (on the device, unless the memory plan says that they do not fit).
     embeddings: where the table of input embeddings is: device, or host (its tokens' rows go up;
         it must be frozen, and not be the output head too).
+    adapter_base: which base an adapter is loaded on: check (the one that it was trained on, by what
+        lies beside it) or any (of the same shape).
+    export_for: programs that will read the adapter (`kt-sft export --help` lists them); a recipe
+        whose adapter one of them cannot read is refused before anything is loaded.
     threads: CPU threads for the experts, at most as many as the machine has CPUs, or auto
         (affinity, container quota, physical cores).
     isa: auto, or the name of an instruction set that `kt-sft doctor` lists; the environment
@@ -68,6 +85,8 @@ class HybridExpertsSettings:
     activations: str = "auto"
     adapters: str = "auto"
     embeddings: str = "device"
+    adapter_base: str = "check"
+    export_for: tuple[str, ...] = ()
     threads: int | str = "auto"
     isa: str = "auto"
     numa: str = "auto"
@@ -76,6 +95,8 @@ class HybridExpertsSettings:
     memory_check: bool = True
 
     def __post_init__(self) -> None:
+        if isinstance(self.export_for, list):  # from YAML and JSON
+            object.__setattr__(self, "export_for", tuple(self.export_for))
         problems = list(_problems(asdict(self)))
         if problems:
             raise SettingsError(_report(problems))
@@ -99,6 +120,10 @@ class HybridExpertsSettings:
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values."""
         return asdict(self)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
 
 
 def _problems(values: Mapping[str, Any]) -> list[str]:
@@ -129,6 +154,10 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
             "that wait for each other. Set auto or fewer (KT_SFT_OVERSUBSCRIBE=1 allows it, for "
             "tests)"
         )
+    programs = values["export_for"]
+    unknown = [p for p in programs if p not in EXPORT_TARGETS] if _is_list(programs) else programs
+    if unknown or not _is_list(programs):
+        found.append(f"export_for: got {unknown!r}, expected a list of {', '.join(EXPORT_TARGETS)}")
     if not isinstance(values["store"], str) or not values["store"]:
         found.append(f"store: got {values['store']!r}, expected auto, memory or a folder")
     if not isinstance(values["isa"], str):

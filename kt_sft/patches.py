@@ -63,6 +63,7 @@ _PLUGIN = "kt_sft.plugin.llamafactory"
 _MODES = "kt_sft.plugin.modes"
 _SAVING = "kt_sft.training.saving"
 _INJECTION = "kt_sft.loading.peft_injection"
+_FOLDERS = "kt_sft.loading.adapter_folders"
 _CONVERSION = "peft.utils.transformers_weight_conversion"
 
 PATCHES = (
@@ -141,6 +142,12 @@ PATCHES = (
           "model, peft_config, adapter_state_dict, ...", f"{_INJECTION}:without_state_conversion",
           "leaves the adapters of hybrid models alone",
           since="0.19", fallback="nothing is converted"),
+    Patch("peft", "peft.peft_model:PeftModel.save_pretrained",
+          "self, save_directory, ...", f"{_FOLDERS}:with_identity",
+          "puts what tells the base from others beside an adapter"),
+    Patch("peft", "peft.peft_model:PeftModel.load_adapter",
+          "self, model_id, adapter_name, ...", f"{_FOLDERS}:looking_at_the_base",
+          "refuses an adapter of another base of the same shape, or in another program's form"),
     # Python.
     Patch("errors", "sys:excepthook", "", "kt_sft.plugin.section:one_message",
           "ends a command with our message, without a traceback"),

@@ -23,6 +23,8 @@ _PROJECTION = f"({'|'.join(PROJECTIONS)})"
 _STACKED = re.compile(rf"{_PROJECTION}\.(lora_[AB])\.([^.]+)$")
 # Without an adapter's name where PEFT knows no parameter of this model for the key (0.21 on).
 _OF_EXPERT = re.compile(rf"(\d+)\.{_PROJECTION}\.(lora_[AB])(?:\.([^.]+))?\.weight$")
+_SHARED = re.compile(rf"{_PROJECTION}\.(lora_[AB])\.([^.]+)\.weight$")
+_OF_ALL = re.compile(rf"(.+)\.{_PROJECTION}\.lora_[AB](?:\.[^.]+)?\.weight$")
 _EXPERT_MODULE = re.compile(rf"(.+)\.(\d+)\.{_PROJECTION}$")
 _IN_FULL = re.compile(r"(.*)\.(modules_to_save|original_module)\.(\w+)")
 
@@ -64,6 +66,17 @@ def stacked_key(projection: str, factor: str, adapter: str | None) -> str:
     return f"{projection}.{factor}.{adapter}"
 
 
+def shared(key: str) -> Stacked | None:
+    """The parts of a key, below its experts, of a pair that all of them share, or None."""
+    match = _SHARED.fullmatch(key)
+    return Stacked(*match.groups()) if match else None
+
+
+def shared_key(projection: str, factor: str, adapter: str) -> str:
+    """The way back."""
+    return f"{projection}.{factor}.{adapter}.weight"
+
+
 def of_expert(key: str) -> OfExpert | None:
     """The parts of a key, whatever precedes it, or None for another one."""
     match = _OF_EXPERT.search(key)
@@ -71,6 +84,12 @@ def of_expert(key: str) -> OfExpert | None:
         return None
     expert, projection, factor, adapter = match.groups()
     return OfExpert(key[: match.start()].rstrip("."), int(expert), projection, factor, adapter)
+
+
+def owner(key: str) -> str:
+    """The path before a projection's LoRA, whatever the projection is of; empty for other keys."""
+    match = _OF_ALL.fullmatch(key)
+    return match[1] if match else ""
 
 
 def expert_key(expert: int, projection: str, factor: str, adapter: str) -> str:

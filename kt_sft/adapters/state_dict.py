@@ -1,6 +1,7 @@
 """Expert LoRA in state dicts: one pair of matrices per expert and projection, see names.py.
 
-Factors that all experts share are repeated, and are taken back where all of them are equal.
+Factors that all experts share are one pair there too, under the name of the projection; adapters
+that repeat them for every expert are taken as well, where all of them are equal.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ def spread_expert_factors(
         factors = state_dict.pop(key)
         layer = getattr(module, found.projection)
         if layer.shared:
-            # Copies: a safetensors file cannot hold one tensor under several names.
-            factors = factors.repeat(layer.experts, 1, 1)
+            state_dict[prefix + names.shared_key(*found)] = factors[0]
+            continue
         for expert, matrix in enumerate(factors.unbind(0)):
             state_dict[prefix + names.expert_key(expert, *found)] = matrix
 
@@ -46,6 +47,11 @@ def collect_expert_factors(
     """
     groups: dict[tuple[str, str, str | None], dict[int, Tensor]] = {}
     for key in [k for k in state_dict if k.startswith(prefix)]:
+        shared = names.shared(key[len(prefix) :])
+        if shared is not None:
+            experts = range(module.shape.experts)  # type: ignore[arg-type, union-attr]
+            groups[shared] = dict.fromkeys(experts, state_dict.pop(key))
+            continue
         found = names.of_expert(key[len(prefix) :])
         if found is None or found.path:
             continue
@@ -80,18 +86,17 @@ def refuse_other_layers(
     `load_state_dict` of PEFT drops keys that it does not know and leaves missing ones at their
     initial values, both without an error. Raises AdapterMismatchError.
     """
-    found = {
-        key.path
-        for key in (names.of_expert(k[len(prefix) :]) for k in state_dict if k.startswith(prefix))
-        if key is not None
-    }
-    if not found:
-        return
     here = {
         path
         for path, module in model.named_modules()
         if getattr(module, "holds_expert_factors", False)
     }
+    keys = [k[len(prefix) :] for k in state_dict if k.startswith(prefix)]
+    found = {expert.path for expert in map(names.of_expert, keys) if expert is not None}
+    # Of a pair for all experts the name alone does not tell that it is of experts.
+    found |= {path for path in map(names.owner, keys) if path in here or path.endswith(".experts")}
+    if not found:
+        return
     problems = [f"{path}: in the adapter, not in this model" for path in sorted(found - here)]
     problems += [f"{path}: in this model, not in the adapter" for path in sorted(here - found)]
     if problems:

@@ -13,6 +13,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from kt_sft.adapters.base_identity import telling_parameters
 from kt_sft.checkpoint.configuration import read_config
 from kt_sft.checkpoint.keys import ModelKeys
 from kt_sft.checkpoint.published import PublishedCheckpoint, own_quantization
@@ -28,11 +29,14 @@ from kt_sft.files.safetensors import SafetensorsCheckpoint, checkpoint_files
 class BaseModel:
     """What a checkpoint's folder says of its model, without its weights."""
 
+    config: Any
     keys: ModelKeys
     layers: list[FoundExperts]
     published: dict[str, Any]  # its quantization_config
     tied: dict[str, str]  # parameter -> the one that it is the same as
     vocabulary: frozenset[str]  # parameters with a row for each token
+    modules: tuple[str, ...]  # the paths of all modules
+    telling: tuple[str, ...]  # parameters that tell this base from another of its shape
 
     @classmethod
     def of(cls, folder: str | Path) -> BaseModel:
@@ -44,12 +48,16 @@ class BaseModel:
             del config.quantization_config
         with reading(str(file)), torch.device("meta"):
             model = model_class._from_config(config)
+        layers = find_experts(model)
         return cls(
+            config,
             ModelKeys(model),
-            find_experts(model),
+            layers,
             published,
             dict(getattr(model, "all_tied_weights_keys", None) or {}),
             frozenset(_vocabulary(model)),
+            tuple(name for name, _ in model.named_modules() if name),
+            tuple(telling_parameters(model, sizes_of(layers))),
         )
 
 
@@ -99,6 +107,11 @@ def checkpoint_experts(folder: str | Path) -> CheckpointExperts:
 
     name = Path(folder).resolve().name
     return CheckpointExperts(name, list(map(str, files)), base.layers, base.published, open_layers)
+
+
+def sizes_of(layers: Iterable[FoundExperts]) -> dict[str, tuple[int, int, int]]:
+    """(E, hidden, intermediate) of each layer's experts by their path."""
+    return {layer.hybrid_path: layer.shape.sizes for layer in layers}
 
 
 def sources_of(

@@ -40,6 +40,11 @@ class ModelKeys:
         self._parameters: dict[str, Any] = dict(model.state_dict())
         self._by_pattern = {p: c for c in self._converters for p in c.source_patterns}
 
+    def shape(self, parameter: str) -> tuple[int, ...] | None:
+        """Of a parameter of the model, or None where it has none of that name."""
+        found = self._parameters.get(parameter)
+        return None if found is None else tuple(found.shape)
+
     def stacks(self, checkpoint: PublishedCheckpoint) -> dict[str, Stack]:
         """Parameter name -> the tensors on disk that make it up; keys of no parameter are left out.
 

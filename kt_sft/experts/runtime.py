@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from kt_sft.config import HybridExpertsSettings
 from kt_sft.engines.choose import choose_engine
@@ -33,6 +34,8 @@ class ExpertsRuntime:
         self.adapters_on_host = settings.adapters == "host"
         # What the memory plan says that this process takes, and what it had when it was made.
         self.planned: tuple[int, int] | None = None
+        # What tells the model from others of its shape; None until it is loaded.
+        self.base_identity: dict[str, Any] | None = None
         # Called before each forward pass: raises where the weights cannot be used any more.
         self.require_weights: Callable[[], None] = lambda: None
         # Whether gradients of LoRA on an accelerator may wait for the next backward.

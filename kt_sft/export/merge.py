@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from kt_sft.adapters.file import AdapterFile
-from kt_sft.adapters.names import expert_module
-from kt_sft.checkpoint.folder import BaseModel, sources_of
-from kt_sft.checkpoint.published import PublishedCheckpoint
 from kt_sft.errors import AdapterMismatchError, CheckpointError, SettingsError
+from kt_sft.export.adapter import Adapter, Lora
+from kt_sft.export.base import Base
 from kt_sft.families.finding import TensorPart
 from kt_sft.files import durable
 from kt_sft.files.safetensors import INDEX_NAME, SafetensorsCheckpoint, checkpoint_files
@@ -31,71 +30,77 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Target:
-    """Where a module's matrices go: a tensor on disk, or a part of it.
+class _Change:
+    """LoRA of a tensor on disk, or of a part of it.
 
-    trained_as: training knows one module for all experts, which patterns were matched against.
+    module: of the model; of a layer's experts where there is a projection.
     """
 
     key: str
-    trained_as: str
+    module: str
+    projection: str = ""
+    expert: int = 0
     part: TensorPart | None = None
 
+    def read(self, adapter: Adapter) -> Lora:
+        """Its matrices."""
+        if self.projection:
+            return adapter.experts(self.module, self.projection).of(self.expert)
+        return adapter.linear(self.module)
+
     def of(self, tensor: Tensor) -> Tensor:
-        """The target in its tensor, [outputs, inputs], a view."""
+        """What changes of its tensor, [outputs, inputs], a view."""
         return tensor if self.part is None else self.part.of(tensor)
 
 
 class LoraDelta:
     """The changes that an adapter makes to the tensors of a checkpoint, by their keys on disk."""
 
-    def __init__(
-        self, adapter: str | Path, checkpoint: PublishedCheckpoint, base: BaseModel
-    ) -> None:
-        self._adapter = AdapterFile(adapter)
-        self._stacks = base.keys.stacks(checkpoint)
-        self._sources = sources_of(checkpoint, base.layers, self._stacks)
-        self._lora: dict[str, list[tuple[str, _Target]]] = {}
+    def __init__(self, adapter: Adapter) -> None:
+        base = adapter.base
+        self._adapter, self._checkpoint, self._tied = adapter, base.checkpoint, base.model.tied
+        self._on_disk = base.on_disk
+        self._lora: dict[str, list[_Change]] = {}
         self._replaced: dict[str, str] = {}
-        self._resizable = {self._single(name) for name in base.vocabulary}
+        self._resizable = {base.on_disk(name) for name in base.model.vocabulary}
         # Tensors that a checkpoint with tied embeddings does not have: name -> the adapter's
         # parameter, or the base's tensor that it was tied to.
         self._untied: dict[str, tuple[str, bool]] = {}
         lost = []
-        for module in self._adapter.lora_modules():
-            target = self._target(module)
-            if target is None:
-                lost.append(module)
-            else:
-                self._lora.setdefault(target.key, []).append((module, target))
-        for parameter in self._adapter.full_parameters():
-            if (on_disk := self._single(parameter)) is not None:
-                self._replaced[on_disk] = parameter
-            elif parameter in base.tied:
-                self._untied[parameter] = parameter, True
-            else:
+        for change in self._changes():
+            self._lora.setdefault(change.key, []).append(change)
+        for parameter in (*(f"{m}.weight" for m in adapter.linear_modules), *adapter.full):
+            if base.on_disk(parameter) is None and parameter not in base.model.tied:
                 lost.append(parameter)
+        for parameter in adapter.full:
+            if (on_disk := base.on_disk(parameter)) is not None:
+                self._replaced[on_disk] = parameter
+            elif parameter in base.model.tied:
+                self._untied[parameter] = parameter, True
         if lost:
             raise AdapterMismatchError(
-                f"{adapter}: {len(lost)} modules of the adapter are not in the base checkpoint, "
-                f"the first is {lost[0]}; export it with the base it was trained on"
+                f"{adapter.file.folder}: {len(lost)} modules of the adapter are not in the base "
+                f"checkpoint, the first is {lost[0]}; export it with the base it was trained on"
             )
 
         # Where only one side of a tied pair was trained, the other is as it was.
-        for name, source in base.tied.items():
-            on_disk = self._single(source)
+        for name, source in self._tied.items():
+            on_disk = self._on_disk(source)
             if name not in self._untied and on_disk is not None and on_disk in self._replaced:
                 self._untied[name] = on_disk, False
-        self._checkpoint, self._tied = checkpoint, base.tied
 
     @property
     def vocabulary(self) -> int | None:
         """Rows of the trained embedding or head, which may be more than the base has."""
         rows = {
-            self._adapter.full_shape(key)[0]
+            self._adapter.file.shape(self._adapter.full[key])[0]
             for on_disk, key in self._replaced.items()
             if on_disk in self._resizable
-        } | {self._adapter.full_shape(key)[0] for key, trained in self._untied.values() if trained}
+        } | {
+            self._adapter.file.shape(self._adapter.full[key])[0]
+            for key, trained in self._untied.values()
+            if trained
+        }
         if len(rows) > 1:
             raise AdapterMismatchError(
                 f"the adapter's embedding and head have {sorted(rows)} rows; train both, by "
@@ -107,10 +112,10 @@ class LoraDelta:
         """Tensors to write beside those of the base, whose embeddings are tied no more."""
         found = {}
         for name, (key, trained) in self._untied.items():
-            source = self._single(self._tied[name])
+            source = self._on_disk(self._tied[name])
             assert source is not None
             like = self._checkpoint.get(source)
-            tensor = self._adapter.full(key) if trained else self._checkpoint.get(key)
+            tensor = self._full(key) if trained else self._checkpoint.get(key)
             assert isinstance(tensor, Tensor) and isinstance(like, Tensor)
             found[name] = tensor.to(like.dtype)
         return found
@@ -118,7 +123,7 @@ class LoraDelta:
     def apply(self, key: str, weight: Tensor) -> Tensor:
         """The merged tensor for `key`, in the dtype of `weight`."""
         if key in self._replaced:
-            trained = self._adapter.full(self._replaced[key])
+            trained = self._full(self._replaced[key])
             same = trained.shape[1:] == weight.shape[1:] and key in self._resizable
             if trained.shape != weight.shape and not same:
                 raise AdapterMismatchError(
@@ -129,34 +134,26 @@ class LoraDelta:
         if key not in self._lora:
             return weight
         merged = weight.to(torch.float32, copy=True)
-        for module, target in self._lora[key]:
-            view = target.of(merged)
-            lora = self._adapter.matrices(module, target.trained_as)
-            if (lora.b.shape[0], lora.a.shape[1]) != tuple(view.shape):
-                raise AdapterMismatchError(
-                    f"{module}: the adapter is for a weight of "
-                    f"{(lora.b.shape[0], lora.a.shape[1])}, "
-                    f"the base has {tuple(view.shape)}"
-                )
+        for change in self._lora[key]:
+            lora = change.read(self._adapter)
+            view = change.of(merged)
             view.addmm_(lora.b, lora.a, alpha=lora.scaling)
         return merged.to(weight.dtype)
 
-    def _target(self, module: str) -> _Target | None:
-        expert = expert_module(module)
-        source = self._sources.get(expert.path) if expert else None
-        if expert is None or source is None:
-            key = self._single(f"{module}.weight")
-            return None if key is None else _Target(key, module)
-        if expert.expert >= source.experts:
-            return None
-        key, part = source.place(expert.projection, expert.expert)
-        return _Target(key, f"{expert.path}.{expert.projection}", part)
+    def _full(self, parameter: str) -> Tensor:
+        return self._adapter.file.get(self._adapter.full[parameter])
 
-    def _single(self, parameter: str) -> str | None:
-        """The one tensor on disk that is this parameter of the model, if there is one."""
-        stack = self._stacks.get(parameter)
-        keys = stack.keys() if stack is not None else []
-        return keys[0] if len(keys) == 1 else None
+    def _changes(self) -> Iterator[_Change]:
+        base = self._adapter.base
+        for module in self._adapter.linear_modules:
+            key = base.on_disk(f"{module}.weight")
+            if key is not None:
+                yield _Change(key, module)
+        for layer in self._adapter.expert_layers:
+            for projection in self._adapter.projections(layer):
+                for expert in range(base.layers[layer].shape.experts):
+                    key, part = base.sources[layer].place(projection, expert)
+                    yield _Change(key, layer, projection, expert, part)
 
 
 def export_merged(base: str | Path, adapter: str | Path | None, out: str | Path) -> Path:
@@ -178,14 +175,13 @@ def export_merged(base: str | Path, adapter: str | Path | None, out: str | Path)
         "free some, or set export_dir to a folder on another disk",
         CheckpointError,
     )
-    checkpoint = PublishedCheckpoint(SafetensorsCheckpoint(files))
-    config = json.loads((base / "config.json").read_text())
-    if checkpoint.quantized or config.get("quantization_config"):
+    opened = Base.open(base)
+    if opened.checkpoint.quantized or opened.model.published:
         raise SettingsError(
             f"{base}: its weights are quantized, and merging would quantize them again; serve "
             "the adapter beside the base, or export with a bf16 version of it"
         )
-    delta = LoraDelta(adapter, checkpoint, BaseModel.of(base)) if adapter else None
+    delta = LoraDelta(Adapter(adapter, opened)) if adapter else None
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
     partial.mkdir()
     added: dict[str, Tensor] = {}

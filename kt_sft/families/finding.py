@@ -39,6 +39,11 @@ _ROWS = {
 }
 
 
+def output_rows(rows: str, outputs: int) -> slice:
+    """Which outputs of a tensor with so many a part has, by the rows of its Part."""
+    return _ROWS[rows](outputs // 2)
+
+
 @dataclass(frozen=True)
 class TensorPart:
     """Where one expert's projection lies in a tensor.
@@ -66,7 +71,7 @@ class TensorPart:
         """The same where only the expert's part of the tensor was read."""
         if self.transposed and isinstance(matrix, Tensor) and matrix.dim() == 2:
             matrix = matrix.T  # type: ignore[assignment]
-        return matrix[_ROWS[self.rows](matrix.shape[0] // 2)]  # type: ignore[return-value]
+        return matrix[output_rows(self.rows, matrix.shape[0])]  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,11 @@ class ExpertsShape:
         return PROJECTIONS if self.gate.gated else PROJECTIONS[1:]
 
     @property
+    def sizes(self) -> tuple[int, int, int]:
+        """(E, D, F)."""
+        return self.experts, self.hidden, self.intermediate
+
+    @property
     def weights(self) -> int:
         """The number of weights in all experts together."""
         return len(self.projections) * self.experts * self.hidden * self.intermediate

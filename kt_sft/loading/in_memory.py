@@ -13,6 +13,7 @@ from kt_sft.errors import SettingsError
 from kt_sft.experts import ExpertsRuntime, HybridExperts, hybrid_experts_of
 from kt_sft.families.finding import find_experts
 from kt_sft.kernels import PROJECTIONS
+from kt_sft.loading.adapter_folders import identify_base
 from kt_sft.loading.config import HybridExpertsConfig
 from kt_sft.loading.host_embeddings import move_embeddings
 from kt_sft.loading.packing import new_layer
@@ -44,6 +45,8 @@ def hybridize(model: Any, config: HybridExpertsConfig | HybridExpertsSettings | 
         hybrid.weights = new_layer(hybrid, sources[path])
         # The stock weights go layer by layer, so that the peak is one copy and one layer.
         sources[path].release()
+    if base is model:
+        identify_base(base)
     if settings.embeddings == "host":
         move_embeddings(base)
     if base is not model:

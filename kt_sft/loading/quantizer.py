@@ -27,6 +27,7 @@ from kt_sft.files.safetensors import (
     checkpoint_files,
 )
 from kt_sft.loading import peft_injection
+from kt_sft.loading.adapter_folders import identify_base
 from kt_sft.loading.config import METHOD, HybridExpertsConfig
 from kt_sft.loading.host_embeddings import move_embeddings, require_table
 from kt_sft.loading.placing import place_experts
@@ -221,6 +222,7 @@ class HybridExpertsQuantizer(HfQuantizer):
         )
         place_experts(hybrid_experts_of(model), experts)
         self._layers, self._stacks, self._checkpoint = [], {}, None
+        identify_base(model)
         if self._rest is not None:
             self._rest.finish(model)
         if self.quantization_config.settings.embeddings == "host":

@@ -1,0 +1,251 @@
+"""The programs that adapters are written for: what each reads, and what it does not.
+
+Every limit says which setting would have met it. docs/adapters.md has what was run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import transformers
+from packaging import version
+
+from kt_sft.errors import UnsupportedModelError
+from kt_sft.export.adapter import Adapter
+from kt_sft.export.fused import LAYOUTS, slots_of
+from kt_sft.kernels import PROJECTIONS
+
+# How the experts' factors are laid out: by the model's names, the same with a pair that all experts
+# share stored once, by the checkpoint's names, or in PEFT's form for stacked parameters.
+PER_EXPERT, SHARED, PUBLISHED = "per expert", "shared", "published"
+FUSED_0_18, FUSED = LAYOUTS
+
+
+@dataclass(frozen=True)
+class Program:
+    """One row.
+
+    layout: of the experts, for an adapter; None where the program has no form for this base.
+    one_rank: rank and alpha are one for all modules, as patterns are not read.
+    ranks: those it admits; smaller factors are padded with zeros, which changes nothing.
+    whole: every layer, expert and projection must be there; what lacks becomes zeros.
+    together: modules of one parent of which it needs all or none.
+    full: whether parameters that were trained in full can be in the adapter.
+    limits: more that an adapter must meet; yields what it does not.
+    load: two lines that load the result, with {out} and {base}.
+    """
+
+    title: str
+    tested: str
+    layout: Callable[[Adapter], str | None]
+    load: tuple[str, str]
+    one_rank: bool = False
+    ranks: tuple[int, ...] = ()
+    whole: bool = False
+    together: tuple[tuple[str, ...], ...] = ()
+    full: bool = True
+    limits: Callable[[Adapter], Iterator[str]] = field(default=lambda adapter: iter(()))
+
+    def admitted_rank(self, rank: int) -> int | None:
+        """The smallest admitted rank that is not below; None where there is none."""
+        return next((r for r in sorted(self.ranks) if r >= rank), None) if self.ranks else rank
+
+
+def _model_type(adapter: Adapter) -> str:
+    return str(adapter.base.model.config.model_type)
+
+
+def _always(layout: str) -> Callable[[Adapter], str | None]:
+    return lambda adapter: layout
+
+
+def _separate_on_disk(adapter: Adapter) -> bool:
+    base = adapter.base
+    return all(
+        base.published_expert(path, projection, 0) is not None
+        for path, layer in base.layers.items()
+        for projection in layer.shape.projections
+    )
+
+
+# Families whose LoRA vLLM expects for stacked parameters; in the others the published names tell.
+_VLLM_STACKED = ("gpt_oss", "qwen3_vl_moe", "qwen3_5_moe")
+
+
+def _of_vllm(adapter: Adapter) -> str | None:
+    if _model_type(adapter).removesuffix("_text") in _VLLM_STACKED:
+        return FUSED
+    return PUBLISHED if _separate_on_disk(adapter) else None
+
+
+def _of_llama_cpp(adapter: Adapter) -> str | None:
+    return PUBLISHED if _separate_on_disk(adapter) else None
+
+
+def _peft_per_expert(adapter: Adapter) -> Iterator[str]:
+    """PEFT turns these keys into its own form for some families, and drops them in others."""
+    known = ("qwen3_moe", "olmoe")
+    if _model_type(adapter) not in known:
+        yield (
+            f"stock PEFT drops per-expert LoRA of {_model_type(adapter)} without an error (it "
+            f"reads that of {' and '.join(known)}); use --to peft-fused"
+        )
+    beside = [m for m in adapter.linear_modules if m.rpartition(".")[2] in PROJECTIONS]
+    if beside:
+        yield (
+            f"stock PEFT drops LoRA of {beside[0]} beside that of experts; use --to peft-fused, or "
+            "train without it: lora_target with the attention's names, and expert_lora: true"
+        )
+
+
+# Families whose experts are other modules in newer releases of Transformers than in the pinned one.
+_MOVED = ("aria", "granitemoe", "nemotron_h", "qwen3_omni_moe")
+_MOVED_UNTIL = "5.24.0"
+
+
+def _has_not_moved(adapter: Adapter) -> Iterator[str]:
+    """PEFT drops LoRA of parameters that are not there."""
+    installed = transformers.__version__
+    if _model_type(adapter).startswith(_MOVED) and (
+        version.parse(installed) < version.parse(_MOVED_UNTIL)
+    ):
+        yield (
+            f"Transformers has moved the experts of {_model_type(adapter)} since {installed}, and "
+            "PEFT drops what it does not find, without an error; export with Transformers "
+            f"{_MOVED_UNTIL} or later installed, or use --to merged"
+        )
+
+
+def _gated(adapter: Adapter) -> Iterator[str]:
+    shapes = {layer.shape.projections for layer in adapter.base.layers.values()}
+    if PROJECTIONS not in shapes:
+        yield "experts without a gate are not known to it; use --to merged"
+
+
+_ATTENTION = (("q_proj", "k_proj", "v_proj"),)
+
+PROGRAMS: Mapping[str, Program] = {
+    "kt_sft": Program(
+        "kt_sft itself, to go on training, evaluate, chat and merge",
+        "this version",
+        _always(SHARED),
+        (
+            "model = AutoModelForCausalLM.from_pretrained({base!r}, "
+            "quantization_config=HybridExpertsConfig())",
+            "model = PeftModel.from_pretrained(model, {out!r})",
+        ),
+    ),
+    "peft": Program(
+        "stock PEFT 0.21 and later, per expert",
+        "peft 0.21.2, transformers 5.24.0",
+        _always(PER_EXPERT),
+        (
+            "model = AutoModelForCausalLM.from_pretrained({base!r})",
+            "model = PeftModel.from_pretrained(model, {out!r})",
+        ),
+        limits=_peft_per_expert,
+    ),
+    "peft-fused": Program(
+        "stock PEFT 0.19 and later",
+        "peft 0.21.2, transformers 5.24.0",
+        _always(FUSED),
+        (
+            "model = AutoModelForCausalLM.from_pretrained({base!r})",
+            "model = PeftModel.from_pretrained(model, {out!r})",
+        ),
+        limits=_has_not_moved,
+    ),
+    "peft-fused-0.18": Program(
+        "stock PEFT 0.17 and 0.18",
+        "peft 0.18.1, transformers 5.6.0",
+        _always(FUSED_0_18),
+        (
+            "model = AutoModelForCausalLM.from_pretrained({base!r})",
+            "model = PeftModel.from_pretrained(model, {out!r})",
+        ),
+    ),
+    "vllm": Program(
+        "vLLM",
+        "0.33, its loading code",
+        _of_vllm,
+        (
+            "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules tuned={out}",
+            "curl localhost:8000/v1/completions -H 'Content-Type: application/json' "
+            '-d \'{{"model": "tuned", "prompt": "..."}}\'',
+        ),
+        one_rank=True,
+        ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),
+        whole=True,
+        full=False,
+        limits=_gated,
+    ),
+    "sglang": Program(
+        "SGLang",
+        "0.5.23, its loading code",
+        _always(PER_EXPERT),
+        (
+            "python -m sglang.launch_server --model-path {base} --enable-lora "
+            "--lora-paths tuned={out} --lora-strict-loading",
+            "curl localhost:30000/generate -H 'Content-Type: application/json' "
+            '-d \'{{"text": "...", "lora_path": "tuned"}}\'',
+        ),
+        one_rank=True,
+        whole=True,
+        together=_ATTENTION,
+        full=False,
+        limits=_gated,
+    ),
+    "gguf": Program(
+        "llama.cpp, by its convert_lora_to_gguf.py",
+        "llama.cpp of October 2026",
+        _of_llama_cpp,
+        (
+            "python convert_lora_to_gguf.py {out} --base {base} --outfile {out}/adapter.gguf",
+            "llama-server -m base.gguf --lora {out}/adapter.gguf",
+        ),
+        one_rank=True,
+        whole=True,
+        full=False,
+        limits=_gated,
+    ),
+}
+
+
+def widest_rank(program: Program, adapter: Adapter) -> int:
+    """The largest rank that is written; gate and up in one pair take the sum of theirs."""
+    ranks = adapter.ranks()
+    if program.layout(adapter) not in (FUSED, FUSED_0_18):
+        return max(ranks.values(), default=1)
+    found = dict(ranks)
+    for path, layer in adapter.base.layers.items():
+        for slot in slots_of(layer):
+            own = [f"{path}.{projection}" for projection in slot.parts]
+            found[slot.parameter] = sum(found.pop(name, 0) for name in own)
+    return max(found.values(), default=1)
+
+
+def limits(program: Program, adapter: Adapter) -> Iterator[str]:
+    """What the adapter does not meet of what the program reads, with what would have met it."""
+    if program.layout(adapter) is None:
+        yield (
+            f"{program.title} has no form for expert LoRA of {_model_type(adapter)}, whose experts "
+            "share a tensor on disk; use --to merged"
+        )
+    if adapter.full and not program.full:
+        yield (
+            f"{len(adapter.full)} parameters were trained in full, the first is "
+            f"{next(iter(adapter.full))}, and {program.title} takes LoRA only; train without "
+            "additional_target and resize_vocab, or use --to merged"
+        )
+    try:
+        rank = widest_rank(program, adapter)
+    except UnsupportedModelError as error:
+        yield str(error)
+        return
+    if program.admitted_rank(rank) is None:
+        yield (
+            f"lora_rank: the largest pair has rank {rank}, {program.title} admits up to "
+            f"{max(program.ranks)}; train with a smaller lora_rank, or use --to merged"
+        )
+    yield from program.limits(adapter)

@@ -53,6 +53,7 @@ COSTS = {
     "native": "process",
     "accelerator": "process",
     "models": "model",
+    "export": "model",
     "bench": "model",
     "test_package.py": "process",
     "test_demo.py": "process",

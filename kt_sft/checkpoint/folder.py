@@ -36,6 +36,7 @@ class BaseModel:
     tied: dict[str, str]  # parameter -> the one that it is the same as
     vocabulary: frozenset[str]  # parameters with a row for each token
     modules: tuple[str, ...]  # the paths of all modules
+    linear: tuple[str, ...]  # those of Linear layers
     telling: tuple[str, ...]  # parameters that tell this base from another of its shape
 
     @classmethod
@@ -57,6 +58,7 @@ class BaseModel:
             dict(getattr(model, "all_tied_weights_keys", None) or {}),
             frozenset(_vocabulary(model)),
             tuple(name for name, _ in model.named_modules() if name),
+            tuple(n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)),
             tuple(telling_parameters(model, sizes_of(layers))),
         )
 

@@ -517,6 +517,21 @@ class PublishedCheckpoint:
                 return known.shape(self._file, stem)
         return self._file.shape(key)
 
+    def is_quantized(self, key: str) -> bool:
+        """Whether a weight is stored in codes."""
+        return key in self._quantized
+
+    def dtype(self, key: str) -> str:
+        """The name of a plain tensor's dtype in safetensors."""
+        return self._file.dtype(key)
+
+    def file_of(self, key: str) -> str:
+        """The name of the file that holds a weight; of its codes, where there are some."""
+        if key in self._quantized:
+            known, stem = self._quantized[key]
+            key = f"{stem}{next(iter(known.companions))}"
+        return self._file.file_of(key)
+
     def get(self, key: str, index: int | None = None) -> Tensor | CodedMatrix:
         """A tensor, or one expert of it, as it is stored."""
         if key not in self._quantized:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-import kt_sft_autoload
 from kt_sft import __version__
-from kt_sft.cli import bench, doctor, errors, pack
+from kt_sft.cli import adapter, bench, doctor, errors, export, pack
 from kt_sft.cli.help_text import sentence
+from kt_sft.cli.recipes import run_recipe
 from kt_sft.errors import KtSftError
 
 _RECIPE_COMMANDS = {
@@ -20,10 +18,9 @@ _RECIPE_COMMANDS = {
     "chat": "talk to a model in the terminal",
     "api": "serve a model with an OpenAI-style API",
     "webchat": "talk to a model in the browser",
-    "export": "merge an adapter into the original checkpoint, in full precision",
 }
 
-_VERBS = (pack, errors, bench, doctor)
+_VERBS = (export, adapter, pack, errors, bench, doctor)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,16 +52,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run_llamafactory(arguments: argparse.Namespace) -> int:
-    if not Path(arguments.recipe).is_file():
-        raise FileNotFoundError(f"recipe: no file {arguments.recipe}")
-    # The hooks are installed here whatever the environment says, in torchrun's workers too.
-    os.environ.pop("KT_SFT_DISABLE", None)
-    kt_sft_autoload.install()
-    sys.argv = ["llamafactory-cli", arguments.command, arguments.recipe, *arguments.overrides]
-    from llamafactory.cli import main as llamafactory_main
-
-    llamafactory_main()
-    return 0
+    return run_recipe(arguments.command, arguments.recipe, arguments.overrides)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -98,9 +98,9 @@ class _Fused:
     keys: Keys
 
     def read(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
-        pair = fused.part_of(
-            self.slot, adapter.fused_pair(self.slot, self.keys), self.projection, adapter.halved
-        )
+        halved = adapter.halved and len(self.slot.parts) == 2
+        whole = adapter.fused_pair(self.slot, self.keys)
+        pair = fused.part_of(self.slot, whole, self.projection, halved)
         return pair.a, pair.b
 
     def rank(self, adapter: Adapter) -> int:

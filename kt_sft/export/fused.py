@@ -28,6 +28,8 @@ from kt_sft.families.finding import FoundExperts, output_rows
 from kt_sft.families.table import Part, parameter
 
 LAYOUTS = ("peft-0.18", "peft-0.19")
+# The release that an adapter says it was written by, which decides where shapes do not.
+WRITTEN_BY = dict(zip(LAYOUTS, ("0.18.1", "0.19.0"), strict=True))
 
 
 def layout_of(peft_version: str) -> str:

@@ -1,7 +1,8 @@
-"""Merging an adapter into the original checkpoint, shard by shard, without building the model.
+"""Merging adapters into the original checkpoint, tensor by tensor, without building the model.
 
 The merge takes the published full-precision weights, not the quantized ones of training, so the
-result is as good as the adapter allows: W + scaling * B A, rounded once to the dtype of W.
+result is as good as the adapter allows. Where only quantized ones are published, they are written
+in bf16 on request.
 """
 
 from __future__ import annotations
@@ -10,163 +11,55 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from kt_sft.errors import AdapterMismatchError, CheckpointError, SettingsError
-from kt_sft.export.adapter import Adapter, Lora
+from kt_sft.errors import CheckpointError, SettingsError
+from kt_sft.export.adapter import Adapter
 from kt_sft.export.base import Base
-from kt_sft.families.finding import TensorPart
+from kt_sft.export.delta import Delta
 from kt_sft.files import durable
-from kt_sft.files.safetensors import INDEX_NAME, SafetensorsCheckpoint, checkpoint_files
+from kt_sft.files.safetensors import INDEX_NAME, checkpoint_files
+from kt_sft.files.safetensors_writer import Entry, write_safetensors
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class _Change:
-    """LoRA of a tensor on disk, or of a part of it.
-
-    module: of the model; of a layer's experts where there is a projection.
-    """
-
-    key: str
-    module: str
-    projection: str = ""
-    expert: int = 0
-    part: TensorPart | None = None
-
-    def read(self, adapter: Adapter) -> Lora:
-        """Its matrices."""
-        if self.projection:
-            return adapter.experts(self.module, self.projection).of(self.expert)
-        return adapter.linear(self.module)
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """What changes of its tensor, [outputs, inputs], a view."""
-        return tensor if self.part is None else self.part.of(tensor)
+# Heads of reward models, which LLaMA-Factory keeps beside the weights.
+VALUE_HEADS = ("value_head.safetensors", "value_head.bin")
 
 
-class LoraDelta:
-    """The changes that an adapter makes to the tensors of a checkpoint, by their keys on disk."""
+def export_merged(
+    base: str | Path,
+    adapters: Sequence[str | Path],
+    out: str | Path,
+    *,
+    dequantize: bool = False,
+) -> Path:
+    """Writes a full-precision checkpoint of base + adapters that stock Transformers loads.
 
-    def __init__(self, adapter: Adapter) -> None:
-        base = adapter.base
-        self._adapter, self._checkpoint, self._tied = adapter, base.checkpoint, base.model.tied
-        self._on_disk = base.on_disk
-        self._lora: dict[str, list[_Change]] = {}
-        self._replaced: dict[str, str] = {}
-        self._resizable = {base.on_disk(name) for name in base.model.vocabulary}
-        # Tensors that a checkpoint with tied embeddings does not have: name -> the adapter's
-        # parameter, or the base's tensor that it was tied to.
-        self._untied: dict[str, tuple[str, bool]] = {}
-        lost = []
-        for change in self._changes():
-            self._lora.setdefault(change.key, []).append(change)
-        for parameter in (*(f"{m}.weight" for m in adapter.linear_modules), *adapter.full):
-            if base.on_disk(parameter) is None and parameter not in base.model.tied:
-                lost.append(parameter)
-        for parameter in adapter.full:
-            if (on_disk := base.on_disk(parameter)) is not None:
-                self._replaced[on_disk] = parameter
-            elif parameter in base.model.tied:
-                self._untied[parameter] = parameter, True
-        if lost:
-            raise AdapterMismatchError(
-                f"{adapter.file.folder}: {len(lost)} modules of the adapter are not in the base "
-                f"checkpoint, the first is {lost[0]}; export it with the base it was trained on"
-            )
-
-        # Where only one side of a tied pair was trained, the other is as it was.
-        for name, source in self._tied.items():
-            on_disk = self._on_disk(source)
-            if name not in self._untied and on_disk is not None and on_disk in self._replaced:
-                self._untied[name] = on_disk, False
-
-    @property
-    def vocabulary(self) -> int | None:
-        """Rows of the trained embedding or head, which may be more than the base has."""
-        rows = {
-            self._adapter.file.shape(self._adapter.full[key])[0]
-            for on_disk, key in self._replaced.items()
-            if on_disk in self._resizable
-        } | {
-            self._adapter.file.shape(self._adapter.full[key])[0]
-            for key, trained in self._untied.values()
-            if trained
-        }
-        if len(rows) > 1:
-            raise AdapterMismatchError(
-                f"the adapter's embedding and head have {sorted(rows)} rows; train both, by "
-                "additional_target, where the vocabulary grows"
-            )
-        return next(iter(rows), None)
-
-    def untied(self) -> dict[str, Tensor]:
-        """Tensors to write beside those of the base, whose embeddings are tied no more."""
-        found = {}
-        for name, (key, trained) in self._untied.items():
-            source = self._on_disk(self._tied[name])
-            assert source is not None
-            like = self._checkpoint.get(source)
-            tensor = self._full(key) if trained else self._checkpoint.get(key)
-            assert isinstance(tensor, Tensor) and isinstance(like, Tensor)
-            found[name] = tensor.to(like.dtype)
-        return found
-
-    def apply(self, key: str, weight: Tensor) -> Tensor:
-        """The merged tensor for `key`, in the dtype of `weight`."""
-        if key in self._replaced:
-            trained = self._full(self._replaced[key])
-            same = trained.shape[1:] == weight.shape[1:] and key in self._resizable
-            if trained.shape != weight.shape and not same:
-                raise AdapterMismatchError(
-                    f"{key}: the adapter has shape {tuple(trained.shape)}, the base "
-                    f"{tuple(weight.shape)}; export it with the base it was trained on"
-                )
-            return trained.to(weight.dtype)
-        if key not in self._lora:
-            return weight
-        merged = weight.to(torch.float32, copy=True)
-        for change in self._lora[key]:
-            lora = change.read(self._adapter)
-            view = change.of(merged)
-            view.addmm_(lora.b, lora.a, alpha=lora.scaling)
-        return merged.to(weight.dtype)
-
-    def _full(self, parameter: str) -> Tensor:
-        return self._adapter.file.get(self._adapter.full[parameter])
-
-    def _changes(self) -> Iterator[_Change]:
-        base = self._adapter.base
-        for module in self._adapter.linear_modules:
-            key = base.on_disk(f"{module}.weight")
-            if key is not None:
-                yield _Change(key, module)
-        for layer in self._adapter.expert_layers:
-            for projection in self._adapter.projections(layer):
-                for expert in range(base.layers[layer].shape.experts):
-                    key, part = base.sources[layer].place(projection, expert)
-                    yield _Change(key, layer, projection, expert, part)
-
-
-def export_merged(base: str | Path, adapter: str | Path | None, out: str | Path) -> Path:
-    """Writes a full-precision checkpoint of base + adapter that stock Transformers loads.
-
-    Keeps the shards of the base; holds one shard in memory. The folder appears complete or not at
-    all. Raises CheckpointError, AdapterMismatchError, SettingsError.
+    Keeps the shards of the base; holds one tensor in memory, of stacked experts one expert. The
+    adapters are merged in their order. dequantize: a quantized base is written in bf16. The folder
+    appears complete or not at all. Raises CheckpointError, AdapterMismatchError, SettingsError.
     """
     base, out = Path(base), Path(out)
     if out.exists() and any(out.iterdir()):
         raise SettingsError(f"export_dir: {out} is not empty; give a new folder or remove it")
-    files = checkpoint_files(base)
-    needed = sum(f.stat().st_size for f in files)
+    opened = Base.open(base)
+    quantized = bool(opened.checkpoint.quantized or opened.model.published)
+    if quantized and not dequantize:
+        raise SettingsError(
+            f"{base}: its weights are quantized, and merging would quantize them again; export "
+            "with --dequantize, which writes them in bf16, or with a bf16 version of it, or serve "
+            "the adapter beside the base"
+        )
+    if quantized:
+        opened.checkpoint.refuse_unreadable(lambda key: True)
+    delta = Delta(opened, [Adapter(adapter, opened) for adapter in adapters])
+    shards = _shards(opened, delta)
+    needed = sum(entry.nbytes for entries in shards.values() for entry in entries.values())
     out.parent.mkdir(parents=True, exist_ok=True)
     durable.require_space(
         out.parent,
@@ -175,31 +68,17 @@ def export_merged(base: str | Path, adapter: str | Path | None, out: str | Path)
         "free some, or set export_dir to a folder on another disk",
         CheckpointError,
     )
-    opened = Base.open(base)
-    if opened.checkpoint.quantized or opened.model.published:
-        raise SettingsError(
-            f"{base}: its weights are quantized, and merging would quantize them again; serve "
-            "the adapter beside the base, or export with a bf16 version of it"
-        )
-    delta = LoraDelta(Adapter(adapter, opened)) if adapter else None
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
     partial.mkdir()
-    added: dict[str, Tensor] = {}
     try:
-        for file in tqdm(files, desc="Merging", unit="shard"):
-            shard = SafetensorsCheckpoint([file])
-            tensors = {}
-            for key in shard:
-                weight = shard.get(key)
-                tensors[key] = (delta.apply(key, weight) if delta else weight).contiguous()
-            if delta is not None and file == files[-1]:
-                added = {name: t.contiguous() for name, t in delta.untied().items()}
-                tensors.update(added)
-            save_file(tensors, str(partial / file.name), metadata={"format": "pt"})
+        with tqdm(total=needed, desc="Merging", unit="B", unit_scale=True) as progress:
+            for name, entries in shards.items():
+                write_safetensors(partial / name, entries, _tensors(delta, entries, progress))
         _copy_side_files(base, partial)
-        if delta is not None:
-            _update_config(partial, delta.vocabulary, untied=bool(added))
-            _update_index(partial, files[-1].name, added)
+        for adapter in adapters:
+            _copy_value_head(Path(adapter), partial)
+        _update_config(partial, delta.vocabulary, bool(delta.untied), quantized)
+        _write_index(partial, shards)
         durable.sync_tree(partial)
         if out.exists():
             out.rmdir()
@@ -207,12 +86,31 @@ def export_merged(base: str | Path, adapter: str | Path | None, out: str | Path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    logger.info("merged %s and %s into %s", base, adapter, out)
+    logger.info("merged %s and %s into %s", base, ", ".join(map(str, adapters)) or "nothing", out)
     return out
 
 
-def _update_config(folder: Path, vocabulary: int | None, untied: bool) -> None:
-    """The size of the vocabulary and that embeddings are tied no more, wherever it says so."""
+def _shards(base: Base, delta: Delta) -> dict[str, dict[str, Entry]]:
+    """The files of the result, named as those of the base, and what each will hold."""
+    files = checkpoint_files(base.folder)
+    shards: dict[str, dict[str, Entry]] = {file.name: {} for file in files}
+    for key in base.checkpoint:
+        shards[base.checkpoint.file_of(key)][key] = delta.entry(key)
+    for key in delta.untied:
+        shards[files[-1].name][key] = delta.entry(key)
+    return {name: entries for name, entries in shards.items() if entries}
+
+
+def _tensors(
+    delta: Delta, entries: dict[str, Entry], progress: tqdm
+) -> Iterator[tuple[str, Iterator[Tensor]]]:
+    for key, entry in entries.items():
+        yield key, delta.pieces(key)
+        progress.update(entry.nbytes)
+
+
+def _update_config(folder: Path, vocabulary: int | None, untied: bool, dequantized: bool) -> None:
+    """What config.json says of the vocabulary, of tied embeddings and of codes."""
     file = folder / "config.json"
     config = json.loads(file.read_text())
     for part in (config, *(v for v in config.values() if isinstance(v, dict))):
@@ -220,19 +118,23 @@ def _update_config(folder: Path, vocabulary: int | None, untied: bool) -> None:
             part["vocab_size"] = vocabulary
         if untied and (part is config or "tie_word_embeddings" in part):
             part["tie_word_embeddings"] = False
+        if dequantized:
+            part.pop("quantization_config", None)
+            part.pop("compression_config", None)
+    if dequantized and not any(config.get(name) for name in ("dtype", "torch_dtype")):
+        config["dtype"] = "bfloat16"
     file.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _update_index(folder: Path, shard: str, added: dict[str, Tensor]) -> None:
-    """Lists the tensors that the base has none of."""
+def _write_index(folder: Path, shards: dict[str, dict[str, Entry]]) -> None:
+    """Where each tensor is; a single file needs none."""
     file = folder / INDEX_NAME
-    if not added or not file.exists():
+    if not file.exists():
         return
-    index = json.loads(file.read_text())
-    index["weight_map"].update(dict.fromkeys(added, shard))
-    total = index.get("metadata", {}).get("total_size")
-    if isinstance(total, int):
-        index["metadata"]["total_size"] = total + sum(t.nbytes for t in added.values())
+    index = {
+        "metadata": {"total_size": sum(e.nbytes for es in shards.values() for e in es.values())},
+        "weight_map": {key: name for name, entries in shards.items() for key in entries},
+    }
     file.write_text(json.dumps(index, indent=2) + "\n")
 
 
@@ -242,3 +144,10 @@ def _copy_side_files(base: Path, out: Path) -> None:
         is_weight = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf")
         if file.is_file() and not is_weight and (file.name == INDEX_NAME or file.suffix != ".png"):
             shutil.copyfile(file, out / file.name)
+
+
+def _copy_value_head(adapter: Path, out: Path) -> None:
+    """The head of a reward model."""
+    for name in VALUE_HEADS:
+        if (adapter / name).is_file():
+            shutil.copyfile(adapter / name, out / name)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import transformers
 from packaging import version
 
 from kt_sft.errors import UnsupportedModelError
-from kt_sft.export.adapter import Adapter
+from kt_sft.export.base import Base
 from kt_sft.export.fused import LAYOUTS, slots_of
 from kt_sft.kernels import PROJECTIONS
 
@@ -20,6 +21,25 @@ from kt_sft.kernels import PROJECTIONS
 # share stored once, by the checkpoint's names, or in PEFT's form for stacked parameters.
 PER_EXPERT, SHARED, PUBLISHED = "per expert", "shared", "published"
 FUSED_0_18, FUSED = LAYOUTS
+
+
+class Trained(Protocol):
+    """An adapter, or one that will be trained."""
+
+    @property
+    def base(self) -> Base:
+        """What it changes."""
+
+    @property
+    def linear_modules(self) -> list[str]:
+        """Modules with LoRA beside the experts."""
+
+    @property
+    def full(self) -> Mapping[str, str]:
+        """What is trained in full, by name."""
+
+    def ranks(self) -> dict[str, int]:
+        """The rank of every module with LoRA, all experts of a layer being one."""
 
 
 @dataclass(frozen=True)
@@ -38,29 +58,29 @@ class Program:
 
     title: str
     tested: str
-    layout: Callable[[Adapter], str | None]
+    layout: Callable[[Trained], str | None]
     load: tuple[str, str]
     one_rank: bool = False
     ranks: tuple[int, ...] = ()
     whole: bool = False
     together: tuple[tuple[str, ...], ...] = ()
     full: bool = True
-    limits: Callable[[Adapter], Iterator[str]] = field(default=lambda adapter: iter(()))
+    limits: Callable[[Trained], Iterator[str]] = field(default=lambda adapter: iter(()))
 
     def admitted_rank(self, rank: int) -> int | None:
         """The smallest admitted rank that is not below; None where there is none."""
         return next((r for r in sorted(self.ranks) if r >= rank), None) if self.ranks else rank
 
 
-def _model_type(adapter: Adapter) -> str:
+def _model_type(adapter: Trained) -> str:
     return str(adapter.base.model.config.model_type)
 
 
-def _always(layout: str) -> Callable[[Adapter], str | None]:
+def _always(layout: str) -> Callable[[Trained], str | None]:
     return lambda adapter: layout
 
 
-def _separate_on_disk(adapter: Adapter) -> bool:
+def _separate_on_disk(adapter: Trained) -> bool:
     base = adapter.base
     return all(
         base.published_expert(path, projection, 0) is not None
@@ -73,17 +93,17 @@ def _separate_on_disk(adapter: Adapter) -> bool:
 _VLLM_STACKED = ("gpt_oss", "qwen3_vl_moe", "qwen3_5_moe")
 
 
-def _of_vllm(adapter: Adapter) -> str | None:
+def _of_vllm(adapter: Trained) -> str | None:
     if _model_type(adapter).removesuffix("_text") in _VLLM_STACKED:
         return FUSED
     return PUBLISHED if _separate_on_disk(adapter) else None
 
 
-def _of_llama_cpp(adapter: Adapter) -> str | None:
+def _of_llama_cpp(adapter: Trained) -> str | None:
     return PUBLISHED if _separate_on_disk(adapter) else None
 
 
-def _peft_per_expert(adapter: Adapter) -> Iterator[str]:
+def _peft_per_expert(adapter: Trained) -> Iterator[str]:
     """PEFT turns these keys into its own form for some families, and drops them in others."""
     known = ("qwen3_moe", "olmoe")
     if _model_type(adapter) not in known:
@@ -104,7 +124,7 @@ _MOVED = ("aria", "granitemoe", "nemotron_h", "qwen3_omni_moe")
 _MOVED_UNTIL = "5.24.0"
 
 
-def _has_not_moved(adapter: Adapter) -> Iterator[str]:
+def _has_not_moved(adapter: Trained) -> Iterator[str]:
     """PEFT drops LoRA of parameters that are not there."""
     installed = transformers.__version__
     if _model_type(adapter).startswith(_MOVED) and (
@@ -117,7 +137,7 @@ def _has_not_moved(adapter: Adapter) -> Iterator[str]:
         )
 
 
-def _gated(adapter: Adapter) -> Iterator[str]:
+def _gated(adapter: Trained) -> Iterator[str]:
     shapes = {layer.shape.projections for layer in adapter.base.layers.values()}
     if PROJECTIONS not in shapes:
         yield "experts without a gate are not known to it; use --to merged"
@@ -212,7 +232,7 @@ PROGRAMS: Mapping[str, Program] = {
 }
 
 
-def widest_rank(program: Program, adapter: Adapter) -> int:
+def widest_rank(program: Program, adapter: Trained) -> int:
     """The largest rank that is written; gate and up in one pair take the sum of theirs."""
     ranks = adapter.ranks()
     if program.layout(adapter) not in (FUSED, FUSED_0_18):
@@ -225,7 +245,7 @@ def widest_rank(program: Program, adapter: Adapter) -> int:
     return max(found.values(), default=1)
 
 
-def limits(program: Program, adapter: Adapter) -> Iterator[str]:
+def limits(program: Program, adapter: Trained) -> Iterator[str]:
     """What the adapter does not meet of what the program reads, with what would have met it."""
     if program.layout(adapter) is None:
         yield (

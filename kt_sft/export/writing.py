@@ -24,6 +24,7 @@ from kt_sft import __version__
 from kt_sft.adapters import names
 from kt_sft.adapters.base_identity import IDENTITY_FILE
 from kt_sft.errors import CheckpointError, SettingsError
+from kt_sft.export import fused
 from kt_sft.export.adapter import Adapter
 from kt_sft.export.forms import Form, Item
 from kt_sft.export.programs import PER_EXPERT, PROGRAMS, SHARED, Program, limits
@@ -64,14 +65,15 @@ class _Written:
             found[key] = Entry(file.shape(key), DTYPES[file.stored_dtype(key)])
         return found
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self) -> Iterator[tuple[str, list[Tensor]]]:
         """The same in the same order, read one after the other."""
         for item in self.items:
             scaling = self.scaling if self._program.one_rank else item.scaling
             pair = item.read(self._adapter, self.rank_of(item), scaling)
-            yield from zip(_keys(item), pair, strict=True)
+            for key, matrix in zip(_keys(item), pair, strict=True):
+                yield key, [matrix]
         for key in self._adapter.full.values():
-            yield key, self._adapter.file.get(key)
+            yield key, [self._adapter.file.get(key)]
 
     def folded(self) -> list[str]:
         """What was done beside changing the form."""
@@ -114,6 +116,7 @@ class _Written:
                 alphas[name] = own
         full = sorted({p.rpartition(".")[0].rpartition(".")[2] for p in self._adapter.full})
         return LoraConfig(
+            peft_version=fused.WRITTEN_BY.get(str(form.layout), peft.__version__),
             task_type=given.task_type,
             base_model_name_or_path=given.base_model_name_or_path or str(self._adapter.base.folder),
             inference_mode=True,

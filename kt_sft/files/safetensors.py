@@ -22,6 +22,7 @@ class SafetensorsCheckpoint:
     def __init__(self, files: Iterable[str | Path]) -> None:
         self._handles: list[Any] = []
         self._by_key: dict[str, Any] = {}
+        self._file_of: dict[str, str] = {}
         for file in map(Path, files):
             if file.suffix != ".safetensors":
                 raise CheckpointError(
@@ -37,6 +38,7 @@ class SafetensorsCheckpoint:
                 if key in self._by_key:
                     raise CheckpointError(f"{file}: {key} is already in another shard")
                 self._by_key[key] = handle
+                self._file_of[key] = file.name
 
     def __contains__(self, key: str) -> bool:
         return key in self._by_key
@@ -47,6 +49,10 @@ class SafetensorsCheckpoint:
     def shape(self, key: str) -> tuple[int, ...]:
         """The shape of a tensor, from the header only."""
         return tuple(self._handle(key).get_slice(key).get_shape())
+
+    def file_of(self, key: str) -> str:
+        """The name of the file that holds a tensor."""
+        return self._file_of[key]
 
     def get(self, key: str) -> Tensor:
         """One tensor. Raises CheckpointError when it is not there."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ _NAMES: Mapping[torch.dtype, str] = {
 DTYPES: Mapping[str, torch.dtype] = {name: dtype for dtype, name in _NAMES.items()}
 # The header is padded to this, as the library does it, so that the data is aligned.
 _ALIGNMENT = 8
-_PIECE = 64 << 20
+_PART = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,11 @@ class Entry:
 
 
 def write_safetensors(
-    file: Path, entries: Mapping[str, Entry], tensors: Iterable[tuple[str, Tensor]]
+    file: Path,
+    entries: Mapping[str, Entry],
+    tensors: Iterable[tuple[str, Iterable[Tensor]]],
 ) -> None:
-    """Writes tensors in the order of `entries`.
+    """Writes tensors in the order of `entries`, each in pieces along its first dimension.
 
     Raises CheckpointError for a tensor that is not the announced one, OSError for a full disk.
     """
@@ -66,21 +69,25 @@ def write_safetensors(
     expected = iter(entries.items())
     with file.open("wb") as target:
         target.write(len(text).to_bytes(8, "little") + text)
-        for name, tensor in tensors:
-            want, entry = next(expected, ("none", Entry((), tensor.dtype)))
-            if name != want or tuple(tensor.shape) != entry.shape:
+        for name, pieces in tensors:
+            want, entry = next(expected, ("none", Entry((), torch.uint8)))
+            written = 0
+            for piece in pieces:
+                written += _write(target, piece.to(entry.dtype))
+            if name != want or written != entry.nbytes:
                 raise CheckpointError(
-                    f"{file}: got {name} {tuple(tensor.shape)}, expected {want} {entry.shape}"
+                    f"{file}: got {name} of {written} bytes, expected {want} {entry.shape} of "
+                    f"{entry.nbytes}"
                 )
-            for piece in _pieces(tensor.to(entry.dtype)):
-                target.write(piece)
     missing = next(expected, None)
     if missing is not None:
         raise CheckpointError(f"{file}: {missing[0]} was announced and never came")
 
 
-def _pieces(tensor: Tensor) -> Iterator[bytes | memoryview]:
-    """The bytes of a tensor, in pieces, as a copy of all of it may be as large as it is."""
-    data = tensor.contiguous().view(-1).view(torch.uint8) if tensor.numel() else tensor.new_empty(0)
-    for begin in range(0, data.numel(), _PIECE):
-        yield data[begin : begin + _PIECE].numpy().data
+def _write(target: BinaryIO, tensor: Tensor) -> int:
+    """Writes the bytes of a tensor, a part at a time: a copy may be as large as it is."""
+    if tensor.numel():
+        data = tensor.contiguous().view(-1).view(torch.uint8)
+        for begin in range(0, data.numel(), _PART):
+            target.write(data[begin : begin + _PART].numpy().data)
+    return tensor.nbytes

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kt_sft.errors import SettingsError
+from kt_sft.export.merge import VALUE_HEADS, export_merged
 from kt_sft.plugin.modes import refuse_other_loaders
 
 logger = logging.getLogger(__name__)
@@ -21,8 +22,6 @@ def export_recipe(recipe: Mapping[str, Any]) -> Path:
     from llamafactory.hparams import get_infer_args
     from llamafactory.model import load_tokenizer
 
-    from kt_sft.export.merge import export_merged
-
     model_args, data_args, finetuning_args, _ = get_infer_args(dict(recipe))
     refuse_other_loaders(model_args)
     problems = []
@@ -32,8 +31,6 @@ def export_recipe(recipe: Mapping[str, Any]) -> Path:
         if getattr(model_args, name) is not None:
             problems.append(f"{name}: is not supported with hybrid experts")
     adapters = model_args.adapter_name_or_path or []
-    if len(adapters) > 1:
-        problems.append(f"adapter_name_or_path: got {len(adapters)} adapters, expected one")
     if problems:
         raise SettingsError("export:\n" + "\n".join(f"  - {p}" for p in problems))
     # The tokenizer as LLaMA-Factory saves it: with the template's chat format and stop tokens.
@@ -52,7 +49,7 @@ def export_recipe(recipe: Mapping[str, Any]) -> Path:
                 token=model_args.hf_hub_token,
             )
         )
-    out = export_merged(base, adapters[0] if adapters else None, model_args.export_dir)
+    out = export_merged(base, adapters, model_args.export_dir)
     grown, known = _vocabulary_size(out), _vocabulary_size(base)
     if grown > known >= len(tokenizer):
         logger.warning(
@@ -67,7 +64,7 @@ def export_recipe(recipe: Mapping[str, Any]) -> Path:
     tokenizer.save_pretrained(out)
     (out / "Modelfile").write_text(template.get_ollama_modelfile(tokenizer), encoding="utf-8")
     if finetuning_args.stage == "rm":
-        _copy_value_head(Path(adapters[0]) if adapters else base, out)
+        _require_value_head(base, out)
     logger.info("exported to %s", out)
     return out
 
@@ -78,11 +75,12 @@ def _vocabulary_size(folder: Path) -> int:
     return int((config.get("text_config") or config).get("vocab_size") or 0)
 
 
-def _copy_value_head(source: Path, out: Path) -> None:
-    """The head of a reward model, which is saved beside its adapter."""
-    found = [source / n for n in ("value_head.safetensors", "value_head.bin")]
-    head = next((f for f in found if f.is_file()), None)
+def _require_value_head(base: Path, out: Path) -> None:
+    """The head of a reward model; where no adapter had one, the base's."""
+    if any((out / name).is_file() for name in VALUE_HEADS):
+        return
+    head = next((f for name in VALUE_HEADS if (f := base / name).is_file()), None)
     if head is None:
-        logger.warning("%s has no value head; the exported model has none either", source)
+        logger.warning("neither adapter nor %s has a value head; %s has none either", base, out)
     else:
         shutil.copy(head, out / head.name)

@@ -152,8 +152,9 @@ def warn_of_quantized_base(config: Any) -> None:
     method = own_quantization(getattr(config, "quantization_config", None)).get("quant_method")
     if method is not None:
         logger.warning(
-            "the base is quantized (%s), and export merges into full-precision checkpoints only: "
-            "serve the adapter beside the base, or merge it into the bf16 checkpoint of the model",
+            "the base is quantized (%s), and a merged model would be quantized twice: serve the "
+            "adapter beside the base, merge it into the bf16 checkpoint of the model, or write the "
+            "base in bf16, `kt-sft export ADAPTER --to merged --dequantize`",
             getattr(method, "value", method),
         )
 
@@ -175,9 +176,8 @@ def adjusted(recipe: Mapping[str, Any]) -> dict[str, Any]:
         len(adapters) > 1 or (adapters and recipe.get("create_new_adapter"))
     ):
         logger.warning(
-            "this adapter is trained on top of others, and export merges one adapter into a "
-            "checkpoint: keep all of them and load them together, or continue the last one "
-            "(create_new_adapter: false)"
+            "this adapter is trained on top of others: keep all of them, and load and export them "
+            "together, in this order, or continue the last one (create_new_adapter: false)"
         )
     return changed
 

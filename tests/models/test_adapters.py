@@ -303,7 +303,7 @@ def test_export_adds_the_adapter_to_the_original_weights(
         fuse(tmp_path / "base" / "model.safetensors", family)
     model = adapted(base(family), **config)
     model.save_pretrained(tmp_path / "adapter")
-    out = export_merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    out = export_merged(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
 
     # The truth from the live modules, on the stock parameters in fp64.
     want = {n: p.detach().double() for n, p in make_model(family).named_parameters()}
@@ -344,7 +344,7 @@ def test_export_refuses_adapters_of_a_residual(saved: Path, tmp_path: Path) -> N
     file.write_text(json.dumps(config))
     make_model("qwen3_moe").save_pretrained(tmp_path / "base")
     with pytest.raises(SettingsError, match=r"'pissa' replaced the base's weights"):
-        export_merged(tmp_path / "base", saved, tmp_path / "merged")
+        export_merged(tmp_path / "base", [saved], tmp_path / "merged")
 
 
 def test_active_adapters_may_differ_in_dropout_in_evaluation() -> None:
@@ -376,7 +376,7 @@ def fuse(file: Path, family: str) -> None:
 def test_export_refuses_an_adapter_of_another_base(saved: Path, tmp_path: Path) -> None:
     make_model("qwen3_moe", num_experts=4).save_pretrained(tmp_path / "other")
     with pytest.raises(AdapterMismatchError, match=r"got 8 experts, expected 4"):
-        export_merged(tmp_path / "other", saved, tmp_path / "merged")
+        export_merged(tmp_path / "other", [saved], tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     assert not list(tmp_path.glob("*.partial*"))
 
@@ -399,7 +399,7 @@ def test_an_export_is_on_the_disk_before_it_has_its_name(
 
     monkeypatch.setattr(os, "fsync", note_sync)
     monkeypatch.setattr(Path, "rename", note_rename)
-    out = export_merged(tmp_path / "base", None, tmp_path / "out")
+    out = export_merged(tmp_path / "base", [], tmp_path / "out")
     *before, published, after = events
     written = {p.name for p in out.iterdir()}
     assert published == "-> out" and after == tmp_path.name
@@ -446,7 +446,7 @@ def test_trained_embeddings_and_heads_are_exported(
 ) -> None:
     """Tied or not, resized or not: the exported model computes what the trained one does."""
     model = trained_vocabulary(tied, targets, grown, tmp_path)
-    out = export_merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    out = export_merged(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
     plain = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     assert plain.config.vocab_size == plain.get_input_embeddings().num_embeddings == 300 + grown
     assert plain.config.tie_word_embeddings == (tied and not targets)

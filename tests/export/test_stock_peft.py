@@ -95,7 +95,7 @@ def test_per_expert_keys_where_peft_takes_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["deepseek_v3", "mixtral"])
 def test_per_expert_keys_are_refused_where_peft_drops_them(family: str, tmp_path: Path) -> None:
     adapter = trained(tmp_path, family)
-    with pytest.raises(SettingsError, match="stock PEFT drops .*; use --to peft-fused"):
+    with pytest.raises(SettingsError, match=r"stock PEFT drops .*; use --to peft-fused"):
         write_adapter(adapter, "peft", tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*.partial*"))
 
@@ -122,9 +122,7 @@ def test_adapters_that_stock_peft_has_made(family: str, tmp_path: Path) -> None:
     base.save_pretrained(tmp_path / "base")
     layer = "feed_forward" if family == "llama4_text" else "mlp"
     parameters = [f"{layer}.experts.gate_up_proj", f"{layer}.experts.down_proj"]
-    config = LoraConfig(
-        r=3, lora_alpha=12, target_modules=["q_proj"], target_parameters=parameters
-    )
+    config = LoraConfig(r=3, lora_alpha=12, target_modules=["q_proj"], target_parameters=parameters)
     theirs = get_peft_model(stock(tmp_path / "base"), config).eval()
     generator = torch.Generator().manual_seed(2)
     for name, p in theirs.named_parameters():

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from quantized_checkpoints import QUANTIZED_FORMATS, load_checkpoint
+from quantized_models import cases, make, write
 from safetensors.torch import load_file, save_file
-from tiny_configs import TINY_FAMILIES
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -23,62 +23,12 @@ from kt_sft.experts import hybrid_experts_of
 from kt_sft.files.safetensors import SafetensorsCheckpoint
 from kt_sft.kernels import CodedMatrix
 
-# Sizes that every format's groups divide; 192 ends in half a block of 128.
-_SIZES = {
-    "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
-}  # fmt: skip
-_CHANGES = {
-    "qwen3_moe": {**_SIZES, "moe_intermediate_size": 192, "intermediate_size": 256},
-    "mixtral": {**_SIZES, "intermediate_size": 192},
-    "gpt_oss": {**_SIZES, "intermediate_size": 192},
-    "deepseek_v3": {
-        "hidden_size": 128,
-        "moe_intermediate_size": 192,
-        "intermediate_size": 256,
-        "q_lora_rank": 128,
-        "kv_lora_rank": 128,
-        "qk_rope_head_dim": 32,
-        "qk_nope_head_dim": 32,
-        "v_head_dim": 32,
-    },
-}  # fmt: skip
-_WIDTH = {
-    "qwen3_moe": "moe_intermediate_size", "deepseek_v3": "moe_intermediate_size",
-    "mixtral": "intermediate_size", "gpt_oss": "intermediate_size",
-}  # fmt: skip
 # Formats whose codes `weights: checkpoint` keeps, with the bytes of a weight that may cost.
 _KEPT = {
     "fp8_block": 1.05, "fp8_block_bf16": 1.05, "fp8_channel": 1.05, "fp8_tensor": 1.05,
     "int4_packed": 0.57, "int4_packed_128": 0.53, "int4_packed_asymmetric": 0.54, "int8": 1.05,
     "int8_packed": 1.03, "mxfp4": 0.54, "gptq": 0.54, "gptq_v2": 0.54, "awq": 0.54,
 }  # fmt: skip
-
-
-def cases() -> list[tuple[str, str]]:
-    return [
-        (name, family) for name, known in QUANTIZED_FORMATS.items() for family in known.families
-    ]
-
-
-def make(name: str, family: str) -> nn.Module:
-    torch.manual_seed(0)
-    tiny = TINY_FAMILIES[family]
-    changes = _CHANGES[family]
-    if not name.startswith(("fp8", "mxfp4", "int8")) or name == "int8_packed":
-        changes = {**changes, _WIDTH[family]: 256}
-    config = AutoConfig.for_model(tiny.model_type, **{**tiny.config, **changes})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    with torch.no_grad():
-        for path, p in model.named_parameters():
-            if p.dim() >= 2 and "embed" not in path:
-                p.normal_(0, p.shape[-1] ** -0.5)
-    return model
-
-
-def write(tmp_path: Path, name: str, family: str) -> Path:
-    make(name, family).save_pretrained(tmp_path / "plain")
-    QUANTIZED_FORMATS[name].write(tmp_path / "plain", tmp_path / name)
-    return tmp_path / name
 
 
 def opened(folder: Path) -> PublishedCheckpoint:

@@ -353,6 +353,8 @@ def main() -> int:
     if arguments.list:
         sys.stdout.write("\n".join(f.name for f in faults) + "\n")
         return 0
+    if not faults:
+        parser.error(f"--only: no fault's name contains {arguments.only!r}; --list prints them")
     survivors = []
     with tempfile.TemporaryDirectory(prefix="kt_sft_mutation_") as temporary:
         folder = Path(temporary)

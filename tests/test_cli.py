@@ -27,7 +27,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert said(["--version"], capsys) == f"kt-sft {kt_sft.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["train", "chat", "api", "webchat", "export"])
+@pytest.mark.parametrize("command", ["train", "chat", "api", "webchat"])
 def test_a_missing_recipe_is_named(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = said([command], capsys)
     assert f"usage: kt-sft {command} [-h] recipe [key=value ...]" in text

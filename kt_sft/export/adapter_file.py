@@ -21,7 +21,6 @@ from kt_sft.errors import CheckpointError, SettingsError
 from kt_sft.files.safetensors import SafetensorsCheckpoint
 from kt_sft.files.safetensors_writer import DTYPES
 from kt_sft.kernels import PROJECTIONS
-from kt_sft.kernels.block import MAX_RANK
 
 # Where KTransformers keeps the experts' factors, all experts of a projection in one tensor.
 STACKED_FILE = "fused_expert_lora.safetensors"
@@ -30,6 +29,8 @@ _STACKED_KEYS = {
     for projection in PROJECTIONS
     for factor in ("lora_A", "lora_B")
 }
+# Of a fused pair, which other programs may have made.
+_LARGEST_RANK = 1 << 16
 _FACTORS = (".lora_A", ".lora_B")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -190,7 +191,7 @@ def _config_problems(raw: Mapping[str, Any]) -> list[str]:
     """What would be computed with, and is no number, or none that LoRA has."""
     problems = []
     if not _is_rank(raw.get("r", 8)):
-        problems.append(f"r: got {raw.get('r')!r}, expected 1 to {MAX_RANK}")
+        problems.append(f"r: got {raw.get('r')!r}, expected 1 to {_LARGEST_RANK}")
     if not _is_alpha(raw.get("lora_alpha", 8)):
         problems.append(f"lora_alpha: got {raw.get('lora_alpha')!r}, expected a number")
     for name, fits in (("rank_pattern", _is_rank), ("alpha_pattern", _is_alpha)):
@@ -208,7 +209,7 @@ def _config_problems(raw: Mapping[str, Any]) -> list[str]:
 
 
 def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 2**20
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _LARGEST_RANK
 
 
 def _is_alpha(value: Any) -> bool:

@@ -129,7 +129,8 @@ def _square(lora: Lora) -> float:
     """The squared Frobenius norm of scaling * B A, of all experts together: tr(A A' B' B)."""
     a, b = lora.a.double(), lora.b.double()
     gram = (a @ a.mT) * (b.mT @ b).mT
-    return float(gram.sum()) * lora.scaling**2
+    # Of a difference of equals rounding leaves either sign.
+    return max(0.0, float(gram.sum())) * lora.scaling**2
 
 
 def _minus(one: Lora, two: Lora) -> Lora:

@@ -14,6 +14,7 @@ from kt_sft.plugin.modes import (
     adjusted,
     outline_of,
     refuse_other_loaders,
+    refuse_unread_adapter,
     refuse_unsupported,
     warn_of_quantized_base,
 )
@@ -172,6 +173,8 @@ def loading_hybrids(
         ours = HybridExpertsConfig(**settings.as_dict(), rest=rest)
         # A reference or reward model only computes forwards.
         ours.outline = outline_of(recipe, config.model_type) if is_trainable else None
+        if ours.outline is not None and settings.export_for:
+            refuse_unread_adapter(settings, ours.outline, model_args.model_name_or_path)
         init_kwargs["quantization_config"] = ours
 
     return configure_quantization

@@ -147,6 +147,29 @@ def outline_of(recipe: Mapping[str, Any], model_type: str = "") -> TrainingOutli
     )
 
 
+def refuse_unread_adapter(
+    settings: HybridExpertsSettings, outline: TrainingOutline, base: str
+) -> None:
+    """Raises SettingsError for what the programs of `export_for` could not read, before training.
+
+    A base that is not on the disk yet is only looked at when the adapter is exported.
+    """
+    from kt_sft.export.planned import PlannedAdapter, local_base, refuse_unread
+
+    opened = local_base(base)
+    if opened is None:
+        logger.warning("export_for: %s is no folder here, so that export will look", base)
+        return
+    planned = PlannedAdapter(
+        opened,
+        outline.rank,
+        outline.targets.means,
+        outline.trained,
+        expert_lora=bool(settings.expert_lora),
+    )
+    refuse_unread(planned, settings.export_for)
+
+
 def warn_of_quantized_base(config: Any) -> None:
     """Of what a training on such a base ends with, before it begins."""
     method = own_quantization(getattr(config, "quantization_config", None)).get("quant_method")

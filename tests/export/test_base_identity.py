@@ -1,0 +1,120 @@
+"""Two bases of one shape are told apart, wherever an adapter is loaded or exported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from export_cases import adapted, logits, opened, stock
+from peft import PeftModel
+from tiny_configs import TINY_FAMILIES, build
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from kt_sft import HybridExpertsConfig, hybridize
+from kt_sft.adapters.base_identity import IDENTITY_FILE, read_identity
+from kt_sft.errors import AdapterMismatchError
+from kt_sft.export.base import Base
+from kt_sft.export.command import export_adapter
+
+
+def hybrid(family: str = "qwen3_moe", seed: int = 0, **settings: object) -> nn.Module:
+    return hybridize(build(family, seed), HybridExpertsConfig(threads=1, **settings))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    adapted(build("qwen3_moe")).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_another_base_of_the_same_shape_is_refused(saved: Path) -> None:
+    with pytest.raises(AdapterMismatchError) as caught:
+        PeftModel.from_pretrained(hybrid(seed=1), str(saved))
+    text = str(caught.value)
+    assert "trained on another base model" in text and "mlp.gate.weight: other weights" in text
+    assert "adapter_base: any in the kt_sft section" in text
+    anyway = PeftModel.from_pretrained(hybrid(seed=1, adapter_base="any"), str(saved))
+    assert any(p.abs().sum() for n, p in anyway.named_parameters() if "lora_B" in n)
+    model = PeftModel.from_pretrained(hybrid(), str(saved), adapter_name="first")
+    with pytest.raises(AdapterMismatchError, match="another base model"):
+        PeftModel.from_pretrained(hybrid(seed=1), str(saved), adapter_name="second")
+    model.load_adapter(str(saved), "second")
+
+
+def test_an_adapter_without_a_note_is_taken(saved: Path) -> None:
+    """Those of earlier versions, and of other programs."""
+    (saved / IDENTITY_FILE).unlink()
+    PeftModel.from_pretrained(hybrid(seed=1), str(saved))
+
+
+@pytest.mark.parametrize("damage", ["", "[1]", '{"samples": 3, "sizes": []}', "{" * 5000])
+def test_a_damaged_note_is_no_reason_to_refuse(saved: Path, damage: str) -> None:
+    (saved / IDENTITY_FILE).write_text(damage)
+    if not damage.startswith('{"'):
+        assert read_identity(saved) is None or damage == "[1]"
+        PeftModel.from_pretrained(hybrid(), str(saved))
+    else:
+        with pytest.raises(AdapterMismatchError, match="model_type: None, here qwen3_moe"):
+            PeftModel.from_pretrained(hybrid(), str(saved))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_vl_moe", "jamba"])
+def test_memory_and_disk_tell_the_same(family: str, tmp_path: Path) -> None:
+    """The note of a model in memory, of one read from disk in bf16, and of the folder itself."""
+    base = build(family)
+    base.save_pretrained(tmp_path / "base")
+    model = adapted(base)
+    model.save_pretrained(tmp_path / "adapter")
+    note = read_identity(tmp_path / "adapter")
+    assert note is not None and len(note["samples"]) >= 3
+    folder = Base.open(tmp_path / "base").identity
+    assert folder["sizes"] == note["sizes"] and folder["samples"].items() <= note["samples"].items()
+    assert len(folder["samples"]) >= 3
+    if TINY_FAMILIES[family].auto_class == "AutoModelForCausalLM":
+        loaded = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "base", dtype=torch.bfloat16,
+            quantization_config=HybridExpertsConfig(store="memory", threads=1),
+        )  # fmt: skip
+        PeftModel.from_pretrained(loaded, str(tmp_path / "adapter"))
+
+
+def test_export_looks_too(saved: Path, tmp_path: Path) -> None:
+    build("qwen3_moe").save_pretrained(tmp_path / "base")
+    build("qwen3_moe", seed=1).save_pretrained(tmp_path / "other")
+    for to in ("vllm", "merged"):
+        with pytest.raises(AdapterMismatchError, match="--force takes this one all the same"):
+            export_adapter(saved, to, tmp_path / "out", base=str(tmp_path / "other"))
+    assert not (tmp_path / "out").exists()
+    export_adapter(saved, "vllm", tmp_path / "out", base=str(tmp_path / "other"), force=True)
+    export_adapter(saved, "peft-fused-0.18", tmp_path / "own", base=str(tmp_path / "base"))
+    assert read_identity(tmp_path / "own") == Base.open(tmp_path / "base").identity
+    loaded = PeftModel.from_pretrained(stock(tmp_path / "base"), str(tmp_path / "own"))
+    assert not torch.equal(logits(loaded.eval()), logits(stock(tmp_path / "base")))
+
+
+def test_every_adapter_of_a_model_gets_the_note(tmp_path: Path) -> None:
+    model = adapted(build("qwen3_moe"))
+    model.add_adapter("second", model.peft_config["default"])
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / IDENTITY_FILE).is_file() and (tmp_path / "second" / IDENTITY_FILE).is_file()
+    model.save_pretrained(tmp_path / "elsewhere", is_main_process=False)
+    assert not (tmp_path / "elsewhere" / IDENTITY_FILE).exists()
+
+
+def test_a_grown_vocabulary_is_the_same_base(tmp_path: Path) -> None:
+    base = hybrid()
+    base.resize_token_embeddings(320)
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    note = json.loads((tmp_path / "adapter" / IDENTITY_FILE).read_text())
+    build("qwen3_moe").save_pretrained(tmp_path / "base")
+    assert note["samples"].items() >= Base.open(tmp_path / "base").identity["samples"].items()
+    lines = export_adapter(tmp_path / "adapter", "merged", tmp_path / "out",
+                           base=str(tmp_path / "base"))  # fmt: skip
+    assert len(lines) == 2 and stock(tmp_path / "out").config.vocab_size == 320
+    opened(tmp_path)

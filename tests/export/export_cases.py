@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 import transformers
+from packaging import version
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_configs import build
 from torch import Tensor, nn
@@ -16,6 +18,9 @@ from kt_sft import HybridExpertsConfig, hybridize
 from kt_sft.export.adapter import Adapter
 from kt_sft.export.base import Base
 
+# The form that the installed PEFT reads.
+OLD = version.parse(peft.__version__) < version.parse("0.19.0.dev0")
+FUSED = "peft-fused-0.18" if OLD else "peft-fused"
 IDS = torch.randint(3, 300, (2, 11), generator=torch.Generator().manual_seed(4))
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _OTHERS = ("q_proj", "o_proj", "q_a_proj", "q_b_proj", "input_linear", "output_linear")

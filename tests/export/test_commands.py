@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from export_cases import distance, logits, stock, trained
+from export_cases import FUSED, distance, logits, stock, trained
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from test_stock_peft import FUSED
 from tiny_configs import build
 
 from kt_sft.cli import main

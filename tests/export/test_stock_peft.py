@@ -11,11 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import peft
 import pytest
 import torch
-from export_cases import adapted, distance, logits, opened, stock, trained
-from packaging import version
+from export_cases import FUSED, OLD, adapted, distance, logits, opened, stock, trained
 from peft import LoraConfig, PeftModel, get_peft_model
 from stock_models import take_effective_weights
 from tiny_configs import TINY_FAMILIES, build
@@ -25,8 +23,6 @@ from kt_sft.errors import SettingsError
 from kt_sft.export.merge import export_merged
 from kt_sft.export.writing import write_adapter
 
-OLD = version.parse(peft.__version__) < version.parse("0.19.0.dev0")
-FUSED = "peft-fused-0.18" if OLD else "peft-fused"
 # fp32 products in another order: W + BA, and W x + B (A x), through a few layers.
 BOUND = 1e-5
 # Without a form: experts in flat matrices.

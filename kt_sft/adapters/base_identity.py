@@ -1,8 +1,9 @@
 """What tells the base model of an adapter from another one of the same shape.
 
-Sizes, and digests of samples of weights that every release of a model keeps as they are, quantized
-or not: input embeddings, the first and last router and norm. A fine-tune changes them; another
-format of the experts does not. It lies beside an adapter, and is looked at where one is loaded.
+Sizes, and samples of weights that are floats in most releases of a model, quantized experts or not:
+input embeddings, and the first and last router, norm and layer beside the experts. Training changes
+some of them, merged LoRA of attention too; another format of the experts changes none. It lies
+beside an adapter, and is looked at where one is loaded or exported.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ from torch import Tensor, nn
 from kt_sft.errors import AdapterMismatchError
 
 IDENTITY_FILE = "kt_sft_base.json"
-_ROWS = _COLUMNS = 64
+_SPACED = 64
+_VALUES = 4
+# What went through fp16, which has less range than bf16, is compared by its values.
+_RELATIVE, _ABSOLUTE = 2**-7, 1e-6
+_PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Read by people and compared, by the names that configurations use.
 _SIZES = ("hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads")
 
@@ -34,31 +39,45 @@ def telling_parameters(model: nn.Module, experts: Layers) -> list[str]:
     The model is a stock one or a hybrid one, before any adapter.
     """
     embedding = model.get_input_embeddings()  # type: ignore[operator]
-    routers, norms, found = [], [], []
-    blocks = {path.rpartition(".")[0]: (path, shape[0]) for path, shape in experts.items()}
+    kinds: dict[str, list[str]] = {"embedding": [], "router": [], "norm": [], "layer": []}
+    blocks = {path.rpartition(".")[0]: shape[0] for path, shape in experts.items()}
+    layers = tuple(f"{block.rpartition('.')[0]}." for block in blocks)
+    inside_experts = tuple(f"{path}." for path in experts)
     for name, parameter in model.named_parameters():
-        for block, (path, count) in blocks.items():
-            inside = name.startswith(f"{block}.") and not name.startswith(f"{path}.")
-            if inside and parameter.dim() == 2 and parameter.shape[0] == count:
-                routers.append(name)
-        if parameter.dim() == 1 and "norm" in name:
-            norms.append(name)
+        if name.startswith(inside_experts):
+            continue
+        block = next((b for b in blocks if name.startswith(f"{b}.")), None)
         if embedding is not None and parameter is embedding.weight:
-            found.append(name)
-    for ends in (routers, norms):
-        found += dict.fromkeys(ends[:1] + ends[-1:])
-    return found
+            kinds["embedding"].append(name)
+        elif parameter.dim() == 1 and "norm" in name:
+            kinds["norm"].append(name)
+        elif parameter.dim() == 2 and block is not None and parameter.shape[0] == blocks[block]:
+            kinds["router"].append(name)
+        elif parameter.dim() == 2 and block is None and name.startswith(layers):
+            kinds["layer"].append(name)
+    return [name for found in kinds.values() for name in dict.fromkeys(found[:1] + found[-1:])]
 
 
-def sample_digest(weight: Tensor) -> str:
-    """XXH3-64 of up to 64 by 64 values, evenly spaced, in bf16, in hexadecimal."""
-    matrix = weight.detach().reshape(weight.shape[0], -1)
-    rows = torch.linspace(0, matrix.shape[0] - 1, min(_ROWS, matrix.shape[0])).long()
-    columns = torch.linspace(0, matrix.shape[1] - 1, min(_COLUMNS, matrix.shape[1])).long()
-    chosen = matrix[rows.to(matrix.device)][:, columns.to(matrix.device)]
-    return xxhash.xxh3_64_hexdigest(
-        chosen.to(torch.bfloat16).cpu().contiguous().view(torch.uint8).numpy().tobytes()
-    )
+def _sample(weight: Tensor, rounded: bool) -> dict[str, Any]:
+    """A digest of up to 64 by 64 values in bf16, and 16 of them, evenly spaced.
+
+    rounded: it has been in fp16, so that its values count.
+    """
+
+    def chosen(count: int) -> Tensor:
+        matrix = weight.detach().reshape(weight.shape[0], -1)
+        rows, columns = (
+            torch.linspace(0, size - 1, min(count, size)).long().to(matrix.device)
+            for size in matrix.shape
+        )
+        return matrix[rows][:, columns].cpu()
+
+    bits = chosen(_SPACED).to(torch.bfloat16).contiguous().view(torch.uint8)
+    return {
+        "rounded": rounded or weight.dtype == torch.float16,
+        "digest": xxhash.xxh3_64_hexdigest(bits.numpy().tobytes()),
+        "values": chosen(_VALUES).float().flatten().tolist(),
+    }
 
 
 def identity_of(
@@ -66,16 +85,20 @@ def identity_of(
     experts: Layers,
     parameters: Iterable[str],
     weight: Callable[[str], Tensor | None],
+    rounded: bool = False,
 ) -> dict[str, Any]:
-    """weight: a parameter by its name, or None where it cannot be sampled."""
+    """weight: a parameter by its name, or None where it cannot be sampled.
+
+    rounded: the weights have been in fp16 before they got what dtype they have.
+    """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     sizes = {name: getattr(text, name, None) for name in _SIZES}
     shapes = sorted(set(experts.values()))
     samples = {}
     for name in parameters:
         found = weight(name)
-        if found is not None and found.is_floating_point() and found.device.type != "meta":
-            samples[name] = sample_digest(found)
+        if found is not None and found.dtype in _PLAIN and found.device.type != "meta":
+            samples[name] = _sample(found, rounded)
     return {
         "model_type": config.model_type,
         "sizes": {name: size for name, size in sizes.items() if isinstance(size, int)}
@@ -114,8 +137,28 @@ def other_weights(trained_on: Mapping[str, Any], here: Mapping[str, Any]) -> lis
     return sorted(
         f"{name}: other weights"
         for name in theirs.keys() & ours.keys()
-        if theirs[name] != ours[name]
+        if not _same(theirs[name], ours[name])
     )
+
+
+def _same(one: Any, two: Any) -> bool:
+    """Whether two samples are of one weight; what cannot be compared counts as the same."""
+    if not isinstance(one, Mapping) or not isinstance(two, Mapping):
+        return True
+    if one.get("digest") == two.get("digest"):
+        return True
+    if not (one.get("rounded") or two.get("rounded")):
+        return False
+    theirs, ours = _numbers(one), _numbers(two)
+    return len(theirs) == len(ours) > 0 and all(
+        abs(x - y) <= _RELATIVE * abs(x) + _ABSOLUTE for x, y in zip(theirs, ours, strict=True)
+    )
+
+
+def _numbers(sample: Mapping[str, Any]) -> list[float]:
+    found = sample.get("values")
+    numbers = isinstance(found, list) and all(isinstance(x, int | float) for x in found)
+    return found if numbers and isinstance(found, list) else []
 
 
 def refuse(adapter: Path, found: list[str], force: str) -> None:

@@ -23,10 +23,10 @@ _PROJECTION = f"({'|'.join(PROJECTIONS)})"
 _STACKED = re.compile(rf"{_PROJECTION}\.(lora_[AB])\.([^.]+)$")
 # Without an adapter's name where PEFT knows no parameter of this model for the key (0.21 on).
 _OF_EXPERT = re.compile(rf"(\d+)\.{_PROJECTION}\.(lora_[AB])(?:\.([^.]+))?\.weight$")
-_SHARED = re.compile(rf"{_PROJECTION}\.(lora_[AB])\.([^.]+)\.weight$")
+_SHARED = re.compile(rf"{_PROJECTION}\.(lora_[AB])(?:\.([^.]+))?\.weight$")
 _OF_ALL = re.compile(rf"(.+)\.{_PROJECTION}\.lora_[AB](?:\.[^.]+)?\.weight$")
 _EXPERT_MODULE = re.compile(rf"(.+)\.(\d+)\.{_PROJECTION}$")
-_IN_FULL = re.compile(r"(.*)\.(modules_to_save|original_module)\.(\w+)")
+_IN_FULL = re.compile(r"(.*)\.(modules_to_save|original_module)\.(?:\w+\.)?(\w+)")
 
 
 class Stacked(NamedTuple):
@@ -66,10 +66,13 @@ def stacked_key(projection: str, factor: str, adapter: str | None) -> str:
     return f"{projection}.{factor}.{adapter}"
 
 
-def shared(key: str) -> Stacked | None:
-    """The parts of a key, below its experts, of a pair that all of them share, or None."""
+def shared(key: str) -> tuple[str, str, str | None] | None:
+    """(projection, factor, adapter) of a key, below its experts, of a pair that all of them share.
+
+    None for another key.
+    """
     match = _SHARED.fullmatch(key)
-    return Stacked(*match.groups()) if match else None
+    return (match[1], match[2], match[3]) if match else None
 
 
 def shared_key(projection: str, factor: str, adapter: str) -> str:
@@ -122,6 +125,11 @@ def rank_of(config: Any, module: str) -> int:
 def alpha_of(config: Any, module: str) -> float:
     """The alpha that a LoraConfig gives a module."""
     return _by_pattern(config.alpha_pattern, module, config.lora_alpha)
+
+
+def matched(patterns: dict[str, Any] | None, name: str) -> Any:
+    """The value of the pattern that a name matches, or None."""
+    return patterns.get(get_pattern_key([*patterns], name)) if patterns else None
 
 
 def _by_pattern(patterns: dict[str, Any], module: str, otherwise: Any) -> Any:

@@ -49,8 +49,13 @@ def collect_expert_factors(
     for key in [k for k in state_dict if k.startswith(prefix)]:
         shared = names.shared(key[len(prefix) :])
         if shared is not None:
+            projection, factor, adapter = shared
+            if adapter is None:
+                # The one that is being loaded is the last that was made.
+                made = getattr(getattr(module, projection, None), "lora_A", {})
+                adapter = next(reversed(list(made)), None)
             experts = range(module.shape.experts)  # type: ignore[arg-type, union-attr]
-            groups[shared] = dict.fromkeys(experts, state_dict.pop(key))
+            groups[projection, factor, adapter] = dict.fromkeys(experts, state_dict.pop(key))
             continue
         found = names.of_expert(key[len(prefix) :])
         if found is None or found.path:

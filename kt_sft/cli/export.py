@@ -56,6 +56,14 @@ def run(arguments: argparse.Namespace) -> int:
                 f"--to: {source} is an adapter's folder, expected --to with one of "
                 f"{', '.join(EXPORT_TARGETS)}"
             )
+        given = [
+            name for name in ("out", "base", "dequantize", "force") if getattr(arguments, name)
+        ]
+        if given:
+            raise SettingsError(
+                f"--{given[0]}: is for an adapter's folder and --to; for a recipe set export_dir, "
+                "model_name_or_path and the kt_sft section's adapter_base"
+            )
         return run_recipe("export", arguments.source, arguments.overrides)
     if arguments.overrides:
         raise SettingsError(f"got {' '.join(arguments.overrides)}, which is for recipes only")

@@ -30,10 +30,12 @@ class Order:
     shared_after: children that it calls after the routed experts, on its own input or a reshaped
         view of it.
     routed_first: the forward in which these are called so; None where the stock one does it.
+    stock: the forward that was read.
     """
 
     shared_after: tuple[str, ...]
     routed_first: Callable[..., Any] | None = None
+    stock: Callable[..., Any] | None = None
 
 
 @functools.cache
@@ -48,17 +50,24 @@ def order_of(block: type[nn.Module], experts: str, shared: frozenset[str]) -> Or
         return Order(())
     moved = _move_behind(function, experts, shared)
     names = _called_after(function, experts, shared)
-    return Order(names, _compiled(forward, function) if moved and names else None)
+    return Order(names, _compiled(forward, function) if moved and names else None, forward)
 
 
 def _parsed(forward: Any) -> ast.FunctionDef | None:
-    """A forward that can be read and made again: plain, with an input."""
+    """A forward that can be read and made again: plain, with an input.
+
+    What wraps another function, or needs more than its module's names, cannot be.
+    """
+    if inspect.unwrap(forward) is not forward or getattr(forward, "__closure__", None):
+        return None
     try:
         lines, first = inspect.getsourcelines(forward)
         function = ast.parse(textwrap.dedent("".join(lines))).body[0]
     except (OSError, TypeError, SyntaxError):
         return None
     if not isinstance(function, ast.FunctionDef) or len(function.args.args) < 2:
+        return None
+    if any(isinstance(node, ast.Name) and node.id == "super" for node in ast.walk(function)):
         return None
     ast.increment_lineno(function, first - 1)  # tracebacks show the stock source
     return function
@@ -198,11 +207,13 @@ def _can_wait(statement: ast.stmt, calls: list[ast.Call], between: list[ast.stmt
 
 
 def _writes_in_place(statement: ast.stmt) -> bool:
-    """Whether a tensor may change: by `+=`, an index, or a method such as `mul_`."""
+    """Whether a tensor or an attribute may change: by `+=`, `x[...] =`, `mul_` or `out=`."""
     for node in ast.walk(statement):
         if isinstance(node, ast.AugAssign):
             return True
-        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
+        if isinstance(node, ast.Subscript | ast.Attribute) and isinstance(node.ctx, ast.Store):
+            return True
+        if isinstance(node, ast.keyword) and node.arg in ("out", "inplace"):
             return True
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             name = node.func.attr

@@ -54,6 +54,10 @@ class Lora:
 class _Reader(Protocol):
     """A projection of a layer's experts in some layout."""
 
+    @property
+    def names(self) -> list[str]:
+        """What patterns were matched against."""
+
     def read(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
         """a [E or 1, r, inputs] and b [E or 1, outputs, r]."""
 
@@ -65,8 +69,14 @@ class _Reader(Protocol):
 class _Separate:
     """Matrices of their own for each expert, or one pair for all."""
 
+    place: Place
     keys: dict[int, Keys]
+    paths: list[str]  # in the file
     shared: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        return [".".join(self.place), *self.paths]
 
     def read(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
         pairs = [adapter.file.pair(self.keys[e]) for e in sorted(self.keys)]
@@ -80,7 +90,12 @@ class _Separate:
 class _Stacked:
     """One tensor [E, ., .] for each factor."""
 
+    place: Place
     keys: Keys
+
+    @property
+    def names(self) -> list[str]:
+        return [".".join(self.place)]
 
     def read(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
         return adapter.file.pair(self.keys)
@@ -97,9 +112,13 @@ class _Fused:
     projection: str
     keys: Keys
 
+    @property
+    def names(self) -> list[str]:
+        return [self.slot.parameter]
+
     def read(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
         halved = adapter.halved and len(self.slot.parts) == 2
-        whole = adapter.fused_pair(self.slot, self.keys)
+        whole = adapter.fused_pair(self.slot)
         pair = fused.part_of(self.slot, whole, self.projection, halved)
         return pair.a, pair.b
 
@@ -116,9 +135,10 @@ class Adapter:
         self.file = AdapterFile(folder)
         self.layouts: set[str] = set()
         self._experts: dict[Place, _Reader] = {}
-        self._linear: dict[str, Keys] = {}
+        self._linear: dict[str, tuple[str, Keys]] = {}  # module -> (path in the file, keys)
         self._fused: dict[str, tuple[fused.Slot, Keys]] = {}
-        self._last: tuple[Place, Lora] | None = None
+        self._layer = ""
+        self._read: dict[str, Lora] = {}  # projection -> of that layer
         self._problems: list[str] = []
         self._sort()
         self._check()
@@ -161,7 +181,7 @@ class Adapter:
     def ranks(self) -> dict[str, int]:
         """The rank of every module with LoRA, all experts of a layer being one."""
         found = {f"{layer}.{p}": self.expert_rank(layer, p)[0] for layer, p in self._experts}
-        return found | {m: self.file.shapes(keys)[0][0] for m, keys in self._linear.items()}
+        return found | {m: self.file.shapes(keys)[0][0] for m, (_, keys) in self._linear.items()}
 
     def expert_rank(self, layer: str, projection: str) -> tuple[int, float]:
         """Rank and scaling of a projection of a layer's experts; those of the adapter's first
@@ -171,7 +191,7 @@ class Adapter:
             place = next(iter(self._experts))
         reader = self._experts[place]
         rank = reader.rank(self)
-        scaling = self._scaling(rank, [self._trained_as(place)])
+        scaling = self._scaling(rank, reader.names)
         both = isinstance(reader, _Fused) and len(reader.slot.parts) == 2
         return rank // 2 if both and self.halved else rank, scaling
 
@@ -182,49 +202,57 @@ class Adapter:
 
     def linear_shape(self, module: str) -> tuple[int, float, int, int]:
         """Rank, scaling, outputs and inputs of another module's LoRA."""
-        a, b = self.file.shapes(self._linear[module])
-        return a[0], self._scaling(a[0], [module, f"{module}.weight"]), b[0], a[1]
+        path, keys = self._linear[module]
+        a, b = self.file.shapes(keys)
+        return a[0], self._scaling(a[0], [module, f"{module}.weight", path]), b[0], a[1]
 
     # Its tensors, in fp32
 
     def experts(self, layer: str, projection: str) -> Lora:
-        """The LoRA of a projection of all experts; the last one asked for is kept."""
-        place = layer, projection
-        if self._last is None or self._last[0] != place:
-            reader = self._experts[place]
+        """The LoRA of a projection of all experts; that of the last layer asked for is kept."""
+        if layer != self._layer:
+            self._layer, self._read = layer, {}
+        if projection not in self._read:
+            reader = self._experts[layer, projection]
             a, b = reader.read(self)
-            scaling = self._scaling(reader.rank(self), [self._trained_as(place)])
-            self._last = place, Lora(a, b, scaling)
-        return self._last[1]
+            scaling = self._scaling(reader.rank(self), reader.names)
+            self._read[projection] = Lora(a, b, scaling)
+        return self._read[projection]
 
     def linear(self, module: str) -> Lora:
         """The LoRA of another module."""
-        a, b = self.file.pair(self._linear[module])
-        return Lora(a, b, self._scaling(a.shape[0], [module, f"{module}.weight"]))
+        path, keys = self._linear[module]
+        a, b = self.file.pair(keys)
+        return Lora(a, b, self._scaling(a.shape[0], [module, f"{module}.weight", path]))
 
-    def fused_pair(self, slot: fused.Slot, keys: Keys) -> fused.Pair:
+    def fused_pair(self, slot: fused.Slot) -> fused.Pair:
         """The pair of a whole stacked parameter."""
+        _, keys = self._fused[slot.parameter]
         return fused.from_peft(slot, *self.file.pair(keys), self._fused_layout)
+
+    def undivided(self, slot: fused.Slot) -> bool:
+        """Whether gate and up were trained as one, with an A of both."""
+        return slot.parameter in self._fused and len(slot.parts) == 2 and not self.halved
 
     @cached_property
     def halved(self) -> bool:
         """Whether gate and up have halves of their own in every pair that they share."""
         together = [found for found in self._fused.values() if len(found[0].parts) == 2]
         return bool(together) and all(
-            fused.is_block_diagonal(slot, self.fused_pair(slot, keys)) for slot, keys in together
+            fused.is_block_diagonal(slot, self.fused_pair(slot)) for slot, _ in together
         )
 
-    def _trained_as(self, place: Place) -> str:
-        """What patterns were matched against."""
-        reader = self._experts[place]
-        return reader.slot.parameter if isinstance(reader, _Fused) else ".".join(place)
-
     def _scaling(self, rank: int, trained_as: list[str]) -> float:
-        """By the first name that a pattern matches."""
+        """By the patterns that any of the names matches. Raises CheckpointError."""
         config = self.file.config
-        alphas = [names.alpha_of(config, name) for name in trained_as]
-        alpha = next((a for a in alphas if a != config.lora_alpha), config.lora_alpha)
-        return names.scaling(rank, alpha, config.use_rslora)
+        found = {names.matched(config.alpha_pattern, name) for name in trained_as} - {None}
+        if len(found) > 1:
+            raise CheckpointError(
+                f"{self.file.folder}: alpha_pattern: {trained_as[0]} gets {sorted(found)}, "
+                "expected one alpha for all experts of a projection; train it so, or merge it with "
+                "the program that trained it"
+            )
+        return names.scaling(rank, found.pop() if found else config.lora_alpha, config.use_rslora)
 
     # Where its keys belong
 
@@ -236,25 +264,37 @@ class Adapter:
             place = self._expert_of(path)
             if place is not None:
                 layer, projection, expert = place
-                reader = self._experts.setdefault((layer, projection), _Separate({}))
-                if not isinstance(reader, _Separate):
-                    self._problems.append(f"{path}: {layer} has LoRA in another layout too")
-                else:
-                    reader.keys[expert] = keys
+                default = _Separate((layer, projection), {}, [])
+                reader = self._experts.setdefault((layer, projection), default)
+                if not isinstance(reader, _Separate) or reader.shared or expert in reader.keys:
+                    self._claimed(path, f"{layer}.{projection}")
+                    continue
+                reader.keys[expert] = keys
+                reader.paths.append(path)
                 self.layouts.add("per expert")
             elif (shared := self._shared_of(path)) is not None:
-                self._experts[shared] = _Separate({0: keys}, shared=True)
-                self.layouts.add("shared")
+                self._claim(shared, _Separate(shared, {0: keys}, [path], shared=True), "shared")
             else:
                 module = base.modules_by_published_name.get(path, path)
-                self._linear[module] = keys
+                if module in self._linear:
+                    self._claimed(path, module)
+                self._linear[module] = path, keys
         by_number = {int(_NUMBER.findall(f".{path}.")[0]): path for path in base.layers}
         for (number, projection), keys in self.file.stacked.items():
             if number not in by_number:
                 self._problems.append(f"layer {number}: has no routed experts in this base")
                 continue
-            self._experts[by_number[number], projection] = _Stacked(keys)
-            self.layouts.add("stacked")
+            of_layer = by_number[number], projection
+            self._claim(of_layer, _Stacked(of_layer, keys), "stacked")
+
+    def _claim(self, place: Place, reader: _Reader, layout: str) -> None:
+        if place in self._experts:
+            self._claimed(f"its {layout} LoRA", ".".join(place))
+        self._experts[place] = reader
+        self.layouts.add(layout)
+
+    def _claimed(self, path: str, module: str) -> None:
+        self._problems.append(f"{path}: {module} has LoRA under another name too")
 
     def _expert_of(self, path: str) -> tuple[str, str, int] | None:
         found = names.expert_module(path)
@@ -281,8 +321,7 @@ class Adapter:
                     keys = left.pop(path)
                     self._fused[slot.parameter] = slot, keys
                     for projection in slot.parts:
-                        self._experts[layer, projection] = _Fused(slot, projection, keys)
-                    self.layouts.add("fused")
+                        self._claim((layer, projection), _Fused(slot, projection, keys), "fused")
 
     def _targeted(self, slots: list[fused.Slot]) -> list[fused.Slot]:
         """The one parameter that was adapted, where the keys do not tell."""
@@ -328,7 +367,7 @@ class Adapter:
         for (layer, projection), reader in self._experts.items():
             self._problems += self._expert_problems(layer, projection, reader)
         shapes_of = self.base.model.keys.shape
-        for module, keys in self._linear.items():
+        for module, (_, keys) in self._linear.items():
             self._problems += _misfit(module, shapes_of(f"{module}.weight"), self.file.shapes(keys))
         for parameter in self.full:
             if shapes_of(parameter) is None and parameter not in self.base.model.tied:

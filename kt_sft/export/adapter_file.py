@@ -6,6 +6,7 @@ Which module of a base model a key belongs to is the business of adapter.py.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
 from kt_sft.adapters import names
+from kt_sft.adapters.layer import variants_without_kernels
 from kt_sft.checkpoint.untrusted import read_json, reading
 from kt_sft.errors import CheckpointError, SettingsError
 from kt_sft.files.safetensors import SafetensorsCheckpoint
@@ -29,6 +31,24 @@ _STACKED_KEYS = {
     for projection in PROJECTIONS
     for factor in ("lora_A", "lora_B")
 }
+# What PEFT saves of a layer that has LoRA itself, as the base has it.
+_OF_BASE = (".base_layer.weight", ".base_layer.bias")
+# Parts of keys of what is no plain LoRA.
+_OTHER_KINDS = {
+    "lora_embedding_": "LoRA of embeddings",
+    "trainable_tokens_": "single trained tokens",
+    "lora_magnitude": "DoRA",
+    "lora_A.bias": "LoRA with a bias",
+    "lora_B.bias": "LoRA with a bias",
+}
+# Settings of LoraConfig under which B A is not all that is computed.
+_OTHER_SETTINGS = ("layer_replication", "trainable_token_indices")
+# Ways to begin that leave the base's weights as they are.
+_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+_LARGEST_ALPHA = 1e9
+# Patterns of modules' names, without what can make matching take for ever.
+_PATTERN = re.compile(r"[\w.\-*+?^$|\\()\[\]]{1,512}")
+_REPEATED_GROUP = re.compile(r"\)[*+?{]")
 # Of a fused pair, which other programs may have made.
 _LARGEST_RANK = 1 << 16
 _FACTORS = (".lora_A", ".lora_B")
@@ -93,6 +113,11 @@ class AdapterFile:
         """The name of its dtype in safetensors."""
         return self._tensors.dtype(key)
 
+    def lora_numbers(self) -> int:
+        """How many numbers its LoRA has."""
+        pairs = [*self.lora.values(), *self.stacked.values()]
+        return sum(math.prod(self._tensors.shape(key)) for pair in pairs for key in pair)
+
     @property
     def dtype(self) -> torch.dtype:
         """That of the LoRA; of the first pair, where they differ."""
@@ -113,9 +138,22 @@ class AdapterFile:
                 layer, projection, factor = found
                 stacked.setdefault((layer, projection), {})[factor] = key
             elif (split := _split(path)) is not None:
-                factors.setdefault(split[0], {})[split[1]] = key
+                known = factors.setdefault(split[0], {})
+                if split[1] in known:
+                    raise CheckpointError(
+                        f"{self.folder}: {known[split[1]]} and {key} are of one module; save the "
+                        "adapters one by one"
+                    )
+                known[split[1]] = key
+            elif (kind := next((k for k in _OTHER_KINDS if k in key), None)) is not None:
+                raise SettingsError(
+                    f"{self.folder}: {key}: {_OTHER_KINDS[kind]}, which kt_sft does not read; "
+                    "merge the adapter with PEFT"
+                )
             else:
                 inside = names.wrapped(path)
+                if path.endswith(_OF_BASE):
+                    continue
                 if inside is not None:
                     path, trained = inside
                     # With a resized vocabulary PEFT also saves what its wrapper holds inside.
@@ -177,7 +215,12 @@ def _config(folder: Path) -> tuple[LoraConfig, str]:
             f"{folder}: only plain LoRA can be read by kt_sft, got peft_type "
             f"{raw.get('peft_type')}, use_dora {config.use_dora}, bias {config.bias}"
         )
-    if config.init_lora_weights not in (True, False, "gaussian"):
+    other = [f"{name}: is more than LoRA" for name in _OTHER_SETTINGS if raw.get(name)]
+    if listed := [*variants_without_kernels(raw), *other]:
+        raise SettingsError(
+            f"{folder}: not read by kt_sft\n" + "\n".join(f"  - {p}" for p in listed)
+        )
+    if config.init_lora_weights not in _PLAIN_STARTS:
         raise SettingsError(
             f"{folder}: init_lora_weights {config.init_lora_weights!r} replaced the base's "
             "weights by a residual before training, so the original ones cannot take the "
@@ -193,13 +236,14 @@ def _config_problems(raw: Mapping[str, Any]) -> list[str]:
     if not _is_rank(raw.get("r", 8)):
         problems.append(f"r: got {raw.get('r')!r}, expected 1 to {_LARGEST_RANK}")
     if not _is_alpha(raw.get("lora_alpha", 8)):
-        problems.append(f"lora_alpha: got {raw.get('lora_alpha')!r}, expected a number")
+        problems.append(f"lora_alpha: got {raw.get('lora_alpha')!r}, expected a number, not 0")
     for name, fits in (("rank_pattern", _is_rank), ("alpha_pattern", _is_alpha)):
         patterns = raw.get(name) or {}
         if not isinstance(patterns, dict):
             problems.append(f"{name}: got {type(patterns).__name__}, expected an object {{...}}")
             continue
         problems += [f"{name}: {k}: got {v!r}" for k, v in patterns.items() if not fits(v)]
+        problems += [f"{name}: {k[:60]!r} is no pattern" for k in patterns if not _is_pattern(k)]
     for name in ("target_modules", "target_parameters", "modules_to_save"):
         given = raw.get(name)
         listed = isinstance(given, list) and all(isinstance(n, str) for n in given)
@@ -213,4 +257,16 @@ def _is_rank(value: Any) -> bool:
 
 
 def _is_alpha(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and 0 < abs(value) <= _LARGEST_ALPHA
+
+
+def _is_pattern(value: str) -> bool:
+    """Whether PEFT can match names with it, in bounded time."""
+    if not _PATTERN.fullmatch(value) or _REPEATED_GROUP.search(value):
+        return False
+    try:
+        re.compile(value)
+    except re.error:
+        return False
+    return True

@@ -14,6 +14,7 @@ from kt_sft.adapters.base_identity import identity_of
 from kt_sft.checkpoint.folder import BaseModel, sizes_of, sources_of
 from kt_sft.checkpoint.published import PublishedCheckpoint
 from kt_sft.checkpoint.sources import CheckpointSource, Stack
+from kt_sft.checkpoint.untrusted import read_json, refuse_more_layers
 from kt_sft.errors import CheckpointError
 from kt_sft.families.finding import FoundExperts
 from kt_sft.files.safetensors import SafetensorsCheckpoint, checkpoint_files
@@ -37,8 +38,10 @@ class Base:
             raise CheckpointError(
                 f"{folder}: no config.json there; give the folder of the base checkpoint (--base)"
             )
-        model = BaseModel.of(folder)
         files = SafetensorsCheckpoint(checkpoint_files(folder))
+        config = folder / "config.json"
+        refuse_more_layers(read_json(config), len(list(files)), str(config))
+        model = BaseModel.of(folder)
         checkpoint = PublishedCheckpoint(files, model.published)
         stacks = model.keys.stacks(checkpoint)
         return cls(folder, model, checkpoint, stacks, sources_of(checkpoint, model.layers, stacks))

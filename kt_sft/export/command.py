@@ -37,7 +37,7 @@ def export_adapter(
     adapter, out = Path(adapter), Path(out)
     opened = open_base(adapter, base)
     if not force:
-        refuse_other_base(adapter, opened)
+        refuse_other_base(adapter, opened, "--force")
     if to == "merged":
         export_merged(opened.folder, [adapter], out, dequantize=dequantize)
         return [line.format(out=str(out)) for line in _LOAD_MERGED]
@@ -64,9 +64,12 @@ def open_base(adapter: Path, name: str | None) -> Base:
         ) from error
 
 
-def refuse_other_base(adapter: Path, base: Base) -> None:
-    """Raises AdapterMismatchError where an adapter was trained on another base."""
+def refuse_other_base(adapter: Path, base: Base, force: str) -> None:
+    """Raises AdapterMismatchError where an adapter was trained on another base.
+
+    force: how to go on all the same.
+    """
     theirs = read_identity(adapter)
     if theirs is not None:
         here = base.identity
-        refuse(adapter, other_shape(theirs, here) + other_weights(theirs, here), "--force")
+        refuse(adapter, other_shape(theirs, here) + other_weights(theirs, here), force)

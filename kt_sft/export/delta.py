@@ -1,7 +1,7 @@
 """What adapters change in the tensors of a checkpoint: W + scaling * B A, in fp32, rounded once.
 
-Several adapters are applied in their order, as they were trained on top of one another. Stacked
-experts come one at a time, so that a tensor of all of them is never in memory in fp32.
+Several adapters are applied in their order, as they were trained on top of one another. Experts in
+a tensor [E, ., .] come one at a time, so that it is never whole in memory in fp32.
 """
 
 from __future__ import annotations
@@ -18,6 +18,23 @@ from kt_sft.export.base import Base
 from kt_sft.families.finding import TensorPart
 from kt_sft.files.safetensors_writer import DTYPES, Entry
 from kt_sft.kernels import CodedMatrix
+
+
+@dataclass(frozen=True)
+class _Full:
+    """A parameter that was trained in full: its key in the adapter's file."""
+
+    adapter: Adapter
+    key: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As it was trained."""
+        return self.adapter.file.shape(self.key)
+
+    def read(self) -> Tensor:
+        """As it was trained."""
+        return self.adapter.file.get(self.key)
 
 
 @dataclass(frozen=True)
@@ -53,94 +70,108 @@ class Delta:
     ) -> None:
         self._base, self._dtype = base, dtype
         self._lora: dict[str, list[_Change]] = {}
-        self._full: dict[str, tuple[Adapter, str]] = {}  # parameter -> the last that trained it
+        self._full: dict[str, _Full] = {}
         for adapter in adapters:
+            for parameter, stored in adapter.full.items():
+                key = self._key_of(parameter)
+                # In the place of what came before it.
+                self._full[key] = _Full(adapter, stored)
+                self._lora.pop(key, None)
             for change in self._changes(adapter):
                 self._lora.setdefault(change.key, []).append(change)
-            for parameter in adapter.full:
-                self._full[parameter] = adapter, adapter.full[parameter]
-        tied = base.model.tied
-        self._replaced: dict[str, str] = {}  # key on disk -> parameter
-        # Tensors that a checkpoint with tied embeddings does not have: name -> the adapter's
-        # parameter, or the base's tensor that it was tied to.
-        self._untied: dict[str, tuple[str, bool]] = {}
-        for parameter in self._full:
-            if (on_disk := base.on_disk(parameter)) is not None:
-                self._replaced[on_disk] = parameter
-            elif parameter in tied:
-                self._untied[parameter] = parameter, True
-            else:
-                raise AdapterMismatchError(
-                    f"{parameter}: was trained in full and is no tensor of {base.folder}; export "
-                    "with the base that it was trained on"
-                )
-        # Where only one side of a tied pair was trained, the other is as it was.
-        for name, source in tied.items():
-            on_disk = base.on_disk(source)
-            if name not in self._untied and on_disk is not None and on_disk in self._replaced:
-                self._untied[name] = on_disk, False
-        self._resizable = {base.on_disk(name) for name in base.model.vocabulary}
         self._transposed = set(_transposed(base))
+        self._vocabulary = {self._written_as(name) for name in base.model.vocabulary}
+        self._tied_to = self._untie()
+        self._check_vocabulary()
+
+    def _key_of(self, parameter: str) -> str:
+        """The tensor that a parameter is, or will be where it is tied to another one."""
+        key = self._base.on_disk(parameter)
+        if key is not None:
+            return key
+        if parameter in self._base.model.tied:
+            return parameter
+        raise AdapterMismatchError(
+            f"{parameter}: was trained and is no tensor of {self._base.folder}; export with the "
+            "base that it was trained on"
+        )
+
+    def _written_as(self, parameter: str) -> str:
+        return self._base.on_disk(parameter) or parameter
+
+    def _untie(self) -> dict[str, str]:
+        """Tensors to write beside the base's, whose embeddings are tied no more -> the base's."""
+        found = {}
+        self.untied = False
+        for name, source in self._base.model.tied.items():
+            sides = self._written_as(name), self._written_as(source)
+            if not any(side in self._full or side in self._lora for side in sides):
+                continue
+            self.untied = True
+            if sides[0] not in self._base.checkpoint:
+                found[sides[0]] = sides[1]
+        return found
+
+    def _check_vocabulary(self) -> None:
+        rows = {
+            key: self.entry(key).shape[0]
+            for key in self._vocabulary
+            if key in self._base.checkpoint or key in self._tied_to
+        }
+        if len(set(rows.values())) > 1:
+            listed = ", ".join(f"{key} {count}" for key, count in sorted(rows.items()))
+            raise AdapterMismatchError(
+                f"the embedding and the head would differ in rows ({listed}); where the vocabulary "
+                "grows, train both, by additional_target"
+            )
 
     @property
     def vocabulary(self) -> int | None:
-        """Rows of the trained embedding or head, which may be more than the base has."""
-        trained = [p for key, p in self._replaced.items() if key in self._resizable]
-        trained += [name for name, (_, own) in self._untied.items() if own]
-        rows = {self._full_shape(parameter)[0] for parameter in trained}
-        if len(rows) > 1:
-            raise AdapterMismatchError(
-                f"the adapter's embedding and head have {sorted(rows)} rows; train both, by "
-                "additional_target, where the vocabulary grows"
-            )
-        return next(iter(rows), None)
+        """Rows of a trained embedding or head, which may be more than the base has."""
+        return next(
+            (self._full[key].shape[0] for key in self._vocabulary & self._full.keys()), None
+        )
 
     @property
-    def untied(self) -> list[str]:
-        """Tensors to write beside those of the base, whose embeddings are tied no more."""
-        return [*self._untied]
+    def added(self) -> list[str]:
+        """Tensors to write beside those of the base."""
+        return [*self._tied_to]
 
     def entry(self, key: str) -> Entry:
         """What a tensor will be."""
         checkpoint = self._base.checkpoint
-        if key in self._untied:
-            source = self._base.on_disk(self._base.model.tied[key])
-            assert source is not None
-            name, own = self._untied[key]
-            shape = self._full_shape(name) if own else checkpoint.shape(name)
-            return Entry(shape, DTYPES[checkpoint.dtype(source)])
-        shape = checkpoint.shape(key)
-        if key in self._replaced:
-            trained = self._full_shape(self._replaced[key])
-            same = trained[1:] == shape[1:] and key in self._resizable
-            if trained != shape and not same:
+        source = self._tied_to.get(key, key)
+        shape = checkpoint.shape(source)
+        if key in self._full:
+            trained = self._full[key].shape
+            grown = trained[1:] == shape[1:] and key in self._vocabulary
+            if trained != shape and not grown:
                 raise AdapterMismatchError(
                     f"{key}: the adapter has shape {trained}, the base {shape}; export it with the "
                     "base it was trained on"
                 )
             shape = trained
-        if checkpoint.is_quantized(key):
-            if key in self._transposed:
-                shape = (*shape[:-2], shape[-1], shape[-2])
+        elif key in self._transposed:
+            shape = (*shape[:-2], shape[-1], shape[-2])
+        if checkpoint.is_quantized(source):
             return Entry(shape, self._dtype)
-        return Entry(shape, DTYPES[checkpoint.dtype(key)])
+        return Entry(shape, DTYPES[checkpoint.dtype(source)])
 
     def pieces(self, key: str) -> Iterator[Tensor]:
         """A tensor, in pieces along its first dimension."""
-        checkpoint = self._base.checkpoint
-        if key in self._untied:
-            name, own = self._untied[key]
-            yield self._trained(name) if own else _plain(checkpoint.get(name))
-        elif key in self._replaced:
-            yield self._trained(self._replaced[key])
-        elif not checkpoint.is_quantized(key) and key not in self._lora:
-            yield _plain(checkpoint.get(key))
-        elif len(checkpoint.shape(key)) == 3:
-            for expert in range(checkpoint.shape(key)[0]):
-                matrix = self._changed(key, checkpoint.get(key, expert), expert)
+        checkpoint, lora = self._base.checkpoint, key in self._lora
+        source = self._tied_to.get(key, key)
+        if key in self._full:
+            trained = self._full[key].read()
+            yield self._changed(key, trained) if lora else trained
+        elif not checkpoint.is_quantized(source) and not lora:
+            yield _plain(checkpoint.get(source))
+        elif len(checkpoint.shape(source)) == 3:
+            for expert in range(checkpoint.shape(source)[0]):
+                matrix = self._changed(key, checkpoint.get(source, expert), expert)
                 yield (matrix.T if key in self._transposed else matrix).unsqueeze(0)
         else:
-            yield self._changed(key, checkpoint.get(key))
+            yield self._changed(key, checkpoint.get(source))
 
     def _changed(self, key: str, stored: Tensor | CodedMatrix, expert: int | None = None) -> Tensor:
         """A matrix, or one expert of a stacked tensor, with its LoRA."""
@@ -159,24 +190,10 @@ class Delta:
             view.addmm_(lora.b, lora.a, alpha=lora.scaling)
         return weight
 
-    def _trained(self, parameter: str) -> Tensor:
-        adapter, key = self._full[parameter]
-        return adapter.file.get(key)
-
-    def _full_shape(self, parameter: str) -> tuple[int, ...]:
-        adapter, key = self._full[parameter]
-        return adapter.file.shape(key)
-
     def _changes(self, adapter: Adapter) -> Iterator[_Change]:
         base = self._base
         for module in adapter.linear_modules:
-            key = base.on_disk(f"{module}.weight")
-            if key is None:
-                raise AdapterMismatchError(
-                    f"{module}: has LoRA and is no tensor of {base.folder}; export with the base "
-                    "that it was trained on"
-                )
-            yield _Change(adapter, key, module)
+            yield _Change(adapter, self._key_of(f"{module}.weight"), module)
         for layer in adapter.expert_layers:
             for projection in adapter.projections(layer):
                 for expert in range(base.layers[layer].shape.experts):

@@ -79,6 +79,11 @@ class StackedItem(Item):
         """See Item."""
         experts = self.slot.layer.shape.experts
         pairs, missing = {}, rank - self.rank
+        if adapter.undivided(self.slot):
+            whole = adapter.fused_pair(self.slot)
+            factor = adapter.experts(self.layer, self.projections[0]).scaling / scaling
+            pair = fused.Pair(*_padded(whole.a, whole.b, rank, factor))
+            return fused.whole_to_peft(self.slot, pair, self.layout)
         for projection in self.projections:
             lora = adapter.experts(self.layer, projection)
             a, b = _padded(lora.a, lora.b, lora.a.shape[1] + missing, lora.scaling / scaling)
@@ -159,7 +164,8 @@ class Form:
             ranks = [adapter.expert_rank(layer, p) for p in projections or slot.parts]
             outputs, inputs = slot.sizes()
             rows, columns = (inputs, outputs) if slot.a_holds_outputs(layout) else (outputs, inputs)
-            of_slot = sum(rank for rank, _ in ranks), ranks[0][1], rows, columns, slot.experts
+            rank = ranks[0][0] if adapter.undivided(slot) else sum(rank for rank, _ in ranks)
+            of_slot = rank, ranks[0][1], rows, columns, slot.experts
             if projections:
                 yield StackedItem(
                     path, slot.parameter, *of_slot,

@@ -114,10 +114,7 @@ def key_paths(slots: Collection[Slot]) -> Iterator[tuple[str, Slot]]:
 
 
 def to_peft(slot: Slot, pairs: dict[str, Pair], layout: str) -> tuple[Tensor, Tensor]:
-    """lora_A and lora_B of a parameter from the pairs of its projections.
-
-    Experts of the parameter that compute nothing get zeros.
-    """
+    """lora_A and lora_B of a parameter from the pairs of its projections."""
     outputs, _ = slot.sizes()
     rank = sum(pair.a.shape[1] for pair in pairs.values())
     first = next(iter(pairs.values()))
@@ -128,6 +125,12 @@ def to_peft(slot: Slot, pairs: dict[str, Pair], layout: str) -> tuple[Tensor, Te
         end = start + pair.a.shape[1]
         b[:, output_rows(slot.parts[projection].rows, outputs), start:end] = pair.b
         start = end
+    return whole_to_peft(slot, Pair(a, b), layout)
+
+
+def whole_to_peft(slot: Slot, pair: Pair, layout: str) -> tuple[Tensor, Tensor]:
+    """lora_A and lora_B from the pair of a whole parameter; idle experts of it get zeros."""
+    a, b = pair.a, pair.b
     idle = slot.experts - a.shape[0]
     a, b = (pad(t, (0, 0, 0, 0, 0, idle)) for t in (a, b))
     if slot.a_holds_outputs(layout):

@@ -25,7 +25,7 @@ def describe(folder: Path, base: str | None = None) -> list[str]:
     experts = [
         f"{layer}.{p}" for layer in adapter.expert_layers for p in adapter.projections(layer)
     ]
-    numbers = sum(_numbers(adapter, name) for name in ranks)
+    numbers = adapter.file.lora_numbers()
     return [
         f"base        {config.base_model_name_or_path or 'not named'} "
         f"({adapter.base.model.config.model_type})",
@@ -55,7 +55,7 @@ def check(folder: Path, base: str | None = None) -> tuple[list[str], list[str]]:
             continue
         zero += not bool(lora.b.any())
         row = rows.setdefault(_layer(name), {})
-        row[kind] = row.get(kind, 0.0) + _square(lora)
+        row[kind] = row.get(kind, 0.0) + _square(adapter, name, lora)
     total = len(adapter.ranks())
     if zero == total and total:
         problems.append("every lora_B is zero: the adapter changes nothing, it was not trained")
@@ -74,13 +74,14 @@ def compare(folder: Path, other: Path, base: str | None = None) -> list[str]:
         if lacking:
             lines.append(f"{path}: has no LoRA on {len(lacking)} modules, the first {lacking[0]}")
     rows: dict[str, dict[str, float]] = {}
-    for name, lora in _all(one):
-        row = rows.setdefault(_layer(name), {})
-        row["first"] = row.get("first", 0.0) + _square(lora)
-        if name in two.ranks():
-            theirs = _read(two, name)
-            row["second"] = row.get("second", 0.0) + _square(theirs)
-            row["difference"] = row.get("difference", 0.0) + _square(_minus(lora, theirs))
+    for name in sorted(names, key=[*one.ranks(), *two.ranks()].index):
+        row = rows.setdefault(_layer(name), dict.fromkeys(("first", "second", "difference"), 0.0))
+        both = [_read(adapter, name) for adapter in (one, two) if name in adapter.ranks()]
+        for column, adapter in (("first", one), ("second", two)):
+            if name in adapter.ranks():
+                row[column] += _square(adapter, name, _read(adapter, name))
+        apart = _minus(*both) if len(both) == 2 else both[0]
+        row["difference"] += _square(one, name, apart)
     return [*lines, *_table(rows)]
 
 
@@ -111,11 +112,6 @@ def _read(adapter: Adapter, name: str) -> Lora:
     return adapter.linear(name)
 
 
-def _numbers(adapter: Adapter, name: str) -> int:
-    lora = _read(adapter, name)
-    return lora.a.numel() + lora.b.numel()
-
-
 def _kind(adapter: Adapter, name: str) -> str:
     return "experts" if name.rpartition(".")[0] in adapter.base.layers else "others"
 
@@ -125,12 +121,14 @@ def _layer(name: str) -> str:
     return match[1] if match else name
 
 
-def _square(lora: Lora) -> float:
+def _square(adapter: Adapter, name: str, lora: Lora) -> float:
     """The squared Frobenius norm of scaling * B A, of all experts together: tr(A A' B' B)."""
     a, b = lora.a.double(), lora.b.double()
-    gram = (a @ a.mT) * (b.mT @ b).mT
+    gram = (a @ a.mT) * (b.mT @ b)
+    layer = adapter.base.layers.get(name.rpartition(".")[0])
+    times = layer.shape.experts if layer is not None and a.shape[0] == 1 else 1
     # Of a difference of equals rounding leaves either sign.
-    return max(0.0, float(gram.sum())) * lora.scaling**2
+    return max(0.0, float(gram.sum())) * lora.scaling**2 * times
 
 
 def _minus(one: Lora, two: Lora) -> Lora:

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 # Heads of reward models, which LLaMA-Factory keeps beside the weights.
 VALUE_HEADS = ("value_head.safetensors", "value_head.bin")
+# What says elsewhere than in config.json how weights are coded.
+_OF_CODES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 
 
 def export_merged(
@@ -44,16 +46,14 @@ def export_merged(
     adapters are merged in their order. dequantize: a quantized base is written in bf16. The folder
     appears complete or not at all. Raises CheckpointError, AdapterMismatchError, SettingsError.
     """
-    base, out = Path(base), Path(out)
-    if out.exists() and any(out.iterdir()):
-        raise SettingsError(f"export_dir: {out} is not empty; give a new folder or remove it")
+    base, out = Path(base), durable.new_folder(Path(out), "export_dir", SettingsError)
     opened = Base.open(base)
     quantized = bool(opened.checkpoint.quantized or opened.model.published)
     if quantized and not dequantize:
         raise SettingsError(
-            f"{base}: its weights are quantized, and merging would quantize them again; export "
-            "with --dequantize, which writes them in bf16, or with a bf16 version of it, or serve "
-            "the adapter beside the base"
+            f"{base}: its weights are quantized, and merging would quantize them again; write them "
+            "in bf16 with `kt-sft export ADAPTER --to merged --dequantize`, merge into a bf16 "
+            "version of it, or serve the adapter beside the base"
         )
     if quantized:
         opened.checkpoint.refuse_unreadable(lambda key: True)
@@ -74,10 +74,10 @@ def export_merged(
         with tqdm(total=needed, desc="Merging", unit="B", unit_scale=True) as progress:
             for name, entries in shards.items():
                 write_safetensors(partial / name, entries, _tensors(delta, entries, progress))
-        _copy_side_files(base, partial)
+        _copy_side_files(base, partial, quantized)
         for adapter in adapters:
             _copy_value_head(Path(adapter), partial)
-        _update_config(partial, delta.vocabulary, bool(delta.untied), quantized)
+        _update_config(partial, delta.vocabulary, delta.untied, quantized)
         _write_index(partial, shards)
         durable.sync_tree(partial)
         if out.exists():
@@ -96,7 +96,7 @@ def _shards(base: Base, delta: Delta) -> dict[str, dict[str, Entry]]:
     shards: dict[str, dict[str, Entry]] = {file.name: {} for file in files}
     for key in base.checkpoint:
         shards[base.checkpoint.file_of(key)][key] = delta.entry(key)
-    for key in delta.untied:
+    for key in delta.added:
         shards[files[-1].name][key] = delta.entry(key)
     return {name: entries for name, entries in shards.items() if entries}
 
@@ -113,8 +113,12 @@ def _update_config(folder: Path, vocabulary: int | None, untied: bool, dequantiz
     """What config.json says of the vocabulary, of tied embeddings and of codes."""
     file = folder / "config.json"
     config = json.loads(file.read_text())
-    for part in (config, *(v for v in config.values() if isinstance(v, dict))):
-        if vocabulary is not None and "vocab_size" in part:
+    parts = [config, *(v for v in config.values() if isinstance(v, dict))]
+    text = config.get("text_config") or config
+    known = text.get("vocab_size") if isinstance(text, dict) else None
+    for part in parts:
+        # Parts for other things than text have vocabularies of their own.
+        if vocabulary is not None and part.get("vocab_size") == known:
             part["vocab_size"] = vocabulary
         if untied and (part is config or "tie_word_embeddings" in part):
             part["tie_word_embeddings"] = False
@@ -138,9 +142,11 @@ def _write_index(folder: Path, shards: dict[str, dict[str, Entry]]) -> None:
     file.write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _copy_side_files(base: Path, out: Path) -> None:
+def _copy_side_files(base: Path, out: Path, dequantized: bool) -> None:
     """Configuration, tokenizer and index: every file beside the weights."""
     for file in base.iterdir():
+        if dequantized and file.name in _OF_CODES:
+            continue
         is_weight = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf")
         if file.is_file() and not is_weight and (file.name == INDEX_NAME or file.suffix != ".png"):
             shutil.copyfile(file, out / file.name)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kt_sft.errors import SettingsError
 from kt_sft.export.base import Base
+from kt_sft.export.fused import Slot
 from kt_sft.export.programs import PROGRAMS, limits
 
 
@@ -47,6 +48,10 @@ class PlannedAdapter:
             if self.expert_lora and self.means(f"{path}.{projection}")
         ]
         return dict.fromkeys([*experts, *self.linear_modules], self.rank)
+
+    def undivided(self, slot: Slot) -> bool:
+        """Ours never are."""
+        return False
 
 
 def refuse_unread(adapter: PlannedAdapter, programs: Collection[str]) -> None:

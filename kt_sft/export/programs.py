@@ -14,7 +14,7 @@ from packaging import version
 
 from kt_sft.errors import UnsupportedModelError
 from kt_sft.export.base import Base
-from kt_sft.export.fused import LAYOUTS, slots_of
+from kt_sft.export.fused import LAYOUTS, Slot, slots_of
 from kt_sft.kernels import PROJECTIONS
 
 # How the experts' factors are laid out: by the model's names, the same with a pair that all experts
@@ -41,6 +41,9 @@ class Trained(Protocol):
     def ranks(self) -> dict[str, int]:
         """The rank of every module with LoRA, all experts of a layer being one."""
 
+    def undivided(self, slot: Slot) -> bool:
+        """Whether gate and up of a stacked parameter have one pair."""
+
 
 @dataclass(frozen=True)
 class Program:
@@ -52,7 +55,8 @@ class Program:
     whole: every layer, expert and projection must be there; what lacks becomes zeros.
     together: modules of one parent of which it needs all or none.
     full: whether parameters that were trained in full can be in the adapter.
-    limits: more that an adapter must meet; yields what it does not.
+    of_experts: more that LoRA of experts must meet; yields what it does not.
+    ignored: names of layers whose LoRA it does not compute.
     load: two lines that load the result, with {out} and {base}.
     """
 
@@ -65,11 +69,17 @@ class Program:
     whole: bool = False
     together: tuple[tuple[str, ...], ...] = ()
     full: bool = True
-    limits: Callable[[Trained], Iterator[str]] = field(default=lambda adapter: iter(()))
+    of_experts: Callable[[Trained], Iterator[str]] = field(default=lambda adapter: iter(()))
+    ignored: frozenset[str] = frozenset()
 
     def admitted_rank(self, rank: int) -> int | None:
         """The smallest admitted rank that is not below; None where there is none."""
         return next((r for r in sorted(self.ranks) if r >= rank), None) if self.ranks else rank
+
+
+def has_experts(adapter: Trained) -> bool:
+    """Whether routed experts have LoRA."""
+    return any(name.rpartition(".")[0] in adapter.base.layers for name in adapter.ranks())
 
 
 def _model_type(adapter: Trained) -> str:
@@ -164,7 +174,10 @@ PROGRAMS: Mapping[str, Program] = {
             "model = AutoModelForCausalLM.from_pretrained({base!r})",
             "model = PeftModel.from_pretrained(model, {out!r})",
         ),
-        limits=_peft_per_expert,
+        # It makes its own form of these keys, and of patterns by projection it makes nothing.
+        one_rank=True,
+        whole=True,
+        of_experts=_peft_per_expert,
     ),
     "peft-fused": Program(
         "stock PEFT 0.19 and later",
@@ -174,7 +187,7 @@ PROGRAMS: Mapping[str, Program] = {
             "model = AutoModelForCausalLM.from_pretrained({base!r})",
             "model = PeftModel.from_pretrained(model, {out!r})",
         ),
-        limits=_has_not_moved,
+        of_experts=_has_not_moved,
     ),
     "peft-fused-0.18": Program(
         "stock PEFT 0.17 and 0.18",
@@ -198,7 +211,7 @@ PROGRAMS: Mapping[str, Program] = {
         ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),
         whole=True,
         full=False,
-        limits=_gated,
+        of_experts=_gated,
     ),
     "sglang": Program(
         "SGLang",
@@ -214,7 +227,7 @@ PROGRAMS: Mapping[str, Program] = {
         whole=True,
         together=_ATTENTION,
         full=False,
-        limits=_gated,
+        of_experts=_gated,
     ),
     "gguf": Program(
         "llama.cpp, by its convert_lora_to_gguf.py",
@@ -227,7 +240,9 @@ PROGRAMS: Mapping[str, Program] = {
         one_rank=True,
         whole=True,
         full=False,
-        limits=_gated,
+        of_experts=_gated,
+        # Of latent attention, whose products llama.cpp makes without looking for LoRA.
+        ignored=frozenset(("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")),
     ),
 }
 
@@ -235,19 +250,21 @@ PROGRAMS: Mapping[str, Program] = {
 def widest_rank(program: Program, adapter: Trained) -> int:
     """The largest rank that is written; gate and up in one pair take the sum of theirs."""
     ranks = adapter.ranks()
-    if program.layout(adapter) not in (FUSED, FUSED_0_18):
+    if program.layout(adapter) not in (FUSED, FUSED_0_18) or not has_experts(adapter):
         return max(ranks.values(), default=1)
     found = dict(ranks)
     for path, layer in adapter.base.layers.items():
         for slot in slots_of(layer):
             own = [f"{path}.{projection}" for projection in slot.parts]
-            found[slot.parameter] = sum(found.pop(name, 0) for name in own)
+            ranks_of_slot = [found.pop(name, 0) for name in own]
+            undivided = adapter.undivided(slot)
+            found[slot.parameter] = max(ranks_of_slot) if undivided else sum(ranks_of_slot)
     return max(found.values(), default=1)
 
 
 def limits(program: Program, adapter: Trained) -> Iterator[str]:
     """What the adapter does not meet of what the program reads, with what would have met it."""
-    if program.layout(adapter) is None:
+    if has_experts(adapter) and program.layout(adapter) is None:
         yield (
             f"{program.title} has no form for expert LoRA of {_model_type(adapter)}, whose experts "
             "share a tensor on disk; use --to merged"
@@ -268,4 +285,11 @@ def limits(program: Program, adapter: Trained) -> Iterator[str]:
             f"lora_rank: the largest pair has rank {rank}, {program.title} admits up to "
             f"{max(program.ranks)}; train with a smaller lora_rank, or use --to merged"
         )
-    yield from program.limits(adapter)
+    if has_experts(adapter):
+        yield from program.of_experts(adapter)
+    leaves = {module.rpartition(".")[2]: module for module in adapter.linear_modules}
+    for name in sorted(leaves.keys() & program.ignored):
+        yield (
+            f"{program.title} ignores LoRA of {leaves[name]} without an error; train with "
+            "lora_target: o_proj,gate_proj,up_proj,down_proj, or use --to merged"
+        )

@@ -1,7 +1,8 @@
 """An adapter written in the form that another program reads.
 
-Nothing is changed but its form: factors are padded with zeros, put side by side, or transposed, and
-alpha takes up what a program does not read. What was done is said in the manifest beside it.
+Factors are padded with zeros, put side by side, or transposed, and alpha takes up what a program
+does not read; where modules differ in alpha and it reads one, lora_B is multiplied. What was done
+is said in the manifest beside it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import torch
 import transformers
 from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -27,7 +29,7 @@ from kt_sft.errors import CheckpointError, SettingsError
 from kt_sft.export import fused
 from kt_sft.export.adapter import Adapter
 from kt_sft.export.forms import Form, Item
-from kt_sft.export.programs import PER_EXPERT, PROGRAMS, SHARED, Program, limits
+from kt_sft.export.programs import PER_EXPERT, PROGRAMS, Program, limits
 from kt_sft.files import durable
 from kt_sft.files.safetensors_writer import DTYPES, Entry, write_safetensors
 from kt_sft.kernels import PROJECTIONS
@@ -71,7 +73,13 @@ class _Written:
             scaling = self.scaling if self._program.one_rank else item.scaling
             pair = item.read(self._adapter, self.rank_of(item), scaling)
             for key, matrix in zip(_keys(item), pair, strict=True):
-                yield key, [matrix]
+                stored = matrix.to(self._adapter.file.dtype)
+                if bool(torch.isfinite(matrix).all()) and not bool(torch.isfinite(stored).all()):
+                    raise CheckpointError(
+                        f"{key}: with one alpha for all modules its values are too large for "
+                        f"{stored.dtype}; train with one lora_alpha, or save the adapter in float32"
+                    )
+                yield key, [stored]
         for key in self._adapter.full.values():
             yield key, [self._adapter.file.get(key)]
 
@@ -135,10 +143,20 @@ class _Written:
         if self._form.published:
             return sorted({item.path.rpartition(".")[2] for item in self.items})
         found: list[str] = []
+        base = self._adapter.base
+        every = [
+            *base.model.modules,
+            *(
+                f"{path}.{p}"
+                for path, layer in base.layers.items()
+                for p in layer.shape.projections
+            ),
+        ]
         for leaf in sorted({m.rpartition(".")[2] for m in modules}):
             chosen = {m for m in modules if m.rpartition(".")[2] == leaf}
-            others = {m for m in self._adapter.base.model.modules if m.rpartition(".")[2] == leaf}
-            plain = others <= chosen or self._form.layout in (PER_EXPERT, SHARED)
+            same = {m for m in every if m.rpartition(".")[2] == leaf}
+            # Programs other than PEFT look at leaves alone.
+            plain = same <= chosen or self._form.layout == PER_EXPERT
             found += [leaf] if plain else sorted(chosen)
         return found
 
@@ -161,8 +179,7 @@ def write_adapter(adapter: Adapter, name: str, out: Path) -> list[str]:
             f"--to {name}: {program.title} cannot read this adapter:\n"
             + "\n".join(f"  - {p}" for p in problems)
         )
-    if out.exists() and any(out.iterdir()):
-        raise SettingsError(f"--out: {out} is not empty; give a new folder or remove it")
+    out = durable.new_folder(out, "--out", SettingsError)
     written = _Written(adapter, program)
     entries = written.entries()
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -60,6 +60,15 @@ def sync_tree(folder: Path) -> None:
         sync(path)
 
 
+def new_folder(path: Path, option: str, error: type[KtSftError]) -> Path:
+    """The absolute path of a folder that is not there yet, or is empty; raises `error`."""
+    found = path.resolve()
+    if found.exists() and (not found.is_dir() or any(found.iterdir())):
+        what = "is not empty" if found.is_dir() else "is a file"
+        raise error(f"{option}: {path} {what}; give a new folder or remove it")
+    return found
+
+
 def publish(partial: Path, final: Path) -> None:
     """Gives what is on the disk its name, for good."""
     partial.rename(final)

@@ -6,7 +6,7 @@ it: PEFT itself knows names and sizes only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,24 @@ from kt_sft.export.adapter_file import is_foreign
 _FORCE = "adapter_base: any in the kt_sft section"
 
 
-def identify_base(model: Any) -> None:
-    """Notes on a hybrid model, before any adapter, what tells it from others of its shape."""
+def identify_base(
+    model: Any, from_codes: Collection[str] = (), stored_in_fp16: bool = False
+) -> None:
+    """Notes on a hybrid model, before any adapter, what tells it from others of its shape.
+
+    from_codes: parameters that quantized weights were read into, which other releases have not.
+    """
     experts = hybrid_experts_of(model)
     sizes = {path: module.shape.sizes for path, module in experts.items()}
     telling = telling_parameters(model, sizes)
     runtime = next(iter(experts.values())).runtime
-    runtime.base_identity = identity_of(model.config, sizes, telling, model.get_parameter)
+    runtime.base_identity = identity_of(
+        model.config,
+        sizes,
+        [name for name in telling if name not in from_codes],
+        model.get_parameter,
+        rounded=stored_in_fp16,
+    )
 
 
 def with_identity(stock: Callable) -> Callable:
@@ -58,7 +69,7 @@ def looking_at_the_base(stock: Callable) -> Callable:
     """`load_adapter` of a PeftModel that refuses an adapter of another base, or in other forms."""
 
     def load_adapter(self: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
-        folder, here = Path(model_id), _identity(self)
+        folder, here = Path(model_id) / str(kwargs.get("subfolder") or ""), _identity(self)
         if here is not None and folder.is_dir() and is_foreign(folder):
             raise AdapterMismatchError(
                 f"{folder}: its expert LoRA is in the form of another program; write it in ours "

@@ -200,7 +200,8 @@ class HybridExpertsQuantizer(HfQuantizer):
         coded = self._rest.names(model) if self._rest is not None else set()
         readable = {n: s for n, s in self._shapes.items() if n not in coded}
         refuse_loaded_misfits(model, readable)
-        for name, key in self._quantized_rest().items():
+        from_codes = self._quantized_rest()
+        for name, key in from_codes.items():
             if self._rest is not None and name in coded:
                 self._rest.fill(model, name, checkpoint.dequantized(key))
                 continue
@@ -222,7 +223,8 @@ class HybridExpertsQuantizer(HfQuantizer):
         )
         place_experts(hybrid_experts_of(model), experts)
         self._layers, self._stacks, self._checkpoint = [], {}, None
-        identify_base(model)
+        plain = SafetensorsCheckpoint(self._files)
+        identify_base(model, from_codes, stored_in_fp16="F16" in set(map(plain.dtype, plain)))
         if self._rest is not None:
             self._rest.finish(model)
         if self.quantization_config.settings.embeddings == "host":

@@ -9,15 +9,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kt_sft.config import HybridExpertsSettings
 from kt_sft.errors import SettingsError
+from kt_sft.export.base import Base
+from kt_sft.export.command import refuse_other_base
 from kt_sft.export.merge import VALUE_HEADS, export_merged
 from kt_sft.plugin.modes import refuse_other_loaders
 
 logger = logging.getLogger(__name__)
 
 
-def export_recipe(recipe: Mapping[str, Any]) -> Path:
-    """Merges the adapter of an export recipe into the original checkpoint."""
+def export_recipe(recipe: Mapping[str, Any], settings: HybridExpertsSettings) -> Path:
+    """Merges the adapters of an export recipe into the original checkpoint."""
     from llamafactory.data import get_template_and_fix_tokenizer
     from llamafactory.hparams import get_infer_args
     from llamafactory.model import load_tokenizer
@@ -49,6 +52,10 @@ def export_recipe(recipe: Mapping[str, Any]) -> Path:
                 token=model_args.hf_hub_token,
             )
         )
+    if settings.adapter_base == "check":
+        opened = Base.open(base)
+        for adapter in adapters:
+            refuse_other_base(Path(adapter), opened, "adapter_base: any in the kt_sft section")
     out = export_merged(base, adapters, model_args.export_dir)
     grown, known = _vocabulary_size(out), _vocabulary_size(base)
     if grown > known >= len(tokenizer):

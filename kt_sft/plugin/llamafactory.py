@@ -72,9 +72,10 @@ def exporting_hybrids(stock: Callable) -> Callable:
         plain, section = take_section(args)
         if section is None:
             return stock(plain)
+        from kt_sft.config import read_section
         from kt_sft.plugin.exporting import export_recipe
 
-        return export_recipe(args)
+        return export_recipe(args, read_section(section, recipe_dir()))
 
     return export_model
 

@@ -37,8 +37,11 @@ def randomize(model: nn.Module, seed: int = 1) -> None:
 def adapted(base: nn.Module, expert_lora: bool | str = True, **lora: Any) -> PeftModel:
     """A hybrid model with LoRA on experts, attention, shared and dense layers."""
     hybrid = hybridize(base, HybridExpertsConfig(threads=1, expert_lora=expert_lora))
-    leaves = {name.rpartition(".")[2] for name, _ in hybrid.named_modules()}
-    targets = [name for name in (*PROJECTIONS, *_OTHERS) if name in leaves]
+    kinds: dict[str, list[bool]] = {}
+    for name, module in hybrid.named_modules():
+        plain = isinstance(module, nn.Linear) or "Linear" in type(module).__name__
+        kinds.setdefault(name.rpartition(".")[2], []).append(plain)
+    targets = [name for name in (*PROJECTIONS, *_OTHERS) if all(kinds.get(name, [False]))]
     config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": targets, **lora})
     model = get_peft_model(hybrid, config).eval()
     randomize(model)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from kt_sft import HybridExpertsConfig, hybridize
-from kt_sft.adapters.base_identity import IDENTITY_FILE, read_identity
+from kt_sft.adapters.base_identity import IDENTITY_FILE, other_weights, read_identity
 from kt_sft.errors import AdapterMismatchError
 from kt_sft.export.base import Base
 from kt_sft.export.command import export_adapter
@@ -69,10 +69,10 @@ def test_memory_and_disk_tell_the_same(family: str, tmp_path: Path) -> None:
     model = adapted(base)
     model.save_pretrained(tmp_path / "adapter")
     note = read_identity(tmp_path / "adapter")
-    assert note is not None and len(note["samples"]) >= 3
+    assert note is not None and len(note["samples"]) >= 4
     folder = Base.open(tmp_path / "base").identity
-    assert folder["sizes"] == note["sizes"] and folder["samples"].items() <= note["samples"].items()
-    assert len(folder["samples"]) >= 3
+    assert folder["sizes"] == note["sizes"] and not other_weights(note, folder)
+    assert len(folder["samples"].keys() & note["samples"].keys()) >= 4
     if TINY_FAMILIES[family].auto_class == "AutoModelForCausalLM":
         loaded = AutoModelForCausalLM.from_pretrained(
             tmp_path / "base", dtype=torch.bfloat16,
@@ -113,8 +113,59 @@ def test_a_grown_vocabulary_is_the_same_base(tmp_path: Path) -> None:
     get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
     note = json.loads((tmp_path / "adapter" / IDENTITY_FILE).read_text())
     build("qwen3_moe").save_pretrained(tmp_path / "base")
-    assert note["samples"].items() >= Base.open(tmp_path / "base").identity["samples"].items()
+    assert not other_weights(note, Base.open(tmp_path / "base").identity)
     lines = export_adapter(tmp_path / "adapter", "merged", tmp_path / "out",
                            base=str(tmp_path / "base"))  # fmt: skip
     assert len(lines) == 2 and stock(tmp_path / "out").config.vocab_size == 320
     opened(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_dtypes_of_one_base_are_one_base(saved: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    """fp16 has less range than bf16; a release in it, and a load, are the same model."""
+    base = build("qwen3_moe").to(dtype)
+    base.save_pretrained(tmp_path / "base")
+    note = read_identity(saved)
+    assert note is not None and not other_weights(note, Base.open(tmp_path / "base").identity)
+    for loaded_as in (torch.float16, torch.bfloat16):
+        hybrid = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "base", dtype=loaded_as,
+            quantization_config=HybridExpertsConfig(store="memory", threads=1),
+        )  # fmt: skip
+        PeftModel.from_pretrained(hybrid, str(saved))
+    build("qwen3_moe", seed=1).to(dtype).save_pretrained(tmp_path / "other")
+    assert len(other_weights(note, Base.open(tmp_path / "other").identity)) >= 4
+
+
+def test_a_merged_model_is_another_base(saved: Path, tmp_path: Path) -> None:
+    """So that nothing is merged twice, unseen."""
+    build("qwen3_moe").save_pretrained(tmp_path / "base")
+    export_adapter(saved, "merged", tmp_path / "merged", base=str(tmp_path / "base"))
+    with pytest.raises(AdapterMismatchError, match=r"o_proj\.weight: other weights|q_proj"):
+        export_adapter(saved, "merged", tmp_path / "twice", base=str(tmp_path / "merged"))
+
+
+@pytest.mark.parametrize("name", ["fp8_block", "gptq"])
+def test_a_quantized_release_is_the_same_base(name: str, tmp_path: Path) -> None:
+    """What it holds in codes is not compared, on disk and when it is loaded."""
+    from quantized_models import write
+
+    folder = write(tmp_path, name, "qwen3_moe")
+    plain, codes = Base.open(tmp_path / "plain").identity, Base.open(folder).identity
+    assert len(codes["samples"]) >= 4 and not other_weights(plain, codes)
+    hybrid = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16,
+        quantization_config=HybridExpertsConfig(store="memory", threads=1),
+    )  # fmt: skip
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(target_modules=["q_proj", "up_proj"])
+    get_peft_model(hybrid, config).save_pretrained(tmp_path / "adapter")
+    note = read_identity(tmp_path / "adapter")
+    assert note is not None and not other_weights(note, plain)
+    export_adapter(tmp_path / "adapter", "vllm", tmp_path / "out", base=str(tmp_path / "plain"))
+
+
+def test_a_subfolder_is_looked_at_too(saved: Path) -> None:
+    with pytest.raises(AdapterMismatchError, match="another base model"):
+        PeftModel.from_pretrained(hybrid(seed=1), str(saved.parent), subfolder=saved.name)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from export_cases import PROJECTIONS, logits, opened, trained
+from export_cases import OLD, PROJECTIONS, logits, opened, trained
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_configs import build
@@ -215,6 +215,7 @@ def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "mine").read_text() == "kept"
 
 
+@pytest.mark.skipif(not OLD, reason="there the experts' layers have other names")
 def test_targets_of_stock_configs_are_plain(tmp_path: Path) -> None:
     """Leaves where they mean the same modules; whole paths where others have the same name."""
     adapter = trained(tmp_path, "granitemoehybrid")

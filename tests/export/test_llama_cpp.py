@@ -89,7 +89,10 @@ def test_llama_cpp_computes_the_same(
     base = make_model(family)
     base.save_pretrained(tmp_path / "base")
     write_tokenizer(tmp_path / "base")
-    adapted(base, use_rslora=True, rank_pattern={"o_proj": 2}).save_pretrained(tmp_path / "adapter")
+    targets = ["o_proj", "gate_proj", "up_proj", "down_proj"]
+    adapted(
+        base, use_rslora=True, rank_pattern={"o_proj": 2}, target_modules=targets
+    ).save_pretrained(tmp_path / "adapter")
     where = {"base": str(tmp_path / "base")}
     export_adapter(tmp_path / "adapter", "gguf", tmp_path / "out", **where)
     export_adapter(tmp_path / "adapter", "merged", tmp_path / "merged", **where)

@@ -45,7 +45,7 @@ def test_a_quantized_base_is_written_in_bf16(tmp_path: Path, name: str, family: 
     """Stock Transformers reads it, and it computes what the hybrid model with its adapter does."""
     folder = write(tmp_path, name, family)
     model = trained_on(folder, tmp_path / "adapter")
-    with pytest.raises(SettingsError, match="export with --dequantize"):
+    with pytest.raises(SettingsError, match=r"write them in bf16 with .* --to merged --dequantize"):
         export_merged(folder, [tmp_path / "adapter"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
     out = export_merged(folder, [tmp_path / "adapter"], tmp_path / "out", dequantize=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import traceback
 
 import pytest
@@ -102,6 +103,43 @@ class _AddedBetween(_Block):
         return routed + early
 
 
+class _OutBetween(_Block):
+    def forward(self, hidden: Tensor) -> Tensor:
+        early = self.shared(hidden)
+        torch.mul(hidden, 0, out=hidden)
+        routed = self.experts(hidden)
+        return routed + early
+
+
+class _InplaceBetween(_Block):
+    def forward(self, hidden: Tensor) -> Tensor:
+        early = self.shared(hidden)
+        hidden = nn.functional.relu(hidden, inplace=True)
+        routed = self.experts(hidden)
+        return routed + early
+
+
+class _AttributeBetween(_Block):
+    def forward(self, hidden: Tensor) -> Tensor:
+        early = self.shared(hidden)
+        self.scale = 2.0
+        routed = self.experts(hidden) * self.scale
+        return routed + early
+
+
+class _Inherited(_First):
+    def forward(self, hidden: Tensor) -> Tensor:
+        early = self.shared(hidden)
+        routed = self.experts(hidden)
+        return routed + early + super().forward(hidden)
+
+
+class _Wrapped(_Block):
+    @functools.wraps(_First.forward)
+    def forward(self, *args: Tensor) -> Tensor:
+        return _First.forward(self, *args) + 1
+
+
 class _ScaleChanges(_Block):
     def forward(self, hidden: Tensor) -> Tensor:
         scale = 2.0
@@ -152,6 +190,11 @@ def test_routed_experts_come_first(kind: type[_Block]) -> None:
         (_ReadBetween, ()),
         (_WrittenBetween, ()),
         (_AddedBetween, ()),
+        (_OutBetween, ()),
+        (_InplaceBetween, ()),
+        (_AttributeBetween, ()),
+        (_Inherited, ()),
+        (_Wrapped, ()),
         (_ScaleChanges, ()),
         (_OtherInput, ()),
         (_Returns, ()),

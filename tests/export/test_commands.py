@@ -73,6 +73,7 @@ class _Stock:
         (["--to", "vllm", "--out", "x", "--dequantize"], "--dequantize: is for --to merged only"),
         (["a=b", "--to", "vllm", "--out", "x"], "got a=b, which is for recipes only"),
         (["--to", "peft", "--out", "x"], "use --to peft-fused"),
+        (["--out", "x"], "--to: "),
     ],
 )
 def test_wrong_commands(
@@ -137,6 +138,13 @@ def test_diff(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     for row in rows:
         _, first, second, apart = row.split()
         assert first == second and float(apart) < 1e-3 * float(first)
+    trained(tmp_path / "c", "qwen3_moe", expert_lora="shared")
+    to = ("--to", "vllm", "--out", tmp_path / "wide", *base)
+    run(capsys, "export", tmp_path / "c/adapter", *to)
+    _, said, _ = run(capsys, "adapter", "diff", tmp_path / "c/adapter", tmp_path / "wide", *base)
+    for row in said.splitlines()[1:]:
+        _, first, second, apart = row.split()
+        assert first == second and float(apart) < 1e-3 * float(first)
     trained(tmp_path / "b", "qwen3_moe", target_modules=["up_proj"], alpha_pattern={"up_proj": 16})
     _, said, _ = run(capsys, "adapter", "diff", place / "adapter", tmp_path / "b/adapter", *base)
     assert "has no LoRA on" in said.splitlines()[0]
@@ -172,3 +180,11 @@ def test_the_setting() -> None:
     for wrong in ("vllm", ["vllm", "tgi"], [3], None):
         with pytest.raises(SettingsError, match=r"export_for: got .* expected a list of kt_sft"):
             HybridExpertsSettings.from_mapping({"export_for": wrong})
+
+
+def test_options_of_adapters_are_not_for_recipes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "recipe.yaml").write_text("export_dir: x\n")
+    code, _, complaint = run(capsys, "export", tmp_path / "recipe.yaml", "--force")
+    assert code == 2 and "--force: is for an adapter's folder and --to" in complaint

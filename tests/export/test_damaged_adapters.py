@@ -66,6 +66,12 @@ _P = "base_model.model.model.layers.1.mlp.experts"
         ({"peft_type": "IA3"}, SettingsError, r"only plain LoRA .* got peft_type IA3"),
         ({"use_dora": True}, SettingsError, r"use_dora True"),
         ({"bias": "all"}, SettingsError, r"bias all"),
+        ({"lora_alpha": 0}, CheckpointError, r"lora_alpha: got 0, expected a number, not 0"),
+        ({"lora_alpha": 10**400}, CheckpointError, r"lora_alpha: got 1000"),
+        ({"alpha_pattern": {"(q": 4}}, CheckpointError, r"'\(q' is no pattern"),
+        ({"rank_pattern": {r"((\w|\.)+)+!": 4}}, CheckpointError, r"is no pattern"),
+        ({"alora_invocation_tokens": [1]}, SettingsError, r"alora_invocation_tokens: the kernels"),
+        ({"layer_replication": [[0, 2]]}, SettingsError, r"layer_replication: is more than LoRA"),
         ({"init_lora_weights": "olora"}, SettingsError, r"'olora' replaced the base's weights"),
     ],
 )
@@ -106,6 +112,10 @@ def _set(key: str, value: torch.Tensor) -> Callable[[dict], None]:
         (
             _set("base_model.model.transformer.h.0.attn.lora_A.weight", torch.zeros(4, 64)),
             CheckpointError, r"transformer\.h\.0\.attn has lora_A only",
+        ),
+        (
+            _set("base_model.model.model.embed_tokens.lora_embedding_A", torch.zeros(4, 300)),
+            SettingsError, "LoRA of embeddings, which kt_sft does not read; merge",
         ),
         (
             _set("base_model.model.model.layers.99.lm.weight", torch.zeros(4)),

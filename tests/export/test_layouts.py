@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from export_cases import OLD, PROJECTIONS, logits, opened, trained
+from export_cases import OLD, PROJECTIONS, adapted, distance, logits, opened, trained
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_configs import build
@@ -104,6 +104,7 @@ _PREFIX = "model.layers.0.block_sparse_moe.experts"
 
 def test_a_shared_pair_is_stored_once(tmp_path: Path) -> None:
     """And expanded for programs that know pairs of single experts only."""
+    want = logits(adapted(build("qwen3_moe"), "shared"))
     adapter = trained(tmp_path, "qwen3_moe", expert_lora="shared")
     keys = load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
     first = "base_model.model.model.layers.1.mlp.experts.gate_proj.lora_A.weight"
@@ -120,6 +121,10 @@ def test_a_shared_pair_is_stored_once(tmp_path: Path) -> None:
             hybrid = hybridize(build("qwen3_moe"), HybridExpertsConfig(expert_lora=setting))
             models.append(PeftModel.from_pretrained(hybrid, str(tmp_path / name)).eval())
         assert torch.equal(*map(logits, models))
+        assert distance(logits(models[0]), want) < 1e-4
+    with pytest.raises(AdapterMismatchError, match="the model has expert_lora: false"):
+        without = hybridize(build("qwen3_moe"), HybridExpertsConfig(expert_lora=False))
+        PeftModel.from_pretrained(without, str(tmp_path / "adapter"))
 
 
 def test_the_file_of_ktransformers(tmp_path: Path) -> None:
@@ -223,3 +228,108 @@ def test_targets_of_stock_configs_are_plain(tmp_path: Path) -> None:
     config = LoraConfig.from_pretrained(str(tmp_path / "out"))
     assert "q_proj" in config.target_modules and "input_linear" not in config.target_modules
     assert any(t.endswith("shared_mlp.input_linear") for t in config.target_modules)
+
+
+def _rename(folder: Path, change: dict[str, str]) -> None:
+    """Renames parts of an adapter's keys."""
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for old, new in change.items():
+        tensors = {key.replace(old, new): t for key, t in tensors.items()}
+    save_file(tensors, file)
+
+
+def _configure(folder: Path, **changes: object) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_patterns_by_the_names_of_the_file(tmp_path: Path) -> None:
+    """Adapters of models whose experts are modules: w1, or a single expert's path."""
+    adapter = trained(tmp_path, "mixtral")
+    write_adapter(adapter, "vllm", tmp_path / "theirs")
+    _configure(tmp_path / "theirs", alpha_pattern={"w1": 64})
+    found = opened(tmp_path, "theirs")
+    layer = found.expert_layers[0]
+    assert found.experts(layer, "gate_proj").scaling == 64 / 8
+    assert found.experts(layer, "up_proj").scaling == 16 / 8
+    _configure(tmp_path / "theirs", alpha_pattern={"experts.3.w1": 64, "experts.2.w1": 32})
+    with pytest.raises(CheckpointError, match=r"gets \[32, 64\], expected one alpha for all"):
+        opened(tmp_path, "theirs").experts(layer, "gate_proj")
+
+
+def test_two_claims_on_one_module(tmp_path: Path) -> None:
+    """Nothing wins in silence."""
+    adapter = trained(tmp_path, "mixtral")
+    write_adapter(adapter, "vllm", tmp_path / "published")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    ours, theirs = load_file(file), load_file(tmp_path / "published/adapter_model.safetensors")
+    save_file({**ours, **theirs}, file)
+    with pytest.raises(AdapterMismatchError, match="gate_proj has LoRA under another name too"):
+        opened(tmp_path)
+    shared = {
+        key.replace(".experts.0.", ".experts."): t
+        for key, t in ours.items()
+        if ".experts.0." in key
+    }
+    save_file({**ours, **shared}, file)
+    with pytest.raises(AdapterMismatchError, match="has LoRA under another name too"):
+        opened(tmp_path)
+    named = {k.replace(".weight", ".default.weight"): t for k, t in ours.items()}
+    save_file(named, file)
+    assert_same(opened(tmp_path), adapter)
+    save_file({**named, **ours}, file)
+    with pytest.raises(CheckpointError, match="are of one module; save the adapters one by one"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "granitemoe", "nemotron_h", "dbrx", "deepseek_v3"])
+def test_an_adapter_without_experts_goes_everywhere(family: str, tmp_path: Path) -> None:
+    """What a program cannot read of experts is no limit for others."""
+    name = {"dbrx": "Wqkv", "deepseek_v3": "o_proj"}.get(family, "q_proj")
+    adapter = trained(tmp_path, family, target_modules=[name])
+    for to, program in PROGRAMS.items():
+        assert not list(limits(program, adapter)), to
+        write_adapter(adapter, to, tmp_path / to)
+        assert_same(opened(tmp_path, to), adapter)
+
+
+def test_ours_of_some_layers_loads_again(tmp_path: Path) -> None:
+    """By whole paths, so that no other layer gets LoRA."""
+    adapter = trained(tmp_path, "deepseek_v3", target_modules=["o_proj", "experts.up_proj"])
+    write_adapter(adapter, "kt_sft", tmp_path / "ours")
+    hybrid = hybridize(build("deepseek_v3"), HybridExpertsConfig(threads=1))
+    model = PeftModel.from_pretrained(hybrid, str(tmp_path / "ours"))
+    with_lora = {n.split(".lora_")[0] for n, _ in model.named_parameters() if "lora_" in n}
+    assert len(with_lora) == 3 + 2 and not any("mlp.up_proj" in n for n in with_lora)
+
+
+def test_lora_that_other_programs_ignore(tmp_path: Path) -> None:
+    """llama.cpp multiplies with the low-rank matrices of latent attention without LoRA."""
+    adapter = trained(tmp_path, "deepseek_v3")
+    with pytest.raises(SettingsError, match=r"ignores LoRA of .*q_[ab]_proj without an error"):
+        write_adapter(adapter, "gguf", tmp_path / "out")
+
+
+def test_one_pair_of_gate_and_up_stays_one(tmp_path: Path) -> None:
+    """Trained as one, it is written as one, at its own rank."""
+    from peft import get_peft_model
+
+    base = build("qwen3_moe")
+    base.save_pretrained(tmp_path / "base")
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = LoraConfig(r=3, target_modules=["q_proj"], target_parameters=parameters)
+    model = get_peft_model(base, config)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p)
+    model.save_pretrained(tmp_path / "adapter")
+    adapter = opened(tmp_path)
+    for form in ("peft-fused", "peft-fused-0.18"):
+        write_adapter(adapter, form, tmp_path / form)
+        assert_same(opened(tmp_path, form), adapter)
+        sizes = [
+            sum(t.numel() for t in load_file(tmp_path / n / "adapter_model.safetensors").values())
+            for n in ("adapter", form)
+        ]
+        assert sizes[0] == sizes[1]

@@ -21,7 +21,7 @@ from tiny_configs import build
 from transformers import AutoModelForCausalLM
 
 from kt_sft import HybridExpertsConfig
-from kt_sft.errors import CheckpointError, SettingsError
+from kt_sft.errors import AdapterMismatchError, CheckpointError, SettingsError
 from kt_sft.export.merge import export_merged
 from kt_sft.files.safetensors_writer import Entry, write_safetensors
 
@@ -112,6 +112,98 @@ def test_a_chain_of_adapters(tmp_path: Path) -> None:
     out = export_merged(tmp_path / "base", both, tmp_path / "both")
     assert distance(logits(stock(out)), logits(stock(two))) < 1e-5
     assert distance(logits(stock(one)), logits(stock(two))) > 0.05
+
+
+def test_lora_on_what_an_earlier_adapter_trained_in_full(tmp_path: Path) -> None:
+    base = build("qwen3_moe")
+    base.save_pretrained(tmp_path / "base")
+    first = get_peft_model(base, LoraConfig(target_modules=["q_proj"], modules_to_save=["o_proj"]))
+    with torch.no_grad():
+        for name, p in first.named_parameters():
+            if "modules_to_save" in name:
+                p.mul_(1.5)
+    first.save_pretrained(tmp_path / "first")
+    one = export_merged(tmp_path / "base", [tmp_path / "first"], tmp_path / "one")
+    second = get_peft_model(stock(one), LoraConfig(r=2, target_modules=["o_proj"]))
+    randomize(second)
+    second.save_pretrained(tmp_path / "second")
+    both = export_merged(
+        tmp_path / "base", [tmp_path / "first", tmp_path / "second"], tmp_path / "both"
+    )
+    assert distance(logits(stock(both)), logits(second.eval())) < 1e-5
+    assert distance(logits(stock(one)), logits(second)) > 0.01
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_embedding_and_head_of_different_sizes_are_refused(tmp_path: Path, tied: bool) -> None:
+    """What stock Transformers could not load."""
+    base = build("qwen3_moe")
+    base.config.tie_word_embeddings = tied
+    if tied:
+        base.tie_weights()
+    base.save_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(310)
+    trained = "embed_tokens" if tied else "lm_head"
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=[trained])
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    with pytest.raises(AdapterMismatchError, match=r"would differ in rows .* 310.*train both"):
+        export_merged(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+
+
+def test_a_tied_head_that_is_on_the_disk(tmp_path: Path) -> None:
+    """Some checkpoints hold it all the same; with a trained embedding it is tied no more."""
+    base = build("qwen3_moe")
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    base.save_pretrained(tmp_path / "base", max_shard_size="200KB")
+    index = tmp_path / "base" / "model.safetensors.index.json"
+    where = json.loads(index.read_text())
+    first = sorted(set(where["weight_map"].values()))[0]
+    tensors = load_file(tmp_path / "base" / first)
+    tensors["lm_head.weight"] = base.get_input_embeddings().weight.detach().clone()
+    save_file(tensors, tmp_path / "base" / first, metadata={"format": "pt"})
+    where["weight_map"]["lm_head.weight"] = first
+    index.write_text(json.dumps(where))
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    model = get_peft_model(base, config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "modules_to_save" in name:
+                p.mul_(1.5)
+    model.save_pretrained(tmp_path / "adapter")
+    out = export_merged(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+    assert not json.loads((out / "config.json").read_text())["tie_word_embeddings"]
+    merged = stock(out)
+    apart = merged.get_input_embeddings().weight - 1.5 * merged.get_output_embeddings().weight
+    assert float(apart.abs().max()) < 1e-6
+
+
+def test_lora_on_the_head(tmp_path: Path) -> None:
+    """PEFT saves the head's own weight beside it."""
+    base = build("qwen3_moe")
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["lm_head", "q_proj"]))
+    randomize(model)
+    model.save_pretrained(tmp_path / "adapter")
+    keys = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert any("lm_head.base_layer" in key for key in keys)
+    out = export_merged(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+    assert distance(logits(stock(out)), logits(model.eval())) < 1e-5
+
+
+def test_where_a_merged_model_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build("qwen3_moe").save_pretrained(tmp_path / "base")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SettingsError, match="is a file; give a new folder"):
+        export_merged(tmp_path / "base", [], tmp_path / "file")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert export_merged(tmp_path / "base", [], tmp_path / "link") == tmp_path / "real"
+    assert (tmp_path / "link" / "model.safetensors").is_file()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    export_merged(tmp_path / "base", [], ".")
+    assert (tmp_path / "here" / "model.safetensors").is_file()
 
 
 def test_the_head_of_a_reward_model_comes_along(tmp_path: Path) -> None:

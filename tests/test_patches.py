@@ -297,7 +297,7 @@ print([c.__name__ for c in DEFAULT_CALLBACKS])
 
 
 # Of a process that is about to hand over to another program, whose arguments these are.
-_ALLOWED = {("main.py", "sys.argv")}
+_ALLOWED = {("recipes.py", "sys.argv")}
 
 
 def replaced_names(file: Path) -> Iterator[str]:

@@ -267,18 +267,15 @@ def test_two_claims_on_one_module(tmp_path: Path) -> None:
     save_file({**ours, **theirs}, file)
     with pytest.raises(AdapterMismatchError, match="gate_proj has LoRA under another name too"):
         opened(tmp_path)
-    shared = {
-        key.replace(".experts.0.", ".experts."): t
-        for key, t in ours.items()
-        if ".experts.0." in key
-    }
+    first = {key: t.clone() for key, t in ours.items() if ".experts.0." in key}
+    shared = {key.replace(".experts.0.", ".experts."): t for key, t in first.items()}
     save_file({**ours, **shared}, file)
     with pytest.raises(AdapterMismatchError, match="has LoRA under another name too"):
         opened(tmp_path)
     named = {k.replace(".weight", ".default.weight"): t for k, t in ours.items()}
     save_file(named, file)
     assert_same(opened(tmp_path), adapter)
-    save_file({**named, **ours}, file)
+    save_file({**named, **first}, file)
     with pytest.raises(CheckpointError, match="are of one module; save the adapters one by one"):
         opened(tmp_path)
 

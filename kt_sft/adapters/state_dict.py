@@ -50,10 +50,7 @@ def collect_expert_factors(
         shared = names.shared(key[len(prefix) :])
         if shared is not None:
             projection, factor, adapter = shared
-            if adapter is None:
-                # The one that is being loaded is the last that was made.
-                made = getattr(getattr(module, projection, None), "lora_A", {})
-                adapter = next(reversed(list(made)), None)
+            adapter = adapter or _last_made(module, projection)
             experts = range(module.shape.experts)  # type: ignore[arg-type, union-attr]
             groups[projection, factor, adapter] = dict.fromkeys(experts, state_dict.pop(key))
             continue
@@ -65,8 +62,11 @@ def collect_expert_factors(
     for projection, factor, adapter in [key for key in groups if key[2] is None]:
         # Experts that this model does not have, beside those that it has.
         others = [key for key in groups if key[:2] == (projection, factor) and key[2]]
+        unnamed = groups.pop((projection, factor, adapter))
         if len(others) == 1:
-            groups[others[0]].update(groups.pop((projection, factor, adapter)))
+            groups[others[0]].update(unnamed)
+        else:
+            groups[projection, factor, _last_made(module, projection)] = unnamed
     problems: list[str] = []
     for (projection, factor, adapter), matrices in groups.items():
         problems.extend(_misfits(module, projection, factor, adapter, matrices))
@@ -81,6 +81,12 @@ def collect_expert_factors(
             + "\n".join(f"  - {p}" for p in problems)
             + "\nLoad it on the base model it was trained on."
         )
+
+
+def _last_made(module: nn.Module, projection: str) -> str | None:
+    """The adapter that is being loaded, where a key does not name it."""
+    made = getattr(getattr(module, projection, None), "lora_A", {})
+    return next(reversed(list(made)), None)
 
 
 def refuse_other_layers(

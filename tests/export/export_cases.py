@@ -15,6 +15,7 @@ from tiny_configs import build
 from torch import Tensor, nn
 
 from kt_sft import HybridExpertsConfig, hybridize
+from kt_sft.adapters.layer import HybridExpertsLinear
 from kt_sft.export.adapter import Adapter
 from kt_sft.export.base import Base
 
@@ -39,7 +40,7 @@ def adapted(base: nn.Module, expert_lora: bool | str = True, **lora: Any) -> Pef
     hybrid = hybridize(base, HybridExpertsConfig(threads=1, expert_lora=expert_lora))
     kinds: dict[str, list[bool]] = {}
     for name, module in hybrid.named_modules():
-        plain = isinstance(module, nn.Linear) or "Linear" in type(module).__name__
+        plain = isinstance(module, nn.Linear | HybridExpertsLinear)
         kinds.setdefault(name.rpartition(".")[2], []).append(plain)
     targets = [name for name in (*PROJECTIONS, *_OTHERS) if all(kinds.get(name, [False]))]
     config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": targets, **lora})

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from export_cases import adapted, logits, opened, stock
+from export_cases import FUSED, adapted, logits, opened, stock
 from peft import PeftModel
 from tiny_configs import TINY_FAMILIES, build
 from torch import nn
@@ -89,7 +89,7 @@ def test_export_looks_too(saved: Path, tmp_path: Path) -> None:
             export_adapter(saved, to, tmp_path / "out", base=str(tmp_path / "other"))
     assert not (tmp_path / "out").exists()
     export_adapter(saved, "vllm", tmp_path / "out", base=str(tmp_path / "other"), force=True)
-    export_adapter(saved, "peft-fused-0.18", tmp_path / "own", base=str(tmp_path / "base"))
+    export_adapter(saved, FUSED, tmp_path / "own", base=str(tmp_path / "base"))
     assert read_identity(tmp_path / "own") == Base.open(tmp_path / "base").identity
     loaded = PeftModel.from_pretrained(stock(tmp_path / "base"), str(tmp_path / "own"))
     assert not torch.equal(logits(loaded.eval()), logits(stock(tmp_path / "base")))

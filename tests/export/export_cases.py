@@ -43,6 +43,8 @@ def adapted(base: nn.Module, expert_lora: bool | str = True, **lora: Any) -> Pef
         plain = isinstance(module, nn.Linear | HybridExpertsLinear)
         kinds.setdefault(name.rpartition(".")[2], []).append(plain)
     targets = [name for name in (*PROJECTIONS, *_OTHERS) if all(kinds.get(name, [False]))]
+    # Where other layers of these names take no LoRA, the experts' alone.
+    targets += [f"experts.{n}" for n in PROJECTIONS if n in kinds and n not in targets]
     config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": targets, **lora})
     model = get_peft_model(hybrid, config).eval()
     randomize(model)

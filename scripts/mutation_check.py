@@ -65,6 +65,7 @@ _FORMATS = ("tests/models/test_formats.py",)
 _STORE = ("tests/store",)
 
 _RUNS = ("tests/kernels/test_block.py::test_a_limit_of_rows_changes_no_bit",)
+_EXPORT = "tests/export"
 _LINK = "tests/accelerator/test_transport.py::"
 
 # Long lines: a fault reads best beside what it replaces.
@@ -296,6 +297,24 @@ FAULTS = (
     Fault("link: shared experts stay first", "kt_sft/experts/ahead.py",
           "if self.order.routed_first is None or", "if True or",
           (f"{_LINK}test_shared_experts_run_while_the_host_computes",)),
+    Fault("export: experts are the slow index of lora_B", "kt_sft/export/fused.py",
+          "b.permute(1, 2, 0).flatten(1)", "b.permute(1, 0, 2).flatten(1)", (f"{_EXPORT}/test_stock_peft.py",)),
+    Fault("export: the halves of gate and up change places", "kt_sft/export/fused.py",
+          "slice(place * rank // 2, (place + 1) * rank // 2)", "slice((1 - place) * rank // 2, (2 - place) * rank // 2)",
+          (f"{_EXPORT}/test_layouts.py",)),
+    Fault("export: the release that wrote a pair does not count", "kt_sft/export/fused.py",
+          "return as_it_lies != transposed", "return transposed", (f"{_EXPORT}/test_stock_peft.py",)),
+    Fault("export: another alpha is forgotten", "kt_sft/export/forms.py",
+          "b if factor == 1 else b * factor", "b", (f"{_EXPORT}/test_layouts.py",)),
+    Fault("export: modules that stand for each other win in silence", "kt_sft/export/adapter.py",
+          "self._problems.append(f\"{path}: {module} has", "list().append(f\"{path}: {module} has",
+          (f"{_EXPORT}/test_layouts.py",)),
+    Fault("merge: codes that lie the other way round", "kt_sft/export/delta.py",
+          "(matrix.T if key in self._transposed else matrix)", "matrix", (f"{_EXPORT}/test_merging.py",)),
+    Fault("merge: embeddings stay tied", "kt_sft/export/delta.py",
+          "self.untied = True", "self.untied = False", (f"{_EXPORT}/test_merging.py",)),
+    Fault("adapters: the base's weights do not count", "kt_sft/adapters/base_identity.py",
+          "if not _same(theirs[name], ours[name])", "if False", (f"{_EXPORT}/test_base_identity.py",)),
     Fault("rest: routers are quantized", "kt_sft/loading/quantized_rest.py",
           "[*kept, *_routers(model)]", "[*kept]", ("tests/models/test_quantized_rest.py",)),
     Fault("demo: parameters are not compared", "scripts/demo/cards.py", '("module", "function", "parameters")',

@@ -1,1 +1,1 @@
-"""What leaves here: an adapter merged into the original checkpoint. For plugin."""
+"""Adapters in every layout: read, written for other programs, merged. For loading, plugin, cli."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -68,9 +67,7 @@ def export_merged(
         "free some, or set export_dir to a folder on another disk",
         CheckpointError,
     )
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    partial.mkdir()
-    try:
+    with durable.whole_folder(out) as partial:
         with tqdm(total=needed, desc="Merging", unit="B", unit_scale=True) as progress:
             for name, entries in shards.items():
                 write_safetensors(partial / name, entries, _tensors(delta, entries, progress))
@@ -79,13 +76,6 @@ def export_merged(
             _copy_value_head(Path(adapter), partial)
         _update_config(partial, delta.vocabulary, delta.untied, quantized)
         _write_index(partial, shards)
-        durable.sync_tree(partial)
-        if out.exists():
-            out.rmdir()
-        durable.publish(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     logger.info("merged %s and %s into %s", base, ", ".join(map(str, adapters)) or "nothing", out)
     return out
 

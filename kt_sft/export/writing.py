@@ -8,8 +8,6 @@ is said in the manifest beside it.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +22,7 @@ from torch import Tensor
 
 from kt_sft import __version__
 from kt_sft.adapters import names
-from kt_sft.adapters.base_identity import IDENTITY_FILE
+from kt_sft.adapters.base_identity import write_identity
 from kt_sft.errors import CheckpointError, SettingsError
 from kt_sft.export import fused
 from kt_sft.export.adapter import Adapter
@@ -190,20 +188,12 @@ def write_adapter(adapter: Adapter, name: str, out: Path) -> list[str]:
         "free some, or give a folder on another disk by --out",
         CheckpointError,
     )
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    partial.mkdir()
-    try:
+    with durable.whole_folder(out) as partial:
         write_safetensors(partial / SAFETENSORS_WEIGHTS_NAME, entries, written.tensors())
         written.config().save_pretrained(str(partial))
-        _write(partial / MANIFEST, _manifest(adapter, name, written.folded()))
-        _write(partial / IDENTITY_FILE, adapter.base.identity)
-        durable.sync_tree(partial)
-        if out.exists():
-            out.rmdir()
-        durable.publish(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        write_identity(partial, adapter.base.identity)
+        manifest = json.dumps(_manifest(adapter, name, written.folded()), indent=2)
+        (partial / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
     rank = max((written.rank_of(item) for item in written.items), default=0)
     return [
         line.format(out=str(out), base=str(adapter.base.folder), rank=rank) for line in program.load
@@ -224,10 +214,6 @@ def _manifest(adapter: Adapter, name: str, folded: list[str]) -> dict[str, Any]:
             "transformers": transformers.__version__,
         },
     }
-
-
-def _write(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _whole(value: float) -> float:

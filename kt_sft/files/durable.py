@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from kt_sft.errors import KtSftError
@@ -67,6 +69,22 @@ def new_folder(path: Path, option: str, error: type[KtSftError]) -> Path:
         what = "is not empty" if found.is_dir() else "is a file"
         raise error(f"{option}: {path} {what}; give a new folder or remove it")
     return found
+
+
+@contextmanager
+def whole_folder(final: Path) -> Iterator[Path]:
+    """A folder to write into, which gets its name when it is on the disk, and goes on an error."""
+    partial = final.with_name(f"{final.name}.partial-{os.getpid()}")
+    partial.mkdir()
+    try:
+        yield partial
+        sync_tree(partial)
+        if final.exists():
+            final.rmdir()
+        publish(partial, final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def publish(partial: Path, final: Path) -> None:

@@ -206,6 +206,36 @@ def test_where_a_merged_model_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (tmp_path / "here" / "model.safetensors").is_file()
 
 
+def test_flat_experts_are_merged(tmp_path: Path) -> None:
+    """DBRX keeps all experts of a projection below one another in a matrix."""
+    base = build("dbrx")
+    base.save_pretrained(tmp_path / "base")
+    model = adapted(base)
+    model.save_pretrained(tmp_path / "adapter")
+    merged = stock(export_merged(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out"))
+    lora = dict(lora_parameters(model))
+    plain = stock(tmp_path / "base")
+    for name, want in with_lora(plain, lora, 2.0).items():
+        torch.testing.assert_close(merged.get_parameter(name), want, rtol=1e-5, atol=1e-6)
+        assert not torch.equal(want, plain.get_parameter(name))
+
+
+def test_lora_on_a_router(tmp_path: Path) -> None:
+    """Where it is a Linear layer, which PEFT can adapt."""
+    base = build("afmoe")
+    base.save_pretrained(tmp_path / "base")
+    routers = [n for n, m in base.named_modules() if n.endswith("router.gate")]
+    assert routers
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["router.gate", "q_proj"]))
+    randomize(model)
+    model.save_pretrained(tmp_path / "adapter")
+    out = export_merged(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+    merged = stock(out)
+    assert distance(logits(merged), logits(model.eval())) < 1e-5
+    before = stock(tmp_path / "base").get_submodule(routers[0]).weight
+    assert not torch.equal(merged.get_submodule(routers[0]).weight, before)
+
+
 def test_the_head_of_a_reward_model_comes_along(tmp_path: Path) -> None:
     base = build("qwen3_moe")
     base.save_pretrained(tmp_path / "base")

@@ -286,6 +286,22 @@ def test_export_command_merges(place: Workplace, trained: str, tmp_path: Path) -
     )
     text = run_forked(["kt-sft", "export", str(recipe)], check=False)
     assert "is not empty; give a new folder" in text
+    # The base that the adapter notes is looked at here too.
+    note = place.folder / "trained" / "kt_sft_base.json"
+    known = note.read_text()
+    assert '"samples"' in known
+    note.write_text(known.replace('"digest": "', '"digest": "another '))
+    text = run_forked(["kt-sft", "export", str(recipe), "export_dir=elsewhere"], check=False)
+    assert "was trained on another base model" in text and "adapter_base: any" in text
+    note.write_text(known)
+
+
+def test_an_adapter_that_a_named_program_could_not_read_is_refused(place: Workplace) -> None:
+    settings = {"kt_sft": {**EXPERTS, "export_for": ["vllm", "peft"]}, "lora_target": "all"}
+    text = place.train("unread", check=False, additional_target="lm_head", **settings)
+    assert "export_for: the recipe makes an adapter that cannot be read" in text
+    assert "vllm: 1 parameters were trained in full" in text and "Traceback" not in text
+    assert not list((place.folder / "unread").glob("adapter*"))
 
 
 def test_settings_that_load_the_model_another_way_are_refused(place: Workplace) -> None:

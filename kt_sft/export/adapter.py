@@ -1,13 +1,4 @@
-"""An adapter in any known layout, as LoRA of a base model's experts, of its layers, and the rest.
-
-Layouts of the experts that are read (export/programs.py has those that are written):
-
-    per expert     <experts>.<e>.gate_proj.lora_A.weight [r, in], by the model's names or by those
-                   of the checkpoint (Mixtral: block_sparse_moe.experts.<e>.w1)
-    shared         <experts>.gate_proj.lora_A.weight [r, in], one pair for all experts
-    fused          PEFT's target_parameters, of releases up to 0.18 and later (fused.py); Unsloth
-                   and ms-swift write them too
-    stacked        KTransformers' file beside the adapter, [E, r, in] and [E, out, r]
+"""An adapter in any layout (layouts.py): LoRA of a base model's experts, of its layers, the rest.
 
 Legend: E experts, r rank.
 """
@@ -15,14 +6,10 @@ Legend: E experts, r rank.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
-import torch
-from peft.utils import CONFIG_NAME
 from torch import Tensor
 
 from kt_sft.adapters import names
@@ -30,9 +17,16 @@ from kt_sft.errors import AdapterMismatchError, CheckpointError, UnsupportedMode
 from kt_sft.export import fused
 from kt_sft.export.adapter_file import AdapterFile
 from kt_sft.export.base import Base
-
-Keys = tuple[str, str]
-Place = tuple[str, str]  # path of a layer's hybrid experts, projection
+from kt_sft.export.layouts import (
+    Fused,
+    FusedPairs,
+    Keys,
+    Place,
+    Reader,
+    Separate,
+    Stacked,
+    misfit,
+)
 
 _NUMBER = re.compile(r"\.(\d+)\.")
 
@@ -51,81 +45,6 @@ class Lora:
         return Lora(self.a[index], self.b[index], self.scaling)
 
 
-class _Reader(Protocol):
-    """A projection of a layer's experts in some layout."""
-
-    @property
-    def names(self) -> list[str]:
-        """What patterns were matched against."""
-
-    def read(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
-        """a [E or 1, r, inputs] and b [E or 1, outputs, r]."""
-
-    def rank(self, adapter: Adapter) -> int:
-        """The rank that its scaling is made with."""
-
-
-@dataclass
-class _Separate:
-    """Matrices of their own for each expert, or one pair for all."""
-
-    place: Place
-    keys: dict[int, Keys]
-    paths: list[str]  # in the file
-    shared: bool = False
-
-    @property
-    def names(self) -> list[str]:
-        return [".".join(self.place), *self.paths]
-
-    def read(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
-        pairs = [adapter.file.pair(self.keys[e]) for e in sorted(self.keys)]
-        return torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])
-
-    def rank(self, adapter: Adapter) -> int:
-        return adapter.file.shapes(next(iter(self.keys.values())))[0][0]
-
-
-@dataclass
-class _Stacked:
-    """One tensor [E, ., .] for each factor."""
-
-    place: Place
-    keys: Keys
-
-    @property
-    def names(self) -> list[str]:
-        return [".".join(self.place)]
-
-    def read(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
-        return adapter.file.pair(self.keys)
-
-    def rank(self, adapter: Adapter) -> int:
-        return adapter.file.shapes(self.keys)[0][1]
-
-
-@dataclass
-class _Fused:
-    """A part of a stacked parameter's pair."""
-
-    slot: fused.Slot
-    projection: str
-    keys: Keys
-
-    @property
-    def names(self) -> list[str]:
-        return [self.slot.parameter]
-
-    def read(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
-        halved = adapter.halved and len(self.slot.parts) == 2
-        whole = adapter.fused_pair(self.slot)
-        pair = fused.part_of(self.slot, whole, self.projection, halved)
-        return pair.a, pair.b
-
-    def rank(self, adapter: Adapter) -> int:
-        return adapter.file.shapes(self.keys)[0][0] // self.slot.experts
-
-
 class Adapter:
     """What an adapter changes in a base model. Tensors are read when asked for."""
 
@@ -134,9 +53,9 @@ class Adapter:
         self.base = base
         self.file = AdapterFile(folder)
         self.layouts: set[str] = set()
-        self._experts: dict[Place, _Reader] = {}
+        self._experts: dict[Place, Reader] = {}
         self._linear: dict[str, tuple[str, Keys]] = {}  # module -> (path in the file, keys)
-        self._fused: dict[str, tuple[fused.Slot, Keys]] = {}
+        self._fused = FusedPairs(self.file)
         self._layer = ""
         self._read: dict[str, Lora] = {}  # projection -> of that layer
         self._problems: list[str] = []
@@ -190,15 +109,11 @@ class Adapter:
         if place not in self._experts:
             place = next(iter(self._experts))
         reader = self._experts[place]
-        rank = reader.rank(self)
-        scaling = self._scaling(rank, reader.names)
-        both = isinstance(reader, _Fused) and len(reader.slot.parts) == 2
-        return rank // 2 if both and self.halved else rank, scaling
+        return reader.rank, self._scaling(reader.whole_rank, reader.names)
 
     def is_shared(self, layer: str, projection: str) -> bool:
         """Whether one pair is for all experts."""
-        reader = self._experts[layer, projection]
-        return isinstance(reader, _Separate) and reader.shared
+        return self._experts[layer, projection].shared
 
     def linear_shape(self, module: str) -> tuple[int, float, int, int]:
         """Rank, scaling, outputs and inputs of another module's LoRA."""
@@ -214,9 +129,8 @@ class Adapter:
             self._layer, self._read = layer, {}
         if projection not in self._read:
             reader = self._experts[layer, projection]
-            a, b = reader.read(self)
-            scaling = self._scaling(reader.rank(self), reader.names)
-            self._read[projection] = Lora(a, b, scaling)
+            scaling = self._scaling(reader.whole_rank, reader.names)
+            self._read[projection] = Lora(*reader.read(), scaling)
         return self._read[projection]
 
     def linear(self, module: str) -> Lora:
@@ -227,20 +141,11 @@ class Adapter:
 
     def fused_pair(self, slot: fused.Slot) -> fused.Pair:
         """The pair of a whole stacked parameter."""
-        _, keys = self._fused[slot.parameter]
-        return fused.from_peft(slot, *self.file.pair(keys), self._fused_layout)
+        return self._fused.pair(slot)
 
     def undivided(self, slot: fused.Slot) -> bool:
         """Whether gate and up were trained as one, with an A of both."""
-        return slot.parameter in self._fused and len(slot.parts) == 2 and not self.halved
-
-    @cached_property
-    def halved(self) -> bool:
-        """Whether gate and up have halves of their own in every pair that they share."""
-        together = [found for found in self._fused.values() if len(found[0].parts) == 2]
-        return bool(together) and all(
-            fused.is_block_diagonal(slot, self.fused_pair(slot)) for slot, _ in together
-        )
+        return slot in self._fused and len(slot.parts) == 2 and not self._fused.halved
 
     def _scaling(self, rank: int, trained_as: list[str]) -> float:
         """By the patterns that any of the names matches. Raises CheckpointError."""
@@ -264,16 +169,17 @@ class Adapter:
             place = self._expert_of(path)
             if place is not None:
                 layer, projection, expert = place
-                default = _Separate((layer, projection), {}, [])
+                default = Separate(self.file, (layer, projection))
                 reader = self._experts.setdefault((layer, projection), default)
-                if not isinstance(reader, _Separate) or reader.shared or expert in reader.keys:
+                if not isinstance(reader, Separate) or reader.shared or expert in reader.keys:
                     self._claimed(path, f"{layer}.{projection}")
                     continue
                 reader.keys[expert] = keys
                 reader.paths.append(path)
                 self.layouts.add("per expert")
             elif (shared := self._shared_of(path)) is not None:
-                self._claim(shared, _Separate(shared, {0: keys}, [path], shared=True), "shared")
+                reader = Separate(self.file, shared, True, {0: keys}, [path])
+                self._claim(shared, reader, "shared")
             else:
                 module = base.modules_by_published_name.get(path, path)
                 if module in self._linear:
@@ -285,9 +191,9 @@ class Adapter:
                 self._problems.append(f"layer {number}: has no routed experts in this base")
                 continue
             of_layer = by_number[number], projection
-            self._claim(of_layer, _Stacked(of_layer, keys), "stacked")
+            self._claim(of_layer, Stacked(self.file, of_layer, keys), "stacked")
 
-    def _claim(self, place: Place, reader: _Reader, layout: str) -> None:
+    def _claim(self, place: Place, reader: Reader, layout: str) -> None:
         if place in self._experts:
             self._claimed(f"its {layout} LoRA", ".".join(place))
         self._experts[place] = reader
@@ -318,10 +224,10 @@ class Adapter:
             present = [s for s in nested if f"{owner}.base_layer" in left] or self._targeted(nested)
             for path, slot in fused.key_paths(present):
                 if path in left:
-                    keys = left.pop(path)
-                    self._fused[slot.parameter] = slot, keys
+                    self._fused.add(slot, left.pop(path))
                     for projection in slot.parts:
-                        self._claim((layer, projection), _Fused(slot, projection, keys), "fused")
+                        reader = Fused(self._fused, slot, projection)
+                        self._claim((layer, projection), reader, "fused")
 
     def _targeted(self, slots: list[fused.Slot]) -> list[fused.Slot]:
         """The one parameter that was adapted, where the keys do not tell."""
@@ -330,77 +236,19 @@ class Adapter:
         targets = self.file.config.target_parameters or []
         return [s for s in slots if any(f".{s.parameter}".endswith(f".{t}") for t in targets)][:1]
 
-    @cached_property
-    def _fused_layout(self) -> str:
-        """As the shapes of all pairs tell. Raises CheckpointError where they do not."""
-        fitting = [
-            layout
-            for layout in fused.LAYOUTS
-            if all(
-                fused.fits(slot, *self.file.shapes(keys), layout)
-                for slot, keys in self._fused.values()
-            )
-        ]
-        if len(fitting) > 1 and any(
-            slot.a_holds_outputs(fitting[0]) != slot.a_holds_outputs(fitting[1])
-            for slot, _ in self._fused.values()
-        ):
-            if not self.file.peft_version:
-                raise CheckpointError(
-                    f"{self.file.folder}: the shapes of its fused expert LoRA fit the form of PEFT "
-                    f"up to 0.18 and the later one; write the release that saved it into its "
-                    f'{CONFIG_NAME}, as in "peft_version": "0.18.1"'
-                )
-            fitting = [fused.layout_of(self.file.peft_version)]
-        return fitting[0] if fitting else ""
-
     # Whether it fits
 
     def _check(self) -> None:
-        if self._fused and not self._fused_layout:
-            slot, keys = next(iter(self._fused.values()))
-            shapes = " and ".join(map(str, self.file.shapes(keys)))
-            self._problems.append(
-                f"{slot.parameter}: got LoRA of shapes {shapes}, expected multiples of "
-                f"{slot.experts} experts times rank, over {slot.sizes()}"
-            )
+        self._problems += self._fused.problems()
         for (layer, projection), reader in self._experts.items():
-            self._problems += self._expert_problems(layer, projection, reader)
+            shape = self.base.layers[layer].shape
+            if projection in shape.projections:
+                self._problems += reader.problems(shape)
+            else:
+                self._problems.append(f"{layer}.{projection}: these experts have no {projection}")
         shapes_of = self.base.model.keys.shape
         for module, (_, keys) in self._linear.items():
-            self._problems += _misfit(module, shapes_of(f"{module}.weight"), self.file.shapes(keys))
+            self._problems += misfit(module, shapes_of(f"{module}.weight"), self.file.shapes(keys))
         for parameter in self.full:
             if shapes_of(parameter) is None and parameter not in self.base.model.tied:
                 self._problems.append(f"{parameter}: the base has no such parameter")
-
-    def _expert_problems(self, layer: str, projection: str, reader: _Reader) -> Iterator[str]:
-        shape = self.base.layers[layer].shape
-        name = f"{layer}.{projection}"
-        if projection not in shape.projections:
-            yield f"{name}: these experts have no {projection}"
-        elif isinstance(reader, _Separate):
-            if not reader.shared and reader.keys.keys() != set(range(shape.experts)):
-                yield f"{name}: got {len(reader.keys)} experts, expected {shape.experts}"
-            found = {self.file.shapes(keys) for keys in reader.keys.values()}
-            for shapes in sorted(found):
-                yield from _misfit(name, shape.of(projection), shapes)
-            if len(found) > 1:
-                yield f"{name}: its experts differ in rank"
-        elif isinstance(reader, _Stacked):
-            a, b = self.file.shapes(reader.keys)
-            if len(a) != 3 or len(b) != 3 or a[0] != shape.experts or b[0] != shape.experts:
-                yield f"{name}: got shapes {a} and {b}, expected [{shape.experts}, ., .]"
-            else:
-                yield from _misfit(name, shape.of(projection), (a[1:], b[1:]))
-
-
-def _misfit(
-    name: str, weight: tuple[int, ...] | None, shapes: tuple[tuple[int, ...], tuple[int, ...]]
-) -> Iterator[str]:
-    a, b = shapes
-    if weight is None:
-        yield f"{name}: the base has no such module"
-    elif len(a) != 2 or len(b) != 2 or a[0] != b[1]:
-        yield f"{name}: lora_A {a} and lora_B {b} do not belong together"
-    elif (b[0], a[1]) != tuple(weight):
-        yield f"{name}: the adapter is for a weight of {(b[0], a[1])}, the base has {tuple(weight)}"

@@ -95,8 +95,10 @@ class HybridExpertsSettings:
     memory_check: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.export_for, list):  # from YAML and JSON
-            object.__setattr__(self, "export_for", tuple(self.export_for))
+        given: Any = self.export_for
+        if isinstance(given, list | str):  # from YAML and JSON
+            names = [given] if isinstance(given, str) else given
+            object.__setattr__(self, "export_for", tuple(names))
         problems = list(_problems(asdict(self)))
         if problems:
             raise SettingsError(_report(problems))
@@ -155,6 +157,7 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
             "tests)"
         )
     programs = values["export_for"]
+    programs = [programs] if isinstance(programs, str) else programs
     unknown = [p for p in programs if p not in EXPORT_TARGETS] if _is_list(programs) else programs
     if unknown or not _is_list(programs):
         found.append(f"export_for: got {unknown!r}, expected a list of {', '.join(EXPORT_TARGETS)}")

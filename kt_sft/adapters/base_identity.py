@@ -124,7 +124,8 @@ def write_identity(adapter: Path, identity: Mapping[str, Any]) -> None:
 
 def other_shape(trained_on: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """What differs between two models of different shapes, a line each."""
-    return sorted(_differing(trained_on, here, "model_type")) + sorted(
+    kind = _differing(trained_on, here, "model_type") if trained_on else ()
+    return sorted(kind) + sorted(
         line
         for line in _differing(_part(trained_on, "sizes"), _part(here, "sizes"))
         if not line.startswith("vocab_size")  # which training may have changed
@@ -161,13 +162,23 @@ def _numbers(sample: Mapping[str, Any]) -> list[float]:
     return found if numbers and isinstance(found, list) else []
 
 
-def refuse(adapter: Path, found: list[str], force: str) -> None:
-    """Raises AdapterMismatchError that lists what was found; force: how to go on all the same."""
+def earlier_adapters(adapter: Path) -> list[str]:
+    """The folders of the adapters that were part of the model when this one was trained."""
+    found = (read_identity(adapter) or {}).get("on_top_of")
+    return [p for p in found if isinstance(p, str)] if isinstance(found, list) else []
+
+
+def refuse(adapter: Path, base: str, found: list[str], force: str) -> None:
+    """Raises AdapterMismatchError that lists what was found.
+
+    base: the one that it is loaded on. force: how to go on all the same; empty where one cannot.
+    """
     if found:
         raise AdapterMismatchError(
-            f"{adapter}: the adapter was trained on another base model:"
+            f"{adapter}: the adapter was trained on another base model than {base}:"
             + "".join(f"\n  - {line}" for line in found)
-            + f"\nLoad it on the base it was trained on; {force} takes this one all the same"
+            + "\nLoad it on the base it was trained on"
+            + (f"; {force} takes this one all the same" if force else "")
         )
 
 

@@ -78,8 +78,12 @@ class HybridExpertsLinear(nn.Module, LoraLayer):
         device: Callable[[], torch.device],
         shared: bool = False,
         stays: Callable[[], bool] | None = None,
+        unloads: Callable[[bool], None] | None = None,
     ) -> None:
-        """device: where new factors belong. stays: whether they are left there by `.to()`."""
+        """device: where new factors belong. stays: whether they are left there by `.to()`.
+
+        unloads: is told when adapters are taken away, and whether they are merged.
+        """
         # LoraLayer.__init__ reads the weight of a base layer, which does not exist here.
         nn.Module.__init__(self)
         self.experts: int = experts
@@ -88,6 +92,7 @@ class HybridExpertsLinear(nn.Module, LoraLayer):
         self.shared: bool = shared
         self._device = device
         self._stays = stays or _follows
+        self._unloads = unloads
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
@@ -257,7 +262,10 @@ class HybridExpertsLinear(nn.Module, LoraLayer):
             self._device,
             self.shared,
             self._stays,
+            self._unloads,
         )
+        if self._unloads is not None:
+            self._unloads(merge)
         if joined:
             bare.merged_a, bare.merged_b = (t.detach().clone() for t in joined)
         return bare

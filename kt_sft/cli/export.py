@@ -12,6 +12,20 @@ from kt_sft.cli.recipes import run_recipe
 from kt_sft.config import EXPORT_TARGETS
 from kt_sft.errors import SettingsError
 
+_EPILOG = """\
+what will read it:
+  peft-fused       stock PEFT 0.19 and later
+  peft-fused-0.18  stock PEFT 0.17 and 0.18
+  peft             stock PEFT 0.21 and later, per expert: Qwen3-MoE and OLMoE
+  vllm, sglang     these servers
+  gguf             llama.cpp's convert_lora_to_gguf.py
+  merged           anything: a checkpoint
+  kt_sft           this program; from an adapter of another one
+
+  kt-sft export saves/adapter --to vllm --out saves/adapter-vllm
+  kt-sft export saves/first,saves/second --to merged --out merged
+"""
+
 
 def add(commands: Any) -> None:
     """Adds the command to the parser of `kt-sft`."""
@@ -19,12 +33,19 @@ def add(commands: Any) -> None:
         "write an adapter in the form that another program reads, or merge it into the original "
         "checkpoint; with a recipe instead of an adapter, LLaMA-Factory's export"
     )
-    export = commands.add_parser("export", help=text, description=sentence(text))
+    export = commands.add_parser(
+        "export",
+        help=text,
+        description=sentence(text),
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     export.set_defaults(run=run)
     export.add_argument(
         "source",
         metavar="ADAPTER",
-        help="folder of an adapter, of kt_sft or in another program's form; or a recipe",
+        help="folder of an adapter, of kt_sft or in another program's form (for --to merged also "
+        "several, A,B, each trained on top of those before it); or a recipe",
     )
     export.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="settings of a recipe"
@@ -43,7 +64,9 @@ def add(commands: Any) -> None:
         help="with --to merged and a quantized base: write its weights in bf16",
     )
     export.add_argument(
-        "--force", action="store_true", help="take a base that is not the one it was trained on"
+        "--force",
+        action="store_true",
+        help="take a base of the same shape that is not the one it was trained on",
     )
 
 
@@ -65,6 +88,10 @@ def run(arguments: argparse.Namespace) -> int:
                 "model_name_or_path and the kt_sft section's adapter_base"
             )
         return run_recipe("export", arguments.source, arguments.overrides)
+    if source.is_file():
+        raise SettingsError(
+            f"--to: {source} is a file, expected an adapter's folder; for a recipe leave --to out"
+        )
     if arguments.overrides:
         raise SettingsError(f"got {' '.join(arguments.overrides)}, which is for recipes only")
     if arguments.out is None:
@@ -74,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
     from kt_sft.export.command import export_adapter
 
     lines = export_adapter(
-        source,
+        arguments.source.split(","),
         arguments.to,
         arguments.out,
         base=arguments.base,

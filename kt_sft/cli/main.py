@@ -61,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
+    except KeyboardInterrupt:
+        sys.stderr.write("kt-sft: interrupted\n")
+        return 130
     except (KtSftError, FileNotFoundError) as error:
         sys.stderr.write(f"kt-sft: {error}\n")
         return 2

@@ -36,6 +36,9 @@ class ExpertsRuntime:
         self.planned: tuple[int, int] | None = None
         # What tells the model from others of its shape; None until it is loaded.
         self.base_identity: dict[str, Any] | None = None
+        # Folders of adapters: those that can be switched off, and those that are in the model.
+        self.adapters_loaded: list[str] = []
+        self.adapters_merged: list[str] = []
         # Called before each forward pass: raises where the weights cannot be used any more.
         self.require_weights: Callable[[], None] = lambda: None
         # Whether gradients of LoRA on an accelerator may wait for the next backward.
@@ -43,6 +46,12 @@ class ExpertsRuntime:
         self.meter = ExpertsMeter()
         self.watch = FiniteWatch()
         self.kept = KeptActivations(lambda: int(_KEEPS * available_memory_bytes()) // ranks)
+
+    def unload_adapters(self, merge: bool) -> None:
+        """PEFT takes its adapters away; merge: as a part of the model."""
+        if merge:
+            self.adapters_merged += self.adapters_loaded
+        self.adapters_loaded = []
 
     def __deepcopy__(self, memo: dict) -> ExpertsRuntime:
         return self

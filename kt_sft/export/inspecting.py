@@ -11,7 +11,12 @@ from pathlib import Path
 
 import torch
 
-from kt_sft.adapters.base_identity import other_shape, other_weights, read_identity
+from kt_sft.adapters.base_identity import (
+    earlier_adapters,
+    other_shape,
+    other_weights,
+    read_identity,
+)
 from kt_sft.export.adapter import Adapter, Lora
 from kt_sft.export.command import open_base
 
@@ -59,7 +64,9 @@ def check(folder: Path, base: str | None = None) -> tuple[list[str], list[str]]:
     total = len(adapter.ranks())
     if zero == total and total:
         problems.append("every lora_B is zero: the adapter changes nothing, it was not trained")
-    lines = [f"{zero} of {total} pairs are zero", *_table(rows)]
+    lines = [f"{zero} of {total} pairs are zero; norms of scaling B A:", *_table(rows)]
+    if not problems:
+        lines.append("fits its base, every number is finite")
     return lines, problems
 
 
@@ -67,7 +74,10 @@ def compare(folder: Path, other: Path, base: str | None = None) -> list[str]:
     """How far two adapters are apart: norms of both and of the difference, by layer."""
     opened = open_base(folder, base)
     one, two = Adapter(folder, opened), Adapter(other, opened)
-    lines = []
+    lines = ["norms of scaling B A, and of the difference:"]
+    notes = [read_identity(path) or {} for path in (folder, other)]
+    if all(notes) and (found := other_shape(*notes) + other_weights(*notes)):
+        lines.insert(0, f"they were trained on different bases: {'; '.join(found)}")
     names = {name for adapter in (one, two) for name in adapter.ranks()}
     for adapter, path in ((one, folder), (two, other)):
         lacking = sorted(names - adapter.ranks().keys())
@@ -89,6 +99,8 @@ def _identity(folder: Path, adapter: Adapter) -> str:
     if read_identity(folder) is None:
         return "not noted with the adapter"
     found = _other_base(folder, adapter)
+    if earlier := earlier_adapters(folder):
+        found.append(f"trained on top of {', '.join(earlier)}")
     return "; ".join(found) if found else "the base is the one that it was trained on"
 
 
@@ -143,12 +155,17 @@ def _minus(one: Lora, two: Lora) -> Lora:
     return Lora(a, b, 1.0)
 
 
+def _numbered(name: str) -> list[tuple[int, str]]:
+    """A key that puts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
+
+
 def _table(rows: dict[str, dict[str, float]]) -> list[str]:
     """Norms, a line for each layer."""
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
     width = max((len(name) for name in rows), default=5)
     lines = ["layer".ljust(width) + "".join(name.rjust(12) for name in columns)]
-    for name, row in rows.items():
+    for name, row in sorted(rows.items(), key=lambda row: _numbered(row[0])):
         cells = (f"{row[c] ** 0.5:12.4g}" if c in row else "-".rjust(12) for c in columns)
         lines.append(name.ljust(width) + "".join(cells))
     return lines

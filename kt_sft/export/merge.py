@@ -20,6 +20,7 @@ from kt_sft.errors import CheckpointError, SettingsError
 from kt_sft.export.adapter import Adapter
 from kt_sft.export.base import Base
 from kt_sft.export.delta import Delta
+from kt_sft.export.texts import copy_texts
 from kt_sft.files import durable
 from kt_sft.files.safetensors import INDEX_NAME, checkpoint_files
 from kt_sft.files.safetensors_writer import Entry, write_safetensors
@@ -38,6 +39,7 @@ def export_merged(
     out: str | Path,
     *,
     dequantize: bool = False,
+    option: str = "export_dir",
 ) -> Path:
     """Writes a full-precision checkpoint of base + adapters that stock Transformers loads.
 
@@ -45,7 +47,7 @@ def export_merged(
     adapters are merged in their order. dequantize: a quantized base is written in bf16. The folder
     appears complete or not at all. Raises CheckpointError, AdapterMismatchError, SettingsError.
     """
-    base, out = Path(base), durable.new_folder(Path(out), "export_dir", SettingsError)
+    base, out = Path(base), durable.new_folder(Path(out), option, SettingsError)
     opened = Base.open(base)
     quantized = bool(opened.checkpoint.quantized or opened.model.published)
     if quantized and not dequantize:
@@ -54,6 +56,8 @@ def export_merged(
             "in bf16 with `kt-sft export ADAPTER --to merged --dequantize`, merge into a bf16 "
             "version of it, or serve the adapter beside the base"
         )
+    if dequantize and not quantized:
+        raise SettingsError(f"--dequantize: the weights of {base} are not quantized; leave it out")
     if quantized:
         opened.checkpoint.refuse_unreadable(lambda key: True)
     delta = Delta(opened, [Adapter(adapter, opened) for adapter in adapters])
@@ -64,7 +68,7 @@ def export_merged(
         out.parent,
         int(needed * 1.02),
         f"{out}: the merged model needs",
-        "free some, or set export_dir to a folder on another disk",
+        f"free some, or set {option} to a folder on another disk",
         CheckpointError,
     )
     with durable.whole_folder(out) as partial:
@@ -73,10 +77,11 @@ def export_merged(
                 write_safetensors(partial / name, entries, _tensors(delta, entries, progress))
         _copy_side_files(base, partial, quantized)
         for adapter in adapters:
+            copy_texts(Path(adapter), partial, whole=True)
             _copy_value_head(Path(adapter), partial)
         _update_config(partial, delta.vocabulary, delta.untied, quantized)
         _write_index(partial, shards)
-    logger.info("merged %s and %s into %s", base, ", ".join(map(str, adapters)) or "nothing", out)
+    logger.debug("merged %s and %s into %s", base, ", ".join(map(str, adapters)), out)
     return out
 
 
@@ -115,7 +120,8 @@ def _update_config(folder: Path, vocabulary: int | None, untied: bool, dequantiz
         if dequantized:
             part.pop("quantization_config", None)
             part.pop("compression_config", None)
-    if dequantized and not any(config.get(name) for name in ("dtype", "torch_dtype")):
+    if dequantized:
+        config.pop("torch_dtype", None)
         config["dtype"] = "bfloat16"
     file.write_text(json.dumps(config, indent=2) + "\n")
 

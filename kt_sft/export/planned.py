@@ -57,7 +57,7 @@ class PlannedAdapter:
 def refuse_unread(adapter: PlannedAdapter, programs: Collection[str]) -> None:
     """Raises SettingsError that lists what the programs could not read of a recipe's adapter."""
     problems = [
-        f"{name}: {problem}"
+        f"{name}: {problem.replace('use --to ', 'use ')}"
         for name in programs
         if name in PROGRAMS
         for problem in limits(PROGRAMS[name], adapter)

@@ -153,6 +153,14 @@ def _gated(adapter: Trained) -> Iterator[str]:
         yield "experts without a gate are not known to it; use --to merged"
 
 
+def _in_peft(releases: str) -> tuple[str, str]:
+    return (
+        f"import peft, transformers  # {releases}",
+        "model = peft.PeftModel.from_pretrained("
+        "transformers.AutoModelForCausalLM.from_pretrained({base!r}), {out!r})",
+    )
+
+
 _ATTENTION = (("q_proj", "k_proj", "v_proj"),)
 
 PROGRAMS: Mapping[str, Program] = {
@@ -161,19 +169,16 @@ PROGRAMS: Mapping[str, Program] = {
         "this version",
         _always(SHARED),
         (
-            "model = AutoModelForCausalLM.from_pretrained({base!r}, "
-            "quantization_config=HybridExpertsConfig())",
-            "model = PeftModel.from_pretrained(model, {out!r})",
+            "import kt_sft, peft, transformers",
+            "model = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM."
+            "from_pretrained({base!r}, quantization_config=kt_sft.HybridExpertsConfig()), {out!r})",
         ),
     ),
     "peft": Program(
         "stock PEFT 0.21 and later, per expert",
         "peft 0.21.2, transformers 5.24.0",
         _always(PER_EXPERT),
-        (
-            "model = AutoModelForCausalLM.from_pretrained({base!r})",
-            "model = PeftModel.from_pretrained(model, {out!r})",
-        ),
+        _in_peft("PEFT 0.21 or later"),
         # It makes its own form of these keys, and of patterns by projection it makes nothing.
         one_rank=True,
         whole=True,
@@ -183,20 +188,14 @@ PROGRAMS: Mapping[str, Program] = {
         "stock PEFT 0.19 and later",
         "peft 0.21.2, transformers 5.24.0",
         _always(FUSED),
-        (
-            "model = AutoModelForCausalLM.from_pretrained({base!r})",
-            "model = PeftModel.from_pretrained(model, {out!r})",
-        ),
+        _in_peft("PEFT 0.19 or later"),
         of_experts=_has_not_moved,
     ),
     "peft-fused-0.18": Program(
         "stock PEFT 0.17 and 0.18",
         "peft 0.18.1, transformers 5.6.0",
         _always(FUSED_0_18),
-        (
-            "model = AutoModelForCausalLM.from_pretrained({base!r})",
-            "model = PeftModel.from_pretrained(model, {out!r})",
-        ),
+        _in_peft("PEFT 0.17 or 0.18"),
     ),
     "vllm": Program(
         "vLLM",
@@ -230,10 +229,11 @@ PROGRAMS: Mapping[str, Program] = {
         of_experts=_gated,
     ),
     "gguf": Program(
-        "llama.cpp, by its convert_lora_to_gguf.py",
+        "llama.cpp",
         "llama.cpp of October 2026",
         _of_llama_cpp,
         (
+            "python convert_hf_to_gguf.py {base} --outfile base.gguf && "
             "python convert_lora_to_gguf.py {out} --base {base} --outfile {out}/adapter.gguf",
             "llama-server -m base.gguf --lora {out}/adapter.gguf",
         ),
@@ -287,9 +287,11 @@ def limits(program: Program, adapter: Trained) -> Iterator[str]:
         )
     if has_experts(adapter):
         yield from program.of_experts(adapter)
-    leaves = {module.rpartition(".")[2]: module for module in adapter.linear_modules}
-    for name in sorted(leaves.keys() & program.ignored):
+    ignored = [m for m in adapter.linear_modules if m.rpartition(".")[2] in program.ignored]
+    if ignored:
+        names = sorted({module.rpartition(".")[2] for module in ignored})
         yield (
-            f"{program.title} ignores LoRA of {leaves[name]} without an error; train with "
-            "lora_target: o_proj,gate_proj,up_proj,down_proj, or use --to merged"
+            f"{program.title} ignores LoRA of {', '.join(names)} ({len(ignored)} layers) without "
+            "an error; train with lora_target: o_proj,gate_proj,up_proj,down_proj, or use "
+            "--to merged"
         )

@@ -27,7 +27,8 @@ from kt_sft.errors import CheckpointError, SettingsError
 from kt_sft.export import fused
 from kt_sft.export.adapter import Adapter
 from kt_sft.export.forms import Form, Item
-from kt_sft.export.programs import PER_EXPERT, PROGRAMS, Program, limits
+from kt_sft.export.programs import PER_EXPERT, PROGRAMS, SHARED, Program, limits
+from kt_sft.export.texts import copy_texts
 from kt_sft.files import durable
 from kt_sft.files.safetensors_writer import DTYPES, Entry, write_safetensors
 from kt_sft.kernels import PROJECTIONS
@@ -93,6 +94,11 @@ class _Written:
                 done.append(f"{padded} pairs padded with zeros to rank {self.rank}")
             if scaled:
                 done.append(f"lora_B of {scaled} pairs multiplied, so that one alpha is right")
+        together = sum(item.experts > 1 for item in self.items)
+        if together:
+            done.append(f"experts of {together} parameters put side by side, gate and up together")
+        if "shared" in self._adapter.layouts and self._form.layout != SHARED:
+            done.append("pairs that all experts share repeated for each")
         zeros = sum(type(item) is Item for item in self.items)
         if zeros:
             done.append(f"{zeros} pairs of zeros where the program needs them")
@@ -164,8 +170,10 @@ def _keys(item: Item) -> tuple[str, str]:
     return f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
 
 
-def write_adapter(adapter: Adapter, name: str, out: Path) -> list[str]:
+def write_adapter(adapter: Adapter, name: str, out: Path, forced: bool = False) -> list[str]:
     """Writes an adapter for a program of PROGRAMS; returns the two lines that load it there.
+
+    forced: the base is not the one that it was trained on, and is named in its place.
 
     The folder appears complete or not at all. Raises SettingsError that lists the limits of the
     program that the adapter does not meet, before anything is written.
@@ -190,17 +198,22 @@ def write_adapter(adapter: Adapter, name: str, out: Path) -> list[str]:
     )
     with durable.whole_folder(out) as partial:
         write_safetensors(partial / SAFETENSORS_WEIGHTS_NAME, entries, written.tensors())
-        written.config().save_pretrained(str(partial))
+        config = written.config()
+        if forced:
+            config.base_model_name_or_path = str(adapter.base.folder.resolve())
+        config.save_pretrained(str(partial))
+        copy_texts(adapter.file.folder, partial, whole=name == "kt_sft")
         write_identity(partial, adapter.base.identity)
-        manifest = json.dumps(_manifest(adapter, name, written.folded()), indent=2)
+        manifest = json.dumps(_manifest(adapter, name, written.folded(), forced), indent=2)
         (partial / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
     rank = max((written.rank_of(item) for item in written.items), default=0)
     return [
-        line.format(out=str(out), base=str(adapter.base.folder), rank=rank) for line in program.load
+        line.format(out=str(out), base=str(adapter.base.folder.resolve()), rank=rank)
+        for line in program.load
     ]
 
 
-def _manifest(adapter: Adapter, name: str, folded: list[str]) -> dict[str, Any]:
+def _manifest(adapter: Adapter, name: str, folded: list[str], forced: bool) -> dict[str, Any]:
     program = PROGRAMS[name]
     return {
         "to": name,
@@ -208,6 +221,7 @@ def _manifest(adapter: Adapter, name: str, folded: list[str]) -> dict[str, Any]:
         "tested": program.tested,
         "read_from": sorted(adapter.layouts),
         "folded": folded,
+        "forced": forced,
         "versions": {
             "kt_sft": __version__,
             "peft": peft.__version__,

@@ -6,6 +6,7 @@ it: PEFT itself knows names and sizes only.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from peft.utils import CONFIG_NAME
 from torch import nn
 
 from kt_sft.adapters.base_identity import (
+    earlier_adapters,
     identity_of,
     other_shape,
     other_weights,
@@ -25,6 +27,8 @@ from kt_sft.adapters.base_identity import (
 from kt_sft.errors import AdapterMismatchError
 from kt_sft.experts import hybrid_experts_of
 from kt_sft.export.adapter_file import is_foreign
+
+logger = logging.getLogger(__name__)
 
 _FORCE = "adapter_base: any in the kt_sft section"
 
@@ -56,10 +60,12 @@ def with_identity(stock: Callable) -> Callable:
         done = stock(self, save_directory, *args, **kwargs)
         identity = _identity(self)
         if identity is not None and kwargs.get("is_main_process", True):
+            earlier = _runtime(self).adapters_merged
+            note = {**identity, **({"on_top_of": earlier} if earlier else {})}
             root = Path(save_directory)
             for folder in (root, *(root / name for name in self.peft_config)):
                 if (folder / CONFIG_NAME).is_file():
-                    write_identity(folder, identity)
+                    write_identity(folder, note)
         return done
 
     return save_pretrained
@@ -75,15 +81,30 @@ def looking_at_the_base(stock: Callable) -> Callable:
                 f"{folder}: its expert LoRA is in the form of another program; write it in ours "
                 f"with `kt-sft export {folder} --to kt_sft --out DIR --base MODEL`"
             )
-        theirs = read_identity(folder)
-        if here is None or theirs is None or _runtime(self).settings.adapter_base == "any":
+        if here is None:
             return stock(self, model_id, *args, **kwargs)
-        shape = other_shape(theirs, here)
+        theirs, runtime = read_identity(folder) or {}, _runtime(self)
+        shape, weights = other_shape(theirs, here), other_weights(theirs, here)
+        if runtime.settings.adapter_base == "any":
+            if shape or weights:
+                logger.warning("%s: of another base (%s)", folder, "; ".join(shape + weights))
+            shape = weights = []
+        name = str(getattr(self.config, "_name_or_path", "") or "this one")
         if not shape:
-            refuse(folder, other_weights(theirs, here), _FORCE)
+            refuse(folder, name, weights, _FORCE)
         # Where shapes differ, loading says more of it.
         done = stock(self, model_id, *args, **kwargs)
-        refuse(folder, shape, _FORCE)
+        refuse(folder, name, shape, "")
+        here_already = {*runtime.adapters_loaded, *runtime.adapters_merged}
+        lacking = set(earlier_adapters(folder)) - here_already
+        if lacking:
+            logger.warning(
+                "%s was trained on top of %s, which this model has not got: load them together, in "
+                "this order",
+                folder,
+                ", ".join(sorted(lacking)),
+            )
+        runtime.adapters_loaded.append(str(folder.resolve()))
         return done
 
     return load_adapter

@@ -12,7 +12,7 @@ from typing import Any
 from kt_sft.config import HybridExpertsSettings
 from kt_sft.errors import SettingsError
 from kt_sft.export.base import Base
-from kt_sft.export.command import refuse_other_base
+from kt_sft.export.command import refuse_alone, refuse_other_base
 from kt_sft.export.merge import VALUE_HEADS, export_merged
 from kt_sft.plugin.modes import refuse_other_loaders
 
@@ -56,6 +56,7 @@ def export_recipe(recipe: Mapping[str, Any], settings: HybridExpertsSettings) ->
         opened = Base.open(base)
         for adapter in adapters:
             refuse_other_base(Path(adapter), opened, "adapter_base: any in the kt_sft section")
+            refuse_alone(Path(adapter), list(map(Path, adapters)))
     out = export_merged(base, adapters, model_args.export_dir)
     grown, known = _vocabulary_size(out), _vocabulary_size(base)
     if grown > known >= len(tokenizer):

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from kt_sft import HybridExpertsConfig, hybridize
 from kt_sft.adapters.base_identity import IDENTITY_FILE, other_weights, read_identity
-from kt_sft.errors import AdapterMismatchError
+from kt_sft.errors import AdapterMismatchError, SettingsError
 from kt_sft.export.base import Base
 from kt_sft.export.command import export_adapter
 
@@ -169,3 +169,38 @@ def test_a_quantized_release_is_the_same_base(name: str, tmp_path: Path) -> None
 def test_a_subfolder_is_looked_at_too(saved: Path) -> None:
     with pytest.raises(AdapterMismatchError, match="another base model"):
         PeftModel.from_pretrained(hybrid(seed=1), str(saved.parent), subfolder=saved.name)
+
+
+def test_a_chain_is_noted_and_not_exported_alone(tmp_path: Path) -> None:
+    """The second adapter was trained on the base with the first one in it."""
+    from peft import LoraConfig, get_peft_model
+
+    build("qwen3_moe").save_pretrained(tmp_path / "base")
+    adapted(build("qwen3_moe")).save_pretrained(tmp_path / "first")
+    model = PeftModel.from_pretrained(hybrid(), str(tmp_path / "first"))
+    model.save_pretrained(tmp_path / "continued")
+    assert "on_top_of" not in (read_identity(tmp_path / "continued") or {})
+    merged = model.merge_and_unload()
+    config = LoraConfig(r=2, target_modules=["q_proj", "up_proj"])
+    get_peft_model(merged, config).save_pretrained(tmp_path / "second")
+    note = read_identity(tmp_path / "second")
+    assert note is not None and note["on_top_of"] == [str(tmp_path / "first")]
+    where = {"base": str(tmp_path / "base")}
+    for to in ("merged", "vllm"):
+        with pytest.raises(SettingsError, match=r"on top of .*first; merge them together"):
+            export_adapter(tmp_path / "second", to, tmp_path / "out", **where)
+    both = [tmp_path / "first", tmp_path / "second"]
+    export_adapter(both, "merged", tmp_path / "out", **where)
+    with pytest.raises(SettingsError, match="got 2 adapters, expected one; several are one model"):
+        export_adapter(both, "vllm", tmp_path / "served", **where)
+    model = PeftModel.from_pretrained(hybrid(), str(tmp_path / "first")).unload()
+    get_peft_model(model, config).save_pretrained(tmp_path / "third")
+    assert "on_top_of" not in (read_identity(tmp_path / "third") or {})
+
+
+def test_what_was_forced_is_said(saved: Path, tmp_path: Path) -> None:
+    build("qwen3_moe", seed=1).save_pretrained(tmp_path / "other")
+    export_adapter(saved, "vllm", tmp_path / "out", base=str(tmp_path / "other"), force=True)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "other")
+    assert json.loads((tmp_path / "out" / "kt_sft_export.json").read_text())["forced"] is True

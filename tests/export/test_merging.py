@@ -18,10 +18,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from stock_models import lora_parameters, with_lora
 from tiny_configs import build
-from transformers import AutoModelForCausalLM
+from tiny_models import make_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kt_sft import HybridExpertsConfig
 from kt_sft.errors import AdapterMismatchError, CheckpointError, SettingsError
+from kt_sft.export.command import export_adapter
 from kt_sft.export.merge import export_merged
 from kt_sft.files.safetensors_writer import Entry, write_safetensors
 
@@ -236,6 +238,28 @@ def test_lora_on_a_router(tmp_path: Path) -> None:
     assert not torch.equal(merged.get_submodule(routers[0]).weight, before)
 
 
+def test_the_tokenizer_of_the_training_comes_along(tmp_path: Path) -> None:
+    """With the tokens that were added, and the chat template."""
+    base = build("qwen3_moe")
+    base.save_pretrained(tmp_path / "base")
+    make_tokenizer(tmp_path / "base")
+    adapted(base).save_pretrained(tmp_path / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    for to in ("merged", "vllm", "kt_sft"):
+        export_adapter(tmp_path / "adapter", to, tmp_path / to, base=str(tmp_path / "base"))
+        found = AutoTokenizer.from_pretrained(tmp_path / to)
+        assert len(found("<new>")["input_ids"]) == 1 and found.chat_template == "{{ messages }}"
+
+
+def test_dequantize_is_for_quantized_bases(tmp_path: Path) -> None:
+    build("qwen3_moe").save_pretrained(tmp_path / "base")
+    with pytest.raises(SettingsError, match="are not quantized; leave it out"):
+        export_merged(tmp_path / "base", [], tmp_path / "out", dequantize=True)
+
+
 def test_the_head_of_a_reward_model_comes_along(tmp_path: Path) -> None:
     base = build("qwen3_moe")
     base.save_pretrained(tmp_path / "base")
@@ -267,6 +291,7 @@ def test_the_writer_writes_what_it_announced(tmp_path: Path) -> None:
 _MERGE_LARGE = """
 import resource, sys
 from pathlib import Path
+from kt_sft.export.command import export_adapter
 from kt_sft.export.merge import export_merged
 base, adapter, out = map(Path, sys.argv[1:])
 def anonymous():

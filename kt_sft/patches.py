@@ -148,6 +148,9 @@ PATCHES = (
     Patch("peft", "peft.peft_model:PeftModel.load_adapter",
           "self, model_id, adapter_name, ...", f"{_FOLDERS}:looking_at_the_base",
           "refuses an adapter of another base of the same shape, or in another program's form"),
+    Patch("peft", "peft.tuners.tuners_utils:BaseTuner._unload_and_optionally_merge",
+          "self, merge, ...", f"{_FOLDERS}:noting_merges",
+          "notes which adapters are a part of the model, on which others are trained"),
     # Python.
     Patch("errors", "sys:excepthook", "", "kt_sft.plugin.section:one_message",
           "ends a command with our message, without a traceback"),

@@ -78,12 +78,8 @@ class HybridExpertsLinear(nn.Module, LoraLayer):
         device: Callable[[], torch.device],
         shared: bool = False,
         stays: Callable[[], bool] | None = None,
-        unloads: Callable[[bool], None] | None = None,
     ) -> None:
-        """device: where new factors belong. stays: whether they are left there by `.to()`.
-
-        unloads: is told when adapters are taken away, and whether they are merged.
-        """
+        """device: where new factors belong. stays: whether they are left there by `.to()`."""
         # LoraLayer.__init__ reads the weight of a base layer, which does not exist here.
         nn.Module.__init__(self)
         self.experts: int = experts
@@ -92,7 +88,6 @@ class HybridExpertsLinear(nn.Module, LoraLayer):
         self.shared: bool = shared
         self._device = device
         self._stays = stays or _follows
-        self._unloads = unloads
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
@@ -117,6 +112,11 @@ class HybridExpertsLinear(nn.Module, LoraLayer):
     def weight(self) -> Tensor:
         """Absent: the frozen weights are packed in host memory, outside torch."""
         raise AttributeError("the weights of hybrid experts are packed in host memory")
+
+    @property
+    def in_proj_weight(self) -> Tensor:
+        """Empty; of a layer without a weight PEFT asks the device so, when it unloads."""
+        return torch.empty(0, device=self._device())
 
     def update_layer(  # type: ignore[override]
         self,
@@ -262,10 +262,7 @@ class HybridExpertsLinear(nn.Module, LoraLayer):
             self._device,
             self.shared,
             self._stays,
-            self._unloads,
         )
-        if self._unloads is not None:
-            self._unloads(merge)
         if joined:
             bare.merged_a, bare.merged_b = (t.detach().clone() for t in joined)
         return bare

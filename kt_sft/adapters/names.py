@@ -25,6 +25,7 @@ _STACKED = re.compile(rf"{_PROJECTION}\.(lora_[AB])\.([^.]+)$")
 _OF_EXPERT = re.compile(rf"(\d+)\.{_PROJECTION}\.(lora_[AB])(?:\.([^.]+))?\.weight$")
 _SHARED = re.compile(rf"{_PROJECTION}\.(lora_[AB])(?:\.([^.]+))?\.weight$")
 _OF_ALL = re.compile(rf"(.+)\.{_PROJECTION}\.lora_[AB](?:\.[^.]+)?\.weight$")
+_FACTOR = re.compile(r"(.+)\.(lora_[AB])(?:\.[^.]+)?\.weight")
 _EXPERT_MODULE = re.compile(rf"(.+)\.(\d+)\.{_PROJECTION}$")
 _IN_FULL = re.compile(r"(.*)\.(modules_to_save|original_module)\.(?:\w+\.)?(\w+)")
 
@@ -89,6 +90,12 @@ def of_expert(key: str) -> OfExpert | None:
     return OfExpert(key[: match.start()].rstrip("."), int(expert), projection, factor, adapter)
 
 
+def factor_of(path: str) -> tuple[str, str] | None:
+    """(module, lora_A or lora_B) of any module's key, with an adapter's name or without one."""
+    match = _FACTOR.fullmatch(path)
+    return (match[1], match[2]) if match else None
+
+
 def owner(key: str) -> str:
     """The path before a projection's LoRA, whatever the projection is of; empty for other keys."""
     match = _OF_ALL.fullmatch(key)
@@ -133,7 +140,8 @@ def matched(patterns: dict[str, Any] | None, name: str) -> Any:
 
 
 def _by_pattern(patterns: dict[str, Any], module: str, otherwise: Any) -> Any:
-    return patterns.get(get_pattern_key([*patterns], module), otherwise)
+    found = matched(patterns, module)
+    return otherwise if found is None else found
 
 
 def scaling(rank: int, alpha: float, use_rslora: bool) -> float:

@@ -478,8 +478,10 @@ class PublishedCheckpoint:
                     hidden.update(f"{stem}{s}" for s in known.companions)
                     break
         self._plain = [key for key in file if key not in hidden]
+        self.plain_dtypes: set[str] = set()  # of what is stored in floats, by safetensors' names
         for key in self._plain:
             dtype = file.dtype(key)
+            self.plain_dtypes.add(dtype)
             codes = dtype.startswith(("F8_", "F4")) or (
                 dtype in ("I8", "U8") and key.endswith("weight")
             )

@@ -64,7 +64,6 @@ class HybridExperts(nn.Module):
                     self.adapter_device,
                     stays=self.adapters_stay,
                     shared=runtime.settings.expert_lora == "shared",
-                    unloads=runtime.unload_adapters,
                 )
                 self.add_module(name, layer)
         self.register_state_dict_post_hook(spread_expert_factors)

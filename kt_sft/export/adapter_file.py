@@ -51,7 +51,6 @@ _PATTERN = re.compile(r"[\w.\-*+?^$|\\()\[\]]{1,512}")
 _REPEATED_GROUP = re.compile(r"\)[*+?{]")
 # Of a fused pair, which other programs may have made.
 _LARGEST_RANK = 1 << 16
-_FACTORS = (".lora_A", ".lora_B")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -137,7 +136,7 @@ class AdapterFile:
             if (found := _stacked_key(key)) is not None:
                 layer, projection, factor = found
                 stacked.setdefault((layer, projection), {})[factor] = key
-            elif (split := _split(path)) is not None:
+            elif (split := names.factor_of(path)) is not None:
                 known = factors.setdefault(split[0], {})
                 if split[1] in known:
                     raise CheckpointError(
@@ -175,15 +174,6 @@ class AdapterFile:
                 "lora_B; the file is not whole, copy it again"
             )
         return found["lora_A"], found["lora_B"]
-
-
-def _split(path: str) -> tuple[str, str] | None:
-    """(path of the module, lora_A or lora_B) of a key; a name of the adapter may follow."""
-    for factor in _FACTORS:
-        module, found, rest = path.rpartition(f"{factor}.")
-        if found and rest.rpartition(".")[2] == "weight" and rest.count(".") <= 1:
-            return module, factor[1:]
-    return None
 
 
 def _stacked_key(key: str) -> tuple[int, str, str] | None:

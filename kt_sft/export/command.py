@@ -64,7 +64,7 @@ def export_adapter(
     if found:
         logger.warning("--force: the base is another one (%s)", "; ".join(found))
     if to == "merged":
-        where = export_merged(opened.folder, adapters, out, dequantize=dequantize, option="--out")
+        where = export_merged(opened, adapters, out, dequantize=dequantize, option="--out")
         return [line.format(out=str(where)) for line in _LOAD_MERGED]
     return write_adapter(Adapter(adapters[0], opened), to, out, forced=bool(found))
 
@@ -100,8 +100,9 @@ def refuse_other_base(adapter: Path, base: Base, force: str) -> None:
 
     force: how to go on all the same.
     """
-    same_shape = not other_shape(read_identity(adapter) or {}, base.identity)
-    refuse(adapter, str(base.folder), differences(adapter, base), force if same_shape else "")
+    theirs, here = read_identity(adapter) or {}, base.identity
+    shape, weights = other_shape(theirs, here), other_weights(theirs, here)
+    refuse(adapter, str(base.folder), shape + weights, "" if shape else force)
 
 
 def refuse_alone(adapter: Path, given: Sequence[Path]) -> None:

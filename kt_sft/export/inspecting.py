@@ -78,20 +78,24 @@ def compare(folder: Path, other: Path, base: str | None = None) -> list[str]:
     notes = [read_identity(path) or {} for path in (folder, other)]
     if all(notes) and (found := other_shape(*notes) + other_weights(*notes)):
         lines.insert(0, f"they were trained on different bases: {'; '.join(found)}")
-    names = {name for adapter in (one, two) for name in adapter.ranks()}
-    for adapter, path in ((one, folder), (two, other)):
-        lacking = sorted(names - adapter.ranks().keys())
+    known = {column: adapter.ranks() for column, adapter in (("first", one), ("second", two))}
+    names = list(dict.fromkeys([*known["first"], *known["second"]]))
+    for column, path in (("first", folder), ("second", other)):
+        lacking = sorted(set(names) - known[column].keys())
         if lacking:
             lines.append(f"{path}: has no LoRA on {len(lacking)} modules, the first {lacking[0]}")
     rows: dict[str, dict[str, float]] = {}
-    for name in sorted(names, key=[*one.ranks(), *two.ranks()].index):
-        row = rows.setdefault(_layer(name), dict.fromkeys(("first", "second", "difference"), 0.0))
-        both = [_read(adapter, name) for adapter in (one, two) if name in adapter.ranks()]
-        for column, adapter in (("first", one), ("second", two)):
-            if name in adapter.ranks():
-                row[column] += _square(adapter, name, _read(adapter, name))
-        apart = _minus(*both) if len(both) == 2 else both[0]
-        row["difference"] += _square(one, name, apart)
+    for name in names:
+        row = rows.setdefault(_layer(name), dict.fromkeys((*known, "difference"), 0.0))
+        loras = {
+            column: _read(adapter, name)
+            for column, adapter in (("first", one), ("second", two))
+            if name in known[column]
+        }
+        for column, lora in loras.items():
+            row[column] += _square(one, name, lora)
+        both = list(loras.values())
+        row["difference"] += _square(one, name, _minus(*both) if len(both) == 2 else both[0])
     return [*lines, *_table(rows)]
 
 

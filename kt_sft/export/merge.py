@@ -34,7 +34,7 @@ _OF_CODES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json"
 
 
 def export_merged(
-    base: str | Path,
+    base: str | Path | Base,
     adapters: Sequence[str | Path],
     out: str | Path,
     *,
@@ -44,11 +44,13 @@ def export_merged(
     """Writes a full-precision checkpoint of base + adapters that stock Transformers loads.
 
     Keeps the shards of the base; holds one tensor in memory, of stacked experts one expert. The
-    adapters are merged in their order. dequantize: a quantized base is written in bf16. The folder
-    appears complete or not at all. Raises CheckpointError, AdapterMismatchError, SettingsError.
+    adapters are merged in their order. base: its folder, or opened. dequantize: a quantized base is
+    written in bf16. The folder appears complete or not at all.
+    Raises CheckpointError, AdapterMismatchError, SettingsError.
     """
-    base, out = Path(base), durable.new_folder(Path(out), option, SettingsError)
-    opened = Base.open(base)
+    out = durable.new_folder(Path(out), option, SettingsError)
+    opened = base if isinstance(base, Base) else Base.open(base)
+    base = opened.folder
     quantized = bool(opened.checkpoint.quantized or opened.model.published)
     if quantized and not dequantize:
         raise SettingsError(

@@ -110,6 +110,19 @@ def looking_at_the_base(stock: Callable) -> Callable:
     return load_adapter
 
 
+def noting_merges(stock: Callable) -> Callable:
+    """`_unload_and_optionally_merge` that tells a hybrid model what has become a part of it."""
+
+    def unload(self: Any, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        runtime = _runtime(self.model)
+        done = stock(self, merge, *args, **kwargs)
+        if runtime is not None:
+            runtime.unload_adapters(merge)
+        return done
+
+    return unload
+
+
 def _runtime(model: nn.Module) -> Any:
     return next((m.runtime for m in hybrid_experts_of(model).values()), None)
 

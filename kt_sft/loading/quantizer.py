@@ -223,8 +223,7 @@ class HybridExpertsQuantizer(HfQuantizer):
         )
         place_experts(hybrid_experts_of(model), experts)
         self._layers, self._stacks, self._checkpoint = [], {}, None
-        plain = SafetensorsCheckpoint(self._files)
-        identify_base(model, from_codes, stored_in_fp16="F16" in set(map(plain.dtype, plain)))
+        identify_base(model, from_codes, stored_in_fp16="F16" in checkpoint.plain_dtypes)
         if self._rest is not None:
             self._rest.finish(model)
         if self.quantization_config.settings.embeddings == "host":

@@ -52,12 +52,12 @@ def export_recipe(recipe: Mapping[str, Any], settings: HybridExpertsSettings) ->
                 token=model_args.hf_hub_token,
             )
         )
+    opened = Base.open(base)
     if settings.adapter_base == "check":
-        opened = Base.open(base)
         for adapter in adapters:
             refuse_other_base(Path(adapter), opened, "adapter_base: any in the kt_sft section")
             refuse_alone(Path(adapter), list(map(Path, adapters)))
-    out = export_merged(base, adapters, model_args.export_dir)
+    out = export_merged(opened, adapters, model_args.export_dir)
     grown, known = _vocabulary_size(out), _vocabulary_size(base)
     if grown > known >= len(tokenizer):
         logger.warning(

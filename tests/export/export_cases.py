@@ -35,6 +35,14 @@ def randomize(model: nn.Module, seed: int = 1) -> None:
             p.data = torch.randn(p.shape, generator=generator).to(p) * 0.1
 
 
+def scale_trained(model: nn.Module) -> None:
+    """Changes what is trained in full."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "modules_to_save" in name:
+                p.mul_(1.5)
+
+
 def adapted(base: nn.Module, expert_lora: bool | str = True, **lora: Any) -> PeftModel:
     """A hybrid model with LoRA on experts, attention, shared and dense layers."""
     hybrid = hybridize(base, HybridExpertsConfig(threads=1, expert_lora=expert_lora))

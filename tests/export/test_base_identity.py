@@ -171,17 +171,21 @@ def test_a_subfolder_is_looked_at_too(saved: Path) -> None:
         PeftModel.from_pretrained(hybrid(seed=1), str(saved.parent), subfolder=saved.name)
 
 
-def test_a_chain_is_noted_and_not_exported_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("expert_lora", [True, False])
+def test_a_chain_is_noted_and_not_exported_alone(tmp_path: Path, expert_lora: bool) -> None:
     """The second adapter was trained on the base with the first one in it."""
     from peft import LoraConfig, get_peft_model
 
+    names = ["q_proj", *(["up_proj"] if expert_lora else [])]
     build("qwen3_moe").save_pretrained(tmp_path / "base")
-    adapted(build("qwen3_moe")).save_pretrained(tmp_path / "first")
-    model = PeftModel.from_pretrained(hybrid(), str(tmp_path / "first"))
+    adapted(build("qwen3_moe"), expert_lora, target_modules=names).save_pretrained(
+        tmp_path / "first"
+    )
+    model = PeftModel.from_pretrained(hybrid(expert_lora=expert_lora), str(tmp_path / "first"))
     model.save_pretrained(tmp_path / "continued")
     assert "on_top_of" not in (read_identity(tmp_path / "continued") or {})
     merged = model.merge_and_unload()
-    config = LoraConfig(r=2, target_modules=["q_proj", "up_proj"])
+    config = LoraConfig(r=2, target_modules=names)
     get_peft_model(merged, config).save_pretrained(tmp_path / "second")
     note = read_identity(tmp_path / "second")
     assert note is not None and note["on_top_of"] == [str(tmp_path / "first")]
@@ -193,7 +197,8 @@ def test_a_chain_is_noted_and_not_exported_alone(tmp_path: Path) -> None:
     export_adapter(both, "merged", tmp_path / "out", **where)
     with pytest.raises(SettingsError, match="got 2 adapters, expected one; several are one model"):
         export_adapter(both, "vllm", tmp_path / "served", **where)
-    model = PeftModel.from_pretrained(hybrid(), str(tmp_path / "first")).unload()
+    model = PeftModel.from_pretrained(hybrid(expert_lora=expert_lora), str(tmp_path / "first"))
+    model = model.unload()
     get_peft_model(model, config).save_pretrained(tmp_path / "third")
     assert "on_top_of" not in (read_identity(tmp_path / "third") or {})
 

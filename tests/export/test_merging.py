@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from export_cases import adapted, distance, logits, randomize, stock
+from export_cases import adapted, distance, logits, randomize, scale_trained, stock
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from quantized_checkpoints import QUANTIZED_FORMATS
@@ -120,10 +120,7 @@ def test_lora_on_what_an_earlier_adapter_trained_in_full(tmp_path: Path) -> None
     base = build("qwen3_moe")
     base.save_pretrained(tmp_path / "base")
     first = get_peft_model(base, LoraConfig(target_modules=["q_proj"], modules_to_save=["o_proj"]))
-    with torch.no_grad():
-        for name, p in first.named_parameters():
-            if "modules_to_save" in name:
-                p.mul_(1.5)
+    scale_trained(first)
     first.save_pretrained(tmp_path / "first")
     one = export_merged(tmp_path / "base", [tmp_path / "first"], tmp_path / "one")
     second = get_peft_model(stock(one), LoraConfig(r=2, target_modules=["o_proj"]))
@@ -168,10 +165,7 @@ def test_a_tied_head_that_is_on_the_disk(tmp_path: Path) -> None:
     index.write_text(json.dumps(where))
     config = LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"])
     model = get_peft_model(base, config)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "modules_to_save" in name:
-                p.mul_(1.5)
+    scale_trained(model)
     model.save_pretrained(tmp_path / "adapter")
     out = export_merged(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
     assert not json.loads((out / "config.json").read_text())["tie_word_embeddings"]

@@ -220,6 +220,20 @@ PYBIND11_MODULE(_core, m) {
             return out;
           },
           "Name -> bytes of every section that is not empty.")
+      .def_property_readonly(
+          "matrix_bytes",
+          [](const PackedLayout& self) {
+            std::map<std::string, std::array<int64_t, kProjectionCount>> out;
+            for (size_t i = 0; i < kSectionCount; ++i) {
+              const Section section = static_cast<Section>(i);
+              if (!self.section_bytes(section)) continue;
+              for (int p = static_cast<int>(self.first_projection()); p < kProjectionCount; ++p)
+                out[kSectionNames[i]][static_cast<size_t>(p)] =
+                    self.matrix_bytes(section, static_cast<Projection>(p));
+            }
+            return out;
+          },
+          "Section -> bytes of one expert's gate, up and down; experts follow each other.")
       .def_property_readonly("is_float", &PackedLayout::is_float)
       .def_property_readonly("channel_granule", &PackedLayout::channel_granule);
   std::vector<std::string> own_formats;

@@ -17,7 +17,7 @@ from torch import Tensor
 from kt_sft.engines.link import Arrival, Landing, Traffic, Wanted, link_of
 from kt_sft.engines.mirror import Mirror
 from kt_sft.engines.protocol import Context, Forward, Held, Home, LayerGradients, Report
-from kt_sft.kernels import BlockReport, Call, Inputs
+from kt_sft.kernels import BlockReport, Call, Inputs, WeightLayout, rows_by_expert
 from kt_sft.kernels.checks import is_finite
 
 # Of gate, up and down, for every expert: of a [E, r, in] and b [E, out, r], fp32.
@@ -45,7 +45,7 @@ def _landing(device: torch.device, *shapes: tuple[torch.Size, torch.dtype]) -> _
 
 
 @contextmanager
-def _brought(
+def brought(
     arriving: Arrival | None, groups: Sequence[Sequence[Wanted]], traffic: Traffic
 ) -> Iterator[list[list[Tensor]]]:
     """The groups' tensors on the host, contiguous; those that arrive are valid inside only."""
@@ -65,6 +65,11 @@ class HostExperts(ABC):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HostExperts:
         return self
+
+    @property
+    @abstractmethod
+    def layout(self) -> WeightLayout:
+        """See PlacedExperts."""
 
     @abstractmethod
     def _forward(
@@ -115,10 +120,10 @@ class HostExperts(ABC):
     ) -> Iterator[Inputs]:
         """The inputs as the kernels read them; valid inside only."""
         copies, groups = self._wanted(inputs)
-        with _brought(arriving, groups, traffic) as (new, brought):
+        with brought(arriving, groups, traffic) as (new, rest):
             fetched = (self._mirror.keep(f, t) for (f, _), t in zip(groups[0], new, strict=True))
             factors = [next(fetched) if copy is None else copy for copy in copies]
-            yield Inputs.of((*brought, *factors), inputs.scalings)
+            yield Inputs.of((*rest, *factors), inputs.scalings)
 
     def _on_host(self, factor: Tensor) -> Tensor | None:
         """A LoRA factor as the kernels read it; None where it is to be fetched."""
@@ -135,12 +140,16 @@ class HostExperts(ABC):
         self, call: Call, inputs: Inputs, arriving: Arrival | None, keep: bool, hold: bool = False
     ) -> Forward:
         """See PlacedExperts."""
-        traffic, hidden_TD = Traffic(), inputs.hidden_TD
-        form = hidden_TD.shape, hidden_TD.dtype
-        with (
-            self._inputs(inputs, arriving, traffic) as staged,
-            _landing(hidden_TD.device, form) as landing,
-        ):
+        traffic = Traffic()
+        with self._inputs(inputs, arriving, traffic) as staged:
+            return self._forward_staged(call, inputs, staged, keep, hold, traffic)
+
+    def _forward_staged(
+        self, call: Call, inputs: Inputs, staged: Inputs, keep: bool, hold: bool, traffic: Traffic
+    ) -> Forward:
+        """From the inputs on the host; out goes to where `inputs` are."""
+        hidden_TD = inputs.hidden_TD
+        with _landing(hidden_TD.device, (hidden_TD.shape, hidden_TD.dtype)) as landing:
             (host_out_TD,) = landing.tensors
             start = time.perf_counter()
             kept, report = self._forward(call, staged, keep or hold, host_out_TD)
@@ -152,7 +161,8 @@ class HostExperts(ABC):
                 # The model may write into what it gets, and the link into its memory.
                 held = Held(staged.index_TK.clone(), host_out_TD.clone(), kept)
             context = _context(call, inputs, staged, kept) if keep else None
-        done = Report(report.rows, report.max_rows, seconds, finite, traffic)
+            rows = rows_by_expert(staged.index_TK, self.layout.experts)
+        done = Report(report.rows, report.max_rows, seconds, finite, traffic, rows)
         return Forward(out_TD, context, held, done)
 
     def resume(
@@ -161,13 +171,18 @@ class HostExperts(ABC):
         """See PlacedExperts."""
         traffic = Traffic()
         with self._inputs(inputs, arriving, traffic) as staged:
-            if not torch.equal(held.index_TK, staged.index_TK):
-                return None
-            form = held.out_TD.shape, held.out_TD.dtype
-            with _landing(inputs.hidden_TD.device, form) as landing:
-                landing.tensors[0].copy_(held.out_TD)
-                (out_TD,) = landing.send(traffic)
-            context = _context(call, inputs, staged, held.kept)
+            return self._resume_staged(call, inputs, staged, held, traffic)
+
+    def _resume_staged(
+        self, call: Call, inputs: Inputs, staged: Inputs, held: Held, traffic: Traffic
+    ) -> Forward | None:
+        if not torch.equal(held.index_TK, staged.index_TK):
+            return None
+        form = held.out_TD.shape, held.out_TD.dtype
+        with _landing(inputs.hidden_TD.device, form) as landing:
+            landing.tensors[0].copy_(held.out_TD)
+            (out_TD,) = landing.send(traffic)
+        context = _context(call, inputs, staged, held.kept)
         return Forward(out_TD, context, held, Report(0, 0, 0.0, finite=True, traffic=traffic))
 
     def backward(
@@ -182,7 +197,7 @@ class HostExperts(ABC):
         hidden_TD, weight_TK = inputs.hidden_TD, inputs.weight_TK
         forms = (hidden_TD.shape, hidden_TD.dtype), (weight_TK.shape, weight_TK.dtype)
         with (
-            _brought(arriving, [[(d_out_TD, hidden_TD.dtype)]], traffic) as ((host_d_out_TD,),),
+            brought(arriving, [[(d_out_TD, hidden_TD.dtype)]], traffic) as ((host_d_out_TD,),),
             _landing(device, *forms) as landing,
         ):
             into = landing.tensors[0], landing.tensors[1]

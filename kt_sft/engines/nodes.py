@@ -67,7 +67,7 @@ class NodeExperts(HostExperts):
 
     def __init__(self, engine: NodeEngines, layout: WeightLayout) -> None:
         super().__init__()
-        self.layout = layout
+        self._layout = layout
         self._engine = engine
         cuts = split_channels(
             layout.intermediate, [node.threads for node in engine.nodes], layout.channel_granule
@@ -86,6 +86,11 @@ class NodeExperts(HostExperts):
         return self._engine.on_nodes(
             lambda part: work(part, self._engine.nodes[self._nodes[part]]), self._nodes
         )
+
+    @property
+    def layout(self) -> WeightLayout:
+        """See PlacedExperts."""
+        return self._layout
 
     @property
     def nbytes(self) -> int:

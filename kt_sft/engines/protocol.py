@@ -25,6 +25,7 @@ from kt_sft.kernels import (
     Inputs,
     WeightLayout,
 )
+from kt_sft.scheduling.assignment import Assignment
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Report:
     """What one call did.
 
     seconds: of computing, without moving tensors. finite: whether out, or the gradient of hidden,
-    has neither NaN nor Inf. traffic: between the host and an accelerator.
+    has neither NaN nor Inf. traffic: between the host and an accelerator. expert_rows: of a forward
+    that was computed, the rows of each expert.
     """
 
     rows: int
@@ -40,6 +42,7 @@ class Report:
     seconds: float
     finite: bool
     traffic: Traffic = field(default_factory=Traffic)
+    expert_rows: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,20 @@ class Home:
 
 
 @dataclass(frozen=True)
+class Share:
+    """What an accelerator computes of one pass. rows: of each expert of `places.on_device`."""
+
+    places: Assignment
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Context:
     """What a forward leaves for its backward: the inputs where they were computed, and more.
 
     Autograd holds the tensors, so that it can free them: `replace(context, tensors=())` and back.
-    weight_dtype: of the routing weights as given.
+    weight_dtype: of the routing weights as given. share: of an accelerator, if it has one, which the
+    last `share_tensors` are for.
     """
 
     call: Call
@@ -74,6 +86,8 @@ class Context:
     weight_dtype: torch.dtype
     lora: tuple[Home, ...]
     tensors: tuple[Tensor, ...]
+    share: Share | None = None
+    share_tensors: int = 0
 
     @property
     def inputs(self) -> Inputs:
@@ -88,11 +102,13 @@ class Context:
 
 @dataclass(eq=False)
 class Held:
-    """A forward that a second run of the same layer may take over, in host memory."""
+    """A forward that a second run of the same layer may take over, in host memory; what an
+    accelerator has a share of is computed again."""
 
     index_TK: Tensor
     out_TD: Tensor
     kept: tuple[Tensor, ...]
+    share: Share | None = None
 
     @property
     def nbytes(self) -> int:

@@ -19,6 +19,7 @@ from kt_sft.kernels.block import (
     backward_bytes,
     forward,
     kept_bytes,
+    rows_by_expert,
     rows_within,
 )
 from kt_sft.kernels.engine import Engine
@@ -51,6 +52,7 @@ __all__ = [
     "kept_bytes",
     "kernel_rows",
     "requested_isa",
+    "rows_by_expert",
     "rows_within",
     "select_isa",
 ]

@@ -11,6 +11,7 @@ OWN_FORMATS: list[str]
 
 class PackedLayout:
     section_bytes: dict[str, int]
+    matrix_bytes: dict[str, list[int]]
     is_float: bool
     channel_granule: int
     def __init__(

@@ -183,7 +183,7 @@ def forward(
     kept = None
     addresses = _core.KeptActivations()
     if keep:
-        rows, width = inputs.index_TK.numel(), _round_up(weights.intermediate)
+        rows, width = _routed_rows(weights, inputs), _round_up(weights.intermediate)
         kept = Kept(
             engine.empty(rows, width) if weights.gated else torch.empty(0),
             engine.empty(rows, width),
@@ -240,6 +240,18 @@ def backward(
     return Gradients(d_hidden_TD, d_weight_TK, d_lora), BlockReport(**report)
 
 
+def rows_by_expert(index_TK: Tensor, experts: int) -> tuple[int, ...]:
+    """How many choices, on the host, name each expert. Raises ValueError outside 0..E."""
+    wrong = (index_TK < 0) | (index_TK > experts)
+    if wrong.any():
+        token, choice = (int(n) for n in wrong.nonzero()[0])
+        raise ValueError(
+            f"top_k_index: token {token} names expert {int(index_TK[token, choice])}, expected 0 "
+            f"to {experts - 1} (or {experts} to skip)"
+        )
+    return tuple(index_TK.flatten().bincount(minlength=experts + 1)[:experts].tolist())
+
+
 def kept_bytes(layout: WeightLayout, rows: int, ranks: Sequence[int]) -> int:
     """Of what forward keeps for `rows` rows, with LoRA of these ranks."""
     channels = (2 if layout.gated else 1) * _round_up(layout.intermediate)
@@ -284,6 +296,11 @@ def rows_within(layout: WeightLayout, compute: str, nbytes: int = AT_A_TIME) -> 
     inner = 2 * width if layout.gated else width
     packed = (1 if (layout.arithmetic or compute) == "int8" else 2) * (hidden + inner)
     return max(1, nbytes // (packed + 4 * (inner + hidden + width)))
+
+
+def _routed_rows(weights: ExpertWeights, inputs: Inputs) -> int:
+    """R less the choices that are skipped."""
+    return int((inputs.index_TK != weights.experts).sum())
 
 
 def _round_up(n: int) -> int:
@@ -347,7 +364,7 @@ def _native_lora(weights: ExpertWeights, projection: str, f: LoraFactors | None)
 
 
 def _kept_addresses(kept: Kept, weights: ExpertWeights, inputs: Inputs) -> _core.KeptActivations:
-    rows = inputs.index_TK.numel()
+    rows = _routed_rows(weights, inputs)
     shape = (rows, _round_up(weights.intermediate))
     fp32 = [torch.float32]
     return _core.KeptActivations(

@@ -149,8 +149,8 @@ class CodedMatrix:
 
         if self.zeros is not None:
             values = values - spread(self.zeros.float())
-        elif self.coding.codes in _IMPLIED_ZERO:
-            values = values - _IMPLIED_ZERO[self.coding.codes]
+        else:
+            values = values - implied_zero(self.coding.codes)
         return values * spread(scale_values(self.coding.scales, self.scales))
 
 
@@ -159,15 +159,20 @@ def code_values(codes: str, values: Tensor) -> Tensor:
     if codes == "e4m3":
         return values.contiguous().view(torch.float8_e4m3fn).float()
     if codes == "e2m1":
-        levels = torch.tensor([*_FP4_LEVELS, *(-v for v in _FP4_LEVELS)])
+        levels = torch.tensor([*_FP4_LEVELS, *(-v for v in _FP4_LEVELS)], device=values.device)
         return levels[values.int()]
     return values.float()
+
+
+def implied_zero(codes: str) -> int:
+    """The zero point of codes whose groups have none."""
+    return _IMPLIED_ZERO.get(codes, 0)
 
 
 def scale_values(scales: str, values: Tensor) -> Tensor:
     """Scales in fp32."""
     if scales == "e8m0":
-        return torch.ldexp(torch.ones(values.shape), values.int() - 127)
+        return torch.ldexp(torch.ones_like(values, dtype=torch.float32), values.int() - 127)
     return values.float()
 
 
@@ -224,6 +229,10 @@ class WeightLayout:
     def section_bytes(self) -> dict[str, int]:
         """Name -> bytes of every section of the packed memory that is not empty."""
         return dict(self.native.section_bytes)
+
+    def matrix_bytes(self) -> dict[str, list[int]]:
+        """Section -> bytes of one expert's gate, up and down; experts follow each other."""
+        return self.native.matrix_bytes
 
     @property
     def nbytes(self) -> int:

@@ -95,6 +95,15 @@ class ExpertWeights:
             for name, (address, size) in self.handle.sections.items()
         }
 
+    def section(self, name: str) -> Tensor:
+        """A section as uint8 of the CPU, to be read only; this keeps these weights alive."""
+        if self._packed is not None:
+            return self._packed[name]
+        address, size = self.handle.sections[name]
+        memory = (ctypes.c_ubyte * size).from_address(address)
+        memory.owner = self  # type: ignore[attr-defined] - torch holds the buffer, it these weights
+        return torch.frombuffer(memory, dtype=torch.uint8)
+
     def pack(self, engine: Engine, expert: int, projection: str, weight: Tensor) -> None:
         """Quantizes and packs one expert's projection, [outputs, inputs] in fp32, bf16 or fp16.
 

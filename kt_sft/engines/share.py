@@ -1,0 +1,139 @@
+"""What an accelerator computes of a layer, while the host computes the rest.
+
+Legend: T tokens, D hidden size, K top-k, E experts, r LoRA rank.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from kt_sft.device.block import DeviceBlock, Gradients, Limits, compute_dtype
+from kt_sft.device.packed import PackedPiece
+from kt_sft.engines.link import link_of
+from kt_sft.engines.protocol import Share
+from kt_sft.engines.streaming import stream_of
+from kt_sft.kernels import Call, ExpertWeights, Inputs
+from kt_sft.scheduling.assignment import Assignment
+
+T = TypeVar("T")
+
+# Outputs of gate and up are kept on the device for a backward that follows at once, up to here.
+_KEEPS_BYTES = 512 << 20
+
+
+class DeviceShare:
+    """The experts of one layer as an accelerator computes them: resident ones, and any others of
+    `weights` on the host, streamed."""
+
+    def __init__(self, weights: ExpertWeights) -> None:
+        self._host = PackedPiece.of(weights)
+        self._weights = weights  # whose memory it is
+        self._resident: tuple[int, ...] = ()
+        self._there: dict[torch.device, PackedPiece] = {}
+
+    @property
+    def resident(self) -> tuple[int, ...]:
+        """The experts that are in the device's memory, from the first pass there on."""
+        return self._resident
+
+    def place(self, experts: Sequence[int]) -> None:
+        """Makes these experts resident instead of others."""
+        chosen = tuple(sorted(experts))
+        if chosen != self._resident:
+            self._resident, self._there = chosen, {}
+
+    @property
+    def nbytes(self) -> int:
+        """Of device memory that resident experts take once they are there."""
+        return len(self._resident) * self._weights.nbytes // max(1, self._weights.experts)
+
+    def _on(self, device: torch.device) -> PackedPiece:
+        if device not in self._there:
+            # They outlive the pass that needs them first.
+            with torch.inference_mode(False), torch.no_grad():
+                chosen = self._host.take(self._resident)
+                self._there[device] = chosen if device.type == "cpu" else chosen.to(device)
+        return self._there[device]
+
+    def _pieces(
+        self, places: Assignment, device: torch.device, limits: Limits
+    ) -> Iterator[tuple[int, PackedPiece]]:
+        """See DeviceBlock."""
+        at_a_time = limits.experts
+        if places.resident:
+            there = self._on(device)
+            index = [self._resident.index(e) for e in places.resident]
+            for begin in range(0, len(index), at_a_time):
+                yield begin, there.take(index[begin : begin + at_a_time])
+        if not places.streamed:
+            return
+        first, streamed = len(places.resident), places.streamed
+        if device.type == "cpu":
+            for begin in range(0, len(streamed), at_a_time):
+                yield first + begin, self._host.take(streamed[begin : begin + at_a_time])
+            return
+        pieces = stream_of(device).pieces(self._host, streamed, at_a_time)
+        for begin, piece in zip(range(0, len(streamed), at_a_time), pieces, strict=True):
+            yield first + begin, piece
+
+    def _block(self, call: Call, share: Share, inputs: Inputs) -> DeviceBlock:
+        limits = Limits.within(self._host.layout, compute_dtype(inputs.hidden_TD.dtype))
+        order = share.places.on_device
+        return DeviceBlock(self._host.layout, call, inputs, order, share.rows, limits)
+
+    def forward(
+        self, call: Call, share: Share, inputs: Inputs, keep: bool
+    ) -> Future[tuple[Tensor, tuple[Tensor, ...]]]:
+        """Its part of out, fp32 [T, D], and what `backward` may be given. Inputs are those of the
+        whole layer, where the model has them."""
+        block, device = self._block(call, share, inputs), inputs.hidden_TD.device
+        inner = len(self._host.layout.projections[:-1]) * self._host.layout.intermediate
+        keep = keep and sum(share.rows) * inner * block.dtype.itemsize <= _KEEPS_BYTES
+
+        def work() -> tuple[Tensor, tuple[Tensor, ...]]:
+            return block.forward(self._pieces(share.places, device, block.limits), keep)
+
+        return aside(device, work)
+
+    def backward(
+        self, call: Call, share: Share, inputs: Inputs, d_out_TD: Tensor, kept: tuple[Tensor, ...]
+    ) -> Future[Gradients]:
+        """Its part of the gradients; see DeviceBlock."""
+        block, device = self._block(call, share, inputs), inputs.hidden_TD.device
+
+        def work() -> Gradients:
+            return block.backward(
+                self._pieces(share.places, device, block.limits), d_out_TD, kept
+            )
+
+        return aside(device, work)
+
+
+@functools.cache
+def _thread_of(device: torch.device, _: int) -> ThreadPoolExecutor:
+    """That gives a device its work while others wait for the host; each process has its own."""
+    return ThreadPoolExecutor(1, f"kt-sft-{device.type}")
+
+
+def aside(device: torch.device, work: Callable[[], T]) -> Future[T]:
+    """`work` on the device's own thread, on the stream that is current here, without gradients."""
+    inference = torch.is_inference_mode_enabled()
+    accelerator = device.type != "cpu"
+    link = link_of(device) if accelerator else None
+    stream: Any = link.current_stream() if link is not None else None
+
+    def run() -> T:
+        on = link.on(stream) if link is not None else nullcontext()
+        # Autocast is the thread's own, and off here.
+        with torch.inference_mode(inference), torch.no_grad(), on:
+            return work()
+
+    return _thread_of(device, os.getpid()).submit(run)

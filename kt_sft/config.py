@@ -13,6 +13,7 @@ import yaml
 
 from kt_sft.errors import SettingsError
 from kt_sft.machine.cpus import machine_cpus
+from kt_sft.scheduling.residents import ResidentBudget
 
 # What `kt-sft export --to` writes for; export/programs.py says what each of them reads.
 EXPORT_TARGETS = (
@@ -35,6 +36,7 @@ _CHOICES = {
     "numa": ("auto", "off"),
     "resident": ("auto", True, False),
     "memory_check": (True, False),
+    "schedule": ("host", "auto", "device", "resident"),
 }
 
 
@@ -77,6 +79,14 @@ class HybridExpertsSettings:
         computes on the mapped file. auto copies where memory nodes share the work and it fits.
     memory_check: before loading, refuse a run whose planned memory is more than there is; false
         starts it all the same, with a warning.
+    schedule: where routed experts are computed when the model is on an accelerator: host; auto
+        (each pass is parted between host and accelerator so that both end together, by what was
+        measured of the machine; experts that are not in the accelerator's memory are streamed to
+        it); device (all of them there); or resident (there those of gpu_experts, the others on the
+        host).
+    gpu_experts: experts whose packed weights stay in the accelerator's memory, those that get the
+        most rows: 0, a number for each layer, memory for all of them as "6 GB", or auto (what the
+        memory plan leaves free).
     """
 
     weights: str = "int8"
@@ -93,6 +103,8 @@ class HybridExpertsSettings:
     store: str = "auto"
     resident: str | bool = "auto"
     memory_check: bool = True
+    schedule: str = "host"
+    gpu_experts: int | str = 0
 
     def __post_init__(self) -> None:
         given: Any = self.export_for
@@ -161,6 +173,7 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
     unknown = [p for p in programs if p not in EXPORT_TARGETS] if _is_list(programs) else programs
     if unknown or not _is_list(programs):
         found.append(f"export_for: got {unknown!r}, expected a list of {', '.join(EXPORT_TARGETS)}")
+    found += _device_problems(values)
     if not isinstance(values["store"], str) or not values["store"]:
         found.append(f"store: got {values['store']!r}, expected auto, memory or a folder")
     if not isinstance(values["isa"], str):
@@ -174,6 +187,22 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
     except ValueError as error:
         found.append(str(error))
     return found
+
+
+def _device_problems(values: Mapping[str, Any]) -> list[str]:
+    given, schedule = values["gpu_experts"], values["schedule"]
+    try:
+        budget = ResidentBudget.of(given)
+    except ValueError as error:
+        return [f"gpu_experts: got {given!r}, {error}"]
+    if schedule == "host" and budget != ResidentBudget(per_layer=0):
+        return [
+            f"gpu_experts: got {given!r} with schedule: host, which leaves the accelerator without "
+            "experts; set schedule: auto"
+        ]
+    if schedule == "resident" and budget == ResidentBudget(per_layer=0):
+        return ["schedule: resident needs gpu_experts, as gpu_experts: auto"]
+    return []
 
 
 def _report(problems: list[str]) -> str:

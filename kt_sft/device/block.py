@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,8 @@ from kt_sft.device.products import Groups, outer, times
 from kt_sft.device.routing import Routing
 from kt_sft.kernels import PROJECTIONS, Call, Inputs, LoraFactors, WeightLayout
 
+# Of weights that are unpacked, rows that are computed, and results that wait, a third each.
+WORKING_BYTES = 768 << 20
 # Ranks are padded to a multiple, which is what grouped products take.
 _RANK_STEP = 8
 
@@ -43,8 +46,10 @@ class Limits:
     waiting: int
 
     @classmethod
-    def within(cls, layout: WeightLayout, dtype: torch.dtype, nbytes: int = 768 << 20) -> Limits:
-        """For about so many bytes, a third for each."""
+    def within(
+        cls, layout: WeightLayout, dtype: torch.dtype, nbytes: int = WORKING_BYTES
+    ) -> Limits:
+        """For about so many bytes, though for one expert and one row at least."""
         size, third = dtype.itemsize, nbytes // 3
         hidden, inner = layout.hidden, layout.intermediate
         unpacked = size * layout.weight_count // layout.experts
@@ -148,7 +153,6 @@ class _Part:
         )
         return d_x_MC + self.seen(projection, times(q_Mr, a, self.groups))
 
-
     def down_backward(
         self, inner: tuple[Tensor, ...], d_y_MD: Tensor, d_lora: _LoraSums, weight_M1: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -156,9 +160,7 @@ class _Part:
         block, packed = self.block, self.piece.packed
         h_MF = gates.apply(block.call.gate, inner)
         # Without the routing weight, whose own gradient is <d_h, h>.
-        d_h_MF = self.linear_backward(
-            "down_proj", d_y_MD, d_lora, h_MF.to(block.dtype), weight_M1
-        )
+        d_h_MF = self.linear_backward("down_proj", d_y_MD, d_lora, h_MF.to(block.dtype), weight_M1)
         d_weight_M = (d_h_MF * h_MF).sum(1)
         bias = packed.bias("down_proj")
         if bias is not None:
@@ -213,7 +215,7 @@ class DeviceBlock:
         for start in range(first, last, self.limits.rows):
             end = min(last, start + self.limits.rows)
             cuts = [min(max(b, start), end) for b in begins[begin : begin + len(piece.packed) + 1]]
-            counts = [b - a for a, b in zip(cuts, cuts[1:], strict=False)]
+            counts = [b - a for a, b in pairwise(cuts)]
             groups = Groups.of(counts, self.inputs.hidden_TD.device)
             yield start, _Part(self, piece, groups, self.routing.slot_of_row[start:end])
 
@@ -307,7 +309,7 @@ class _LoraSums:
 
 
 class _Waiting:
-    """Results of rows until they are summed to their tokens, with their routing weights if given."""
+    """Results of rows until they are summed to their tokens, by routing weights if given."""
 
     def __init__(self, block: DeviceBlock, weight_TK: Tensor | None = None) -> None:
         hidden_TD = block.inputs.hidden_TD

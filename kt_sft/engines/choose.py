@@ -8,7 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from kt_sft.config import HybridExpertsSettings
 from kt_sft.engines.cpu import CpuEngine
 from kt_sft.engines.nodes import NodeEngines
+from kt_sft.engines.policies import policies
 from kt_sft.engines.protocol import ExpertsEngine
+from kt_sft.engines.split import DeviceExperts, PartedEngine, PartedExperts
 from kt_sft.kernels import Engine, requested_isa
 from kt_sft.machine.cpus import place_among_ranks, threads_of
 from kt_sft.machine.numa import cpus_of_rank, numa_nodes
@@ -16,6 +18,14 @@ from kt_sft.machine.numa import cpus_of_rank, numa_nodes
 
 def choose_engine(settings: HybridExpertsSettings) -> ExpertsEngine:
     """For this process. Raises ThreadsError, and ValueError for an instruction set."""
+    host = _host_engine(settings)
+    if settings.schedule == "host":
+        return host
+    kind = DeviceExperts if settings.schedule == "device" else PartedExperts
+    return PartedEngine(host, policies(settings, host), kind)
+
+
+def _host_engine(settings: HybridExpertsSettings) -> CpuEngine | NodeEngines:
     threads = threads_of(settings.threads)
     isa = requested_isa(settings.isa)
     nodes = numa_nodes() if settings.numa == "auto" else []
@@ -24,8 +34,10 @@ def choose_engine(settings: HybridExpertsSettings) -> ExpertsEngine:
         # Ranks keep one copy of the experts between them, and stay out of each other's way.
         cpus = cpus_of_rank(nodes, rank, ranks)
         return CpuEngine(Engine(threads, isa) if cpus is None else engine_on(cpus, threads, isa))
-    # A mapped file lies where the system put it: nodes share the work on copies only.
-    if 1 < len(nodes) <= threads and settings.resident is not False:
+    # A mapped file lies where the system put it: nodes share the work on copies only. Where all is
+    # computed on an accelerator, nobody has it.
+    on_host = settings.schedule != "device"
+    if 1 < len(nodes) <= threads and settings.resident is not False and on_host:
         return NodeEngines(nodes, threads, isa)
     return CpuEngine(Engine(threads, isa))
 

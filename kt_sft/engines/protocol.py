@@ -77,8 +77,8 @@ class Context:
     """What a forward leaves for its backward: the inputs where they were computed, and more.
 
     Autograd holds the tensors, so that it can free them: `replace(context, tensors=())` and back.
-    weight_dtype: of the routing weights as given. share: of an accelerator, if it has one, which the
-    last `share_tensors` are for.
+    weight_dtype: of the routing weights as given. share: of an accelerator, if it has one, which
+    the last `share_tensors` are for.
     """
 
     call: Call

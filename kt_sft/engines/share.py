@@ -15,12 +15,18 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from kt_sft.device.block import DeviceBlock, Gradients, Limits, compute_dtype
+from kt_sft.device.block import (
+    WORKING_BYTES,
+    DeviceBlock,
+    Gradients,
+    Limits,
+    compute_dtype,
+)
 from kt_sft.device.packed import PackedPiece
 from kt_sft.engines.link import link_of
 from kt_sft.engines.protocol import Share
-from kt_sft.engines.streaming import stream_of
-from kt_sft.kernels import Call, ExpertWeights, Inputs
+from kt_sft.engines.streaming import stream_bytes, stream_of
+from kt_sft.kernels import Call, ExpertWeights, Inputs, WeightLayout
 from kt_sft.scheduling.assignment import Assignment
 
 T = TypeVar("T")
@@ -29,13 +35,28 @@ T = TypeVar("T")
 _KEEPS_BYTES = 512 << 20
 
 
+def device_working_bytes(
+    layout: WeightLayout, tokens: int, top_k: int, dtype: torch.dtype
+) -> tuple[int, int]:
+    """The most that a pass through a layer of this form takes, at most with all of its experts: of
+    the accelerator, and of pinned host memory."""
+    product = compute_dtype(dtype)
+    limits = Limits.within(layout, product)
+    inner = len(layout.projections[:-1]) * layout.intermediate
+    kept = min(_KEEPS_BYTES, tokens * top_k * inner * product.itemsize)
+    buffers = stream_bytes(layout, min(limits.experts, layout.experts))
+    sums = 2 * 4 * tokens * layout.hidden
+    routing = 4 * 8 * tokens * top_k
+    return WORKING_BYTES + kept + buffers + sums + routing, buffers
+
+
 class DeviceShare:
     """The experts of one layer as an accelerator computes them: resident ones, and any others of
     `weights` on the host, streamed."""
 
     def __init__(self, weights: ExpertWeights) -> None:
         self._host = PackedPiece.of(weights)
-        self._weights = weights  # whose memory it is
+        self.weights = weights
         self._resident: tuple[int, ...] = ()
         self._there: dict[torch.device, PackedPiece] = {}
 
@@ -51,9 +72,13 @@ class DeviceShare:
             self._resident, self._there = chosen, {}
 
     @property
-    def nbytes(self) -> int:
-        """Of device memory that resident experts take once they are there."""
-        return len(self._resident) * self._weights.nbytes // max(1, self._weights.experts)
+    def expert_bytes(self) -> int:
+        """Of the packed weights of one expert."""
+        return self.weights.nbytes // self.weights.experts
+
+    def stream(self, experts: Sequence[int], device: torch.device, at_a_time: int) -> int:
+        """Brings experts to an accelerator for nothing; returns their number. For measurements."""
+        return sum(len(p) for p in stream_of(device).pieces(self._host, experts, at_a_time))
 
     def _on(self, device: torch.device) -> PackedPiece:
         if device not in self._there:
@@ -110,9 +135,7 @@ class DeviceShare:
         block, device = self._block(call, share, inputs), inputs.hidden_TD.device
 
         def work() -> Gradients:
-            return block.backward(
-                self._pieces(share.places, device, block.limits), d_out_TD, kept
-            )
+            return block.backward(self._pieces(share.places, device, block.limits), d_out_TD, kept)
 
         return aside(device, work)
 

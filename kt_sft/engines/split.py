@@ -21,7 +21,7 @@ from kt_sft.device.block import LoraGradients
 from kt_sft.engines.cpu import CpuEngine, CpuExperts
 from kt_sft.engines.host import HostExperts, brought
 from kt_sft.engines.link import Arrival, Traffic, link_of
-from kt_sft.engines.nodes import NodeEngines
+from kt_sft.engines.nodes import NodeEngines, NodeExperts
 from kt_sft.engines.protocol import (
     Context,
     Forward,
@@ -45,60 +45,62 @@ from kt_sft.kernels import (
 from kt_sft.kernels.checks import is_finite
 from kt_sft.scheduling.assignment import Assignment, Policy
 
+# Of a layer, once it is known which device the model is on.
+PolicyOf = Callable[["PartedExperts", torch.device], Policy]
+
 
 class PartedExperts(HostExperts):
     """The experts of one layer, of which an accelerator computes some in each pass.
 
-    share: None where the whole layer's weights are not in one place on the host.
+    inner: as the host computes them. share: None where the whole layer's weights are not in one
+    place on the host.
     """
 
-    def __init__(
-        self, inner: HostExperts, policy_of: Callable[[WeightLayout, torch.device], Policy]
-    ) -> None:
+    def __init__(self, inner: CpuExperts | NodeExperts, policy_of: PolicyOf) -> None:
         super().__init__()
-        self._inner, self._policy_of = inner, policy_of
+        self.inner, self._policy_of = inner, policy_of
         self.share = DeviceShare(inner.weights) if isinstance(inner, CpuExperts) else None
 
     @property
     def layout(self) -> WeightLayout:
         """See PlacedExperts."""
-        return self._inner.layout
+        return self.inner.layout
 
     @property
     def nbytes(self) -> int:
         """See PlacedExperts; on the host."""
-        return self._inner.nbytes
+        return self.inner.nbytes
 
     def pack(self, expert: int, projection: str, weight: Tensor) -> None:
         """See PlacedExperts."""
-        self._inner.pack(expert, projection, weight)
+        self.inner.pack(expert, projection, weight)
 
     def pack_codes(self, expert: int, projection: str, matrix: CodedMatrix) -> None:
         """See PlacedExperts."""
-        self._inner.pack_codes(expert, projection, matrix)
+        self.inner.pack_codes(expert, projection, matrix)
 
     def set_bias(self, expert: int, projection: str, bias: Tensor) -> None:
         """See PlacedExperts."""
-        self._inner.set_bias(expert, projection, bias)
+        self.inner.set_bias(expert, projection, bias)
 
     def take_channels(self, source: ExpertWeights, first: int = 0) -> None:
         """See PlacedExperts; of memory nodes' parts, the accelerator reads the source."""
-        self._inner.take_channels(source, first)
+        self.inner.take_channels(source, first)
         if self.share is None and source.layout == self.layout:
             self.share = DeviceShare(source)
 
     def take_experts(self, source: ExpertWeights, experts: Sequence[int]) -> None:
         """See PlacedExperts."""
-        self._inner.take_experts(source, experts)
+        self.inner.take_experts(source, experts)
 
     def unpack(self, expert: int, projection: str) -> Tensor:
         """See PlacedExperts."""
-        return self._inner.unpack(expert, projection)
+        return self.inner.unpack(expert, projection)
 
     def _forward(
         self, call: Call, inputs: Inputs, keep: bool, out_TD: Tensor
     ) -> tuple[tuple[Tensor, ...], BlockReport]:
-        return self._inner._forward(call, inputs, keep, out_TD)
+        return self.inner._forward(call, inputs, keep, out_TD)
 
     def _backward(
         self,
@@ -108,7 +110,7 @@ class PartedExperts(HostExperts):
         kept: tuple[Tensor, ...],
         into: tuple[Tensor, Tensor],
     ) -> tuple[Any, BlockReport]:
-        return self._inner._backward(call, inputs, d_out_TD, kept, into)
+        return self.inner._backward(call, inputs, d_out_TD, kept, into)
 
     def _part(
         self, rows: Sequence[int], device: torch.device, backward_follows: bool
@@ -116,14 +118,14 @@ class PartedExperts(HostExperts):
         """What the accelerator computes of a pass; None: nothing."""
         if self.share is None:
             return None
-        policy = self._policy_of(self.layout, device)
+        policy = self._policy_of(self, device)
         places = policy.assign(rows, self.share.resident, backward_follows)
         chosen = places.on_device
         return Share(places, tuple(rows[e] for e in chosen)) if chosen else None
 
     def _streamed_bytes(self, share: Share, device: torch.device) -> int:
-        each = self.layout.nbytes // self.layout.experts
-        return len(share.places.streamed) * each if device.type != "cpu" else 0
+        each = self.share.expert_bytes if self.share is not None and device.type != "cpu" else 0
+        return len(share.places.streamed) * each
 
     def _forward_staged(
         self, call: Call, inputs: Inputs, staged: Inputs, keep: bool, hold: bool, traffic: Traffic
@@ -270,10 +272,9 @@ class PartedEngine:
     def __init__(
         self,
         inner: CpuEngine | NodeEngines,
-        policy_of: Callable[[WeightLayout, torch.device], Policy],
+        policy_of: PolicyOf,
         kind: type[PartedExperts] = PartedExperts,
     ) -> None:
-        """policy_of: of a layer's form, once it is known which device the model is on."""
         self._inner, self._policy_of, self._kind = inner, policy_of, kind
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PartedEngine:

@@ -125,6 +125,11 @@ def _views(layout: WeightLayout, memory: Tensor, experts: int) -> PackedPiece:
     )
 
 
+def stream_bytes(layout: WeightLayout, at_a_time: int) -> int:
+    """Of the buffers for so many experts at a time: as much pinned memory as device memory."""
+    return _BUFFERS * pinned_size(_size(layout, at_a_time))
+
+
 @functools.cache
 def stream_of(device: torch.device) -> Stream:
     """The one of an accelerator."""

@@ -61,6 +61,7 @@ class LayerPass:
         keeper = checkpoint if checkpoint and checkpoint.keeps else None
         done = self.experts.forward(self.call, inputs, arriving, self.keep, hold=keeper is not None)
         self.runtime.meter.record("forward", done.report, self.experts.layout, 0)
+        self.runtime.routing.record(self.path, done.report.expert_rows)
         if not done.report.finite:
             self.runtime.watch.forward(self.path, self.experts, inputs, done.out_TD)
         if keeper is not None and done.held is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from kt_sft.config import HybridExpertsSettings
@@ -13,6 +14,8 @@ from kt_sft.experts.recompute import KeptActivations
 from kt_sft.experts.watch import FiniteWatch
 from kt_sft.machine.cpus import place_among_ranks, ranks_everywhere
 from kt_sft.machine.memory import available_memory_bytes
+from kt_sft.scheduling.profile import RoutingProfile
+from kt_sft.scheduling.residents import ResidentBudget
 
 # Part of the free memory that activations may take between forward and backward.
 _KEEPS = 0.8
@@ -44,6 +47,11 @@ class ExpertsRuntime:
         # Whether gradients of LoRA on an accelerator may wait for the next backward.
         self.gradients_may_wait: Callable[[], bool] = lambda: False
         self.meter = ExpertsMeter()
+        # How many rows each expert gets, the file that remembers it, and how many experts may be
+        # in an accelerator's memory; the memory plan decides `gpu_experts: auto`.
+        self.routing = RoutingProfile()
+        self.routing_file: Path | None = None
+        self.resident_budget = ResidentBudget.of(settings.gpu_experts)
         self.watch = FiniteWatch()
         self.kept = KeptActivations(lambda: int(_KEEPS * available_memory_bytes()) // ranks)
 

@@ -87,6 +87,18 @@ def whole_folder(final: Path) -> Iterator[Path]:
         raise
 
 
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a small file, or leaves what was there. Raises OSError."""
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        partial.write_bytes(data)
+        sync(partial)
+        publish(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
 def publish(partial: Path, final: Path) -> None:
     """Gives what is on the disk its name, for good."""
     partial.rename(final)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,8 +101,8 @@ class ExpertWeights:
         if self._packed is not None:
             return self._packed[name]
         address, size = self.handle.sections[name]
-        memory = (ctypes.c_ubyte * size).from_address(address)
-        memory.owner = self  # type: ignore[attr-defined] - torch holds the buffer, it these weights
+        memory: Any = (ctypes.c_ubyte * size).from_address(address)
+        memory.owner = self  # torch holds the buffer, and so these weights
         return torch.frombuffer(memory, dtype=torch.uint8)
 
     def pack(self, engine: Engine, expert: int, projection: str, weight: Tensor) -> None:

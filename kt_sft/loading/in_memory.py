@@ -11,6 +11,7 @@ from kt_sft.checkpoint.sources import ModuleSource
 from kt_sft.config import HybridExpertsSettings
 from kt_sft.errors import SettingsError
 from kt_sft.experts import ExpertsRuntime, HybridExperts, hybrid_experts_of
+from kt_sft.experts.residents import place_residents
 from kt_sft.families.finding import find_experts
 from kt_sft.kernels import PROJECTIONS
 from kt_sft.loading.adapter_folders import identify_base
@@ -18,6 +19,7 @@ from kt_sft.loading.config import HybridExpertsConfig
 from kt_sft.loading.host_embeddings import move_embeddings
 from kt_sft.loading.packing import new_layer
 from kt_sft.loading.swap import swap_experts
+from kt_sft.scheduling.residents import ResidentBudget
 
 
 def hybridize(model: Any, config: HybridExpertsConfig | HybridExpertsSettings | None = None) -> Any:
@@ -45,6 +47,10 @@ def hybridize(model: Any, config: HybridExpertsConfig | HybridExpertsSettings | 
         hybrid.weights = new_layer(hybrid, sources[path])
         # The stock weights go layer by layer, so that the peak is one copy and one layer.
         sources[path].release()
+    hybrids = {path: hybrid for path, (hybrid, _) in swapped.items()}
+    if hybrids and ResidentBudget.of(settings.gpu_experts).decided:
+        # Otherwise a Trainer decides, once the model is on its device.
+        place_residents(hybrids)
     if base is model:
         identify_base(base)
     if settings.embeddings == "host":

@@ -16,6 +16,7 @@ from kt_sft.kernels import Engine
 from kt_sft.kernels.formats import AS_PUBLISHED
 from kt_sft.loading.packing import pack_in_memory, report, write_layers
 from kt_sft.machine.memory import available_memory_bytes
+from kt_sft.scheduling.profile import RoutingProfile
 from kt_sft.store.library import StoreLibrary, WantedStore, default_folder
 from kt_sft.store.packed_file import PackedFile, StoredLayer
 
@@ -85,8 +86,21 @@ def place_experts(modules: Mapping[str, HybridExperts], experts: CheckpointExper
                     module.weights = engine.on(mapped)
             how = "mapped" if there else "packed and mapped"
             report(modules, f"{how} {packed.path}:", start)
+            _remember_routing(modules, packed.path.with_suffix(".routing.json"))
             return
     pack_in_memory({path: (module, experts.sources[path]) for path, module in modules.items()})
+
+
+def _remember_routing(modules: Mapping[str, HybridExperts], file: Path) -> None:
+    """Where earlier runs have left which experts get many rows, and this one will."""
+    runtime = next(iter(modules.values())).runtime
+    runtime.routing_file = file
+    if runtime.settings.schedule != "host" and file.is_file():
+        counts = {path: module.shape.experts for path, module in modules.items()}
+        try:
+            runtime.routing, _ = RoutingProfile.load(file, counts)
+        except OSError as error:
+            logger.warning("%s: %s; the routing profile is left out", file, error)
 
 
 def _copy(resident: str | bool, packed: PackedFile, engine: ExpertsEngine) -> bool:

@@ -19,6 +19,7 @@ from kt_sft.checkpoint.sources import CheckpointSource, Stack
 from kt_sft.checkpoint.untrusted import refuse_absurd, refuse_more_layers
 from kt_sft.errors import CheckpointError, UnsupportedModelError
 from kt_sft.experts import ExpertsRuntime, hybrid_experts_of
+from kt_sft.experts.residents import place_residents
 from kt_sft.families.finding import FoundExperts, find_experts
 from kt_sft.files.safetensors import (
     INDEX_NAME,
@@ -36,6 +37,7 @@ from kt_sft.loading.rest_of_model import Shapes, refuse_loaded_misfits, refuse_m
 from kt_sft.loading.swap import swap_experts
 from kt_sft.machine.memory import available_memory_bytes, host_memory_bytes
 from kt_sft.planning.outline import check_memory, plan_of
+from kt_sft.scheduling.residents import ResidentBudget
 
 logger = logging.getLogger(__name__)
 
@@ -145,6 +147,8 @@ class HybridExpertsQuantizer(HfQuantizer):
         plan = plan_of(model, self._layers, self._source, settings, outline, rest_bytes)
         check_memory(plan, settings)
         runtime.adapters_on_host = plan.adapters == "host"
+        if settings.gpu_experts == "auto":
+            runtime.resident_budget = ResidentBudget(nbytes=plan.resident_bytes)
         if settings.activations == "auto" and not plan.keeps:
             spare = max(0, plan.spare_host_bytes(available_memory_bytes()))
             runtime.kept.limit_is = lambda: spare
@@ -221,7 +225,9 @@ class HybridExpertsQuantizer(HfQuantizer):
             self.quantization_config.published,
             lambda: sources_of(checkpoint, layers, stacks),
         )
-        place_experts(hybrid_experts_of(model), experts)
+        hybrid = hybrid_experts_of(model)
+        place_experts(hybrid, experts)
+        place_residents(hybrid)
         self._layers, self._stacks, self._checkpoint = [], {}, None
         identify_base(model, from_codes, stored_in_fp16="F16" in checkpoint.plain_dtypes)
         if self._rest is not None:

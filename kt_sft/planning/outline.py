@@ -28,13 +28,18 @@ from kt_sft.planning.plan import (
     Arithmetic,
     LayerNeeds,
     MemoryPlan,
+    OnDevice,
     RestOfModel,
     Workload,
     plan_memory,
 )
+from kt_sft.scheduling.residents import ResidentBudget
 
 logger = logging.getLogger(__name__)
 
+# Of the device memory that nothing else is planned for, resident experts take so much: activations
+# are estimates, and of prompts and their caches nothing is known.
+_PART_OF_SPARE = {"training": 0.85, "inference": 0.6}
 # Experts per token where a configuration does not tell; what most families have.
 _GUESSED_TOP_K = 8
 
@@ -182,6 +187,7 @@ def plan_of(
         ),
         mapped=settings.store != "memory" and settings.resident is not True,
         ranks=place_among_ranks()[1],
+        on_device=_on_device(settings, needs),
     )
     adapters = "device"
     if not on_host:
@@ -191,10 +197,30 @@ def plan_of(
             may_choose = outline is not None and not outline.one_kind and ranks_everywhere() == 1
             adapters = _place_of_adapters(plan, free if may_choose else None)
     keeps = settings.activations != "recompute"
-    planned = plan(adapters=adapters, keeps=keeps)
+    plan = functools.partial(plan, adapters=adapters)
+    planned = plan(keeps=keeps)
     if settings.activations == "auto" and planned.spare_host_bytes(available_memory_bytes()) < 0:
-        return plan(adapters=adapters, keeps=False)
+        keeps = False
+        planned = plan(keeps=keeps)
+    if not on_host and settings.gpu_experts == "auto":
+        spare = planned.spare_device_bytes(free_device_memory() or 0)
+        part = _PART_OF_SPARE["training" if outline else "inference"]
+        every = sum(layer.layout.nbytes for layer in needs)
+        planned = plan(keeps=keeps, on_device=OnDevice(min(every, max(0, int(part * spare)))))
     return planned
+
+
+def _on_device(settings: HybridExpertsSettings, needs: Sequence[LayerNeeds]) -> OnDevice | None:
+    """What the settings say of experts on the accelerator, `auto` left open."""
+    if settings.schedule == "host":
+        return None
+    budget = ResidentBudget.of(settings.gpu_experts)
+    each = [layer.layout.nbytes // layer.layout.experts for layer in needs]
+    if budget.per_layer is not None:
+        counts = [min(budget.per_layer, layer.layout.experts) for layer in needs]
+        return OnDevice(sum(n * size for n, size in zip(counts, each, strict=True)))
+    every = sum(layer.layout.nbytes for layer in needs)
+    return OnDevice(min(budget.nbytes or 0, every))
 
 
 def _place_of_adapters(plan: Callable[..., MemoryPlan], free: int | None) -> str:

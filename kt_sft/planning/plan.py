@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from kt_sft.engines.link import BUFFERS, pinned_size
+from kt_sft.engines.share import device_working_bytes
 from kt_sft.errors import MemoryPlanError
 from kt_sft.kernels import (
     PROJECTIONS,
@@ -30,6 +31,9 @@ _STATES = 4  # of a trained parameter in fp32: itself, its gradient, two of Adam
 # that come and go within its backward; and fp32 copies of the logits. By scripts/memory_plan.py.
 _HELD_TENSORS, _PASSING_TENSORS = 13, 11
 _LOGIT_COPIES = 2
+_RESIDENT = "resident experts"
+# Without a training nobody says how long a prompt is.
+_FORWARD_TOKENS = 4096
 # Not handed out: what the system and the allocator's slack take.
 _MARGIN_BYTES = 512 << 20
 _MARGIN_SHARE = 0.03
@@ -102,6 +106,13 @@ class Arithmetic:
 
 
 @dataclass(frozen=True)
+class OnDevice:
+    """The experts that an accelerator computes. resident_bytes: of those that stay there."""
+
+    resident_bytes: int = 0
+
+
+@dataclass(frozen=True)
 class Component:
     """A part of the memory: `place` is machine (once for all its ranks), host or device."""
 
@@ -147,9 +158,18 @@ class MemoryPlan:
         """What this leaves of `free` bytes of host memory, for each rank; negative: too little."""
         return (free - _margin(free) - self.host_bytes) // self.ranks
 
+    @property
+    def resident_bytes(self) -> int:
+        """Of experts that stay in the accelerator's memory."""
+        return sum(c.nbytes for c in self.components if c.name == _RESIDENT)
+
+    def spare_device_bytes(self, free: int) -> int:
+        """What this leaves of `free` bytes of an accelerator; negative: too little."""
+        return free - _margin(free) - self.of("device")
+
     def fits_device(self, free: int) -> bool:
         """Whether `free` bytes of an accelerator are enough."""
-        return self.of("device") <= free - _margin(free)
+        return self.spare_device_bytes(free) >= 0
 
     def require(self, host_free: int, device_free: int | None, enforce: bool) -> None:
         """Raises MemoryPlanError where a limit would be passed; warns where not `enforce`."""
@@ -169,7 +189,7 @@ class MemoryPlan:
             + "\n".join(f"  - {p}" for p in problems)
             + f"\n{self.text()}\nSmaller are: weights: int4, a shorter cutoff_len, a smaller "
             "per_device_train_batch_size, activations: recompute, a lower lora_rank, "
-            "expert_lora: shared; on the device, adapters: host"
+            "expert_lora: shared; on the device, adapters: host, gpu_experts: 0, schedule: host"
         )
         if enforce:
             raise MemoryPlanError(f"{message}. memory_check: false starts all the same")
@@ -178,6 +198,10 @@ class MemoryPlan:
 
 def _margin(free: int) -> int:
     return max(_MARGIN_BYTES, int(_MARGIN_SHARE * free))
+
+
+def _dtype(rest: RestOfModel) -> torch.dtype:
+    return torch.float32 if rest.element_bytes == 4 else torch.bfloat16
 
 
 def lora_parameters(layer: LayerNeeds, rank: int) -> int:
@@ -210,7 +234,7 @@ def workspace_bytes(
         arithmetic.compute,
         work.tokens,
         layer.top_k,
-        torch.float32 if rest.element_bytes == 4 else torch.bfloat16,
+        _dtype(rest),
         ranks,
         shared=layer.shared_lora,
         isa=arithmetic.isa,
@@ -240,11 +264,13 @@ def plan_memory(
     mapped: bool,
     ranks: int,
     adapters: str = "device",
+    on_device: OnDevice | None = None,
 ) -> MemoryPlan:
     """The plan of a run; without `work`, of a model that only computes forwards.
 
     keeps: what gradient checkpointing does with the experts' activations. mapped: the experts are a
     file that all ranks of the machine map. adapters: where their LoRA is, device or host.
+    on_device: if the accelerator computes experts too.
     """
     there = "host" if rest.on_host else "device"
     lora_there = "host" if adapters == "host" else there
@@ -255,6 +281,17 @@ def plan_memory(
         Component("other weights", there, rest.nbytes - rest.host_bytes),
         Component("embeddings", "host", rest.host_bytes),
     ]
+    if on_device is not None and not rest.on_host:
+        parts.append(Component(_RESIDENT, "device", on_device.resident_bytes))
+        tokens = work.tokens if work is not None else _FORWARD_TOKENS
+        needs = [
+            device_working_bytes(layer.layout, tokens, layer.top_k, _dtype(rest))
+            for layer in {*layers}
+        ]
+        parts += [
+            Component("working memory of experts", "device", max(n for n, _ in needs)),
+            Component("pinned memory of experts", "host", max(n for _, n in needs)),
+        ]
     if work is not None:
         trained = sum(lora_parameters(layer, work.rank) for layer in layers)
         workspaces = [workspace_bytes(layer, work, arithmetic, rest) for layer in {*layers}]

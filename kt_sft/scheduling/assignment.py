@@ -17,7 +17,7 @@ class Assignment:
 
     @property
     def on_device(self) -> tuple[int, ...]:
-        """In the order in which they are computed: what is there keeps the device busy meanwhile."""
+        """In the order in which they are computed: what is there keeps the device busy first."""
         return self.resident + self.streamed
 
 
@@ -30,6 +30,16 @@ class Policy(Protocol):
         """For a pass in which each expert of a layer gets so many rows; resident: the experts whose
         weights are on the device. Experts without rows are left out. The same for equal arguments.
         """
+
+
+class HostOnly:
+    """Implements Policy: the host computes everything."""
+
+    def assign(
+        self, rows: Sequence[int], resident: Sequence[int], backward_follows: bool
+    ) -> Assignment:
+        """See Policy."""
+        return Assignment()
 
 
 class AllOnDevice:

@@ -48,7 +48,8 @@ class PassCosts:
     """Of one direction of a layer.
 
     host, device: one expert's seconds. host_fixed, device_fixed: of a place that gets any expert.
-    stream: seconds of the link for the weights of one expert.
+    stream: seconds of the link for the weights of one expert. contention: by which part of its time
+    streaming slows the host down.
     """
 
     host: Curve
@@ -56,6 +57,7 @@ class PassCosts:
     host_fixed: float
     device_fixed: float
     stream: float
+    contention: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ class LayerCosts:
             return Curve(rows, seconds)
 
         def one(of: Mapping[str, Any]) -> PassCosts:
-            fixed = (float(of[name]) for name in ("host_fixed", "device_fixed", "stream"))
+            names = ("host_fixed", "device_fixed", "stream", "contention")
+            fixed = (float(of[name]) for name in names)
             return PassCosts(curve(of["host"]), curve(of["device"]), *fixed)
 
         return cls(one(values["forward"]), one(values["backward"]))
@@ -105,13 +108,15 @@ def estimate(costs: PassCosts, rows: Sequence[int], places: Assignment) -> Estim
     host = float(costs.host(host_rows).sum()) + (costs.host_fixed if len(host_rows) else 0.0)
     device = float(costs.device(rows_E[on_device]).sum()) + (costs.device_fixed if on_device else 0)
     link = costs.stream * len(places.streamed)
-    return Estimate(host, link, device, _makespan(host, link, device, costs.stream))
+    return Estimate(host, link, device, float(_makespan(host, link, device, costs)))
 
 
-def _makespan(host: Any, link: Any, device: Any, one: float) -> Any:
-    """The device cannot begin with what has not come, nor end before the last has."""
-    late = np.where(np.asarray(link) > 0, one, 0.0)
-    return np.maximum(host, np.maximum(link, device) + late)
+def _makespan(host: Any, link: Any, device: Any, costs: PassCosts) -> Any:
+    """The device cannot begin with what has not come, nor end before the last has; the host is
+    slowed down while the link works."""
+    late = np.where(np.asarray(link) > 0, costs.stream, 0.0)
+    slowed = host + costs.contention * np.minimum(host, link)
+    return np.maximum(slowed, np.maximum(link, device) + late)
 
 
 @dataclass(frozen=True)
@@ -166,7 +171,7 @@ class _Split:
         for p, costs in enumerate(self._passes):
             busy = host[p] + np.where(on < self._host.shape[1], costs.host_fixed, 0.0)
             works = device[p] + np.where(on > 0, costs.device_fixed, 0.0)
-            total = total + _makespan(busy, link[p], works, costs.stream)
+            total = total + _makespan(busy, link[p], works, costs)
         return total
 
     def span(self, on_device: NDArray[np.bool_]) -> float:
@@ -207,8 +212,9 @@ class _Split:
                 [np.pad(of[:, part], ((0, 0), (0, 1))) for of in costs] for part in (away, here)
             )
             moved = [o[:, :, None] - i[:, None, :] for o, i in zip(out, into, strict=True)]
-            leaves, comes = np.arange(len(away) + 1) < len(away), np.arange(len(here) + 1) < len(here)
-            on = len(away) - leaves[:, None].astype(int) + comes.astype(int)
+            leaves = np.append(np.ones(len(away), int), 0)
+            comes = np.append(np.ones(len(here), int), 0)
+            on = len(away) - leaves[:, None] + comes
             host = self._host[:, here].sum(1)[:, None, None] + moved[0]
             link, device = (
                 of[:, away].sum(1)[:, None, None] - change

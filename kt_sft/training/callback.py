@@ -14,6 +14,7 @@ from kt_sft.loading.in_memory import hybridize
 from kt_sft.training.accumulation import WaitingGradients
 from kt_sft.training.guard import RunGuard
 from kt_sft.training.metrics import HybridExpertsMetrics
+from kt_sft.training.residents import ResidentExperts
 
 
 def register() -> None:
@@ -26,7 +27,7 @@ def with_our_callbacks(stock: list) -> list:
 
     The list itself: PPO and others have imported it by its name.
     """
-    ours = (HybridExpertsMetrics, RunGuard, WaitingGradients)
+    ours = (HybridExpertsMetrics, RunGuard, WaitingGradients, ResidentExperts)
     stock += [c for c in ours if c not in stock]
     return stock
 

@@ -21,6 +21,7 @@ from kt_sft.errors import CheckpointError, KtSftError, NonFiniteError
 from kt_sft.experts import hybrid_experts_of
 from kt_sft.training.accumulation import WaitingGradients
 from kt_sft.training.guard import RunGuard
+from kt_sft.training.residents import ResidentExperts
 from kt_sft.training.savepoints import (
     StagedCheckpoint,
     explain,
@@ -211,6 +212,10 @@ def careful_train(stock: Callable) -> Callable:
             require_valid(resume_from_checkpoint)
         callbacks = self.callback_handler.callbacks
         guards = [c for c in callbacks if isinstance(c, RunGuard)]
+        for callback in callbacks:
+            if isinstance(callback, ResidentExperts):
+                known = isinstance(resume_from_checkpoint, str | Path)
+                callback.resumes_from = Path(resume_from_checkpoint) if known else None
         try:
             result = stock(self, resume_from_checkpoint, *args, **kwargs)
         finally:

@@ -1,0 +1,262 @@
+"""What a layer's experts cost on the host, on an accelerator and on the way there: measured.
+
+Some seconds at the first start with a form of layer on a machine; kept in a file beside the stores.
+
+Legend: T tokens, D hidden size, E experts, r LoRA rank.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kt_sft import __version__
+from kt_sft.config import HybridExpertsSettings
+from kt_sft.device.block import Limits, compute_dtype
+from kt_sft.engines.host import HostExperts
+from kt_sft.engines.protocol import ExpertsEngine, Share
+from kt_sft.engines.share import DeviceShare, aside
+from kt_sft.errors import StoreFolderError
+from kt_sft.files import durable
+from kt_sft.kernels import PROJECTIONS, Call, ExpertWeights, Gate, Inputs, LoraFactors
+from kt_sft.machine.cpus import ranks_everywhere
+from kt_sft.machine.report import cpu_name
+from kt_sft.scheduling.assignment import Assignment
+from kt_sft.scheduling.costs import Curve, LayerCosts, PassCosts
+from kt_sft.store.library import default_folder
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = "calibration.json"
+# Rows of one expert, and of how many experts together, that are timed.
+_CASES = ((1, 16), (8, 16), (32, 16), (128, 4), (512, 2))
+_REPEATS = 5
+_RANK = 8
+_TOGETHER_SECONDS = 0.3
+
+
+class Calibrations:
+    """The measured costs of layers, from the file or made now."""
+
+    def __init__(self, settings: HybridExpertsSettings) -> None:
+        self._settings = settings
+
+    @property
+    def path(self) -> Path | None:
+        """Of the file; None where there is no folder for it."""
+        try:
+            given = self._settings.store
+            return (default_folder() if given in ("auto", "memory") else Path(given)) / FILE_NAME
+        except StoreFolderError:
+            return None
+
+    def costs(self, layer: MeasuredLayer, engine: ExpertsEngine) -> LayerCosts:
+        """Of a layer's form. engine: that of the host."""
+        key = json.dumps(self._setting(layer, engine), sort_keys=True)
+        known = self._read()
+        if key in known:
+            try:
+                return LayerCosts.from_dict(known[key])
+            except (KeyError, TypeError, ValueError) as error:
+                logger.warning("%s: %s; measuring again", self.path, error)
+        start = time.perf_counter()
+        found = measure(layer, self._settings.compute, bool(self._settings.expert_lora))
+        logger.info(
+            "measured what experts cost on the host, on the link and on %s in %.1f s",
+            layer.device,
+            time.perf_counter() - start,
+        )
+        self._write({**self._read(), key: found.as_dict()})
+        return found
+
+    def _setting(self, layer: MeasuredLayer, engine: ExpertsEngine) -> dict[str, Any]:
+        """What a measurement is good for."""
+        device, layout = layer.device, layer.host.layout
+        module = None if device.type == "cpu" else torch.get_device_module(device)
+        name = getattr(module, "get_device_name", lambda _: device.type)(device)
+        return {
+            "kt_sft": __version__,
+            "torch": torch.__version__,
+            "cpu": cpu_name(),
+            "device": name,
+            "threads": engine.threads,
+            "isa": engine.isa,
+            "ranks": ranks_everywhere(),
+            "compute": layout.arithmetic or self._settings.compute,
+            "lora": bool(self._settings.expert_lora),
+            "layout": repr(layout),
+        }
+
+    def _read(self) -> dict[str, Any]:
+        path = self.path
+        try:
+            found = json.loads(path.read_text()) if path is not None else {}
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def _write(self, known: dict[str, Any]) -> None:
+        path = self.path
+        if path is None:
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            durable.write_whole(path, json.dumps(known, indent=1).encode())
+        except OSError as error:
+            logger.warning("%s: %s; the next start measures again", path, error)
+
+
+@dataclass(frozen=True)
+class MeasuredLayer:
+    """A layer that is packed, as the host computes it and as the accelerator reads it."""
+
+    host: HostExperts
+    weights: ExpertWeights
+    device: torch.device
+
+
+def measure(layer: MeasuredLayer, compute: str, lora: bool) -> LayerCosts:
+    """Of a layer. compute: of the settings; lora: with LoRA."""
+    bench = _Bench(layer, compute, lora)
+    host = bench.curves(bench.on_host)
+    there = bench.curves(bench.on_device)
+    stream, contention = bench.together()
+    forward, backward = (
+        PassCosts(h, d, h_fixed, d_fixed, stream, contention)
+        for (h, h_fixed), (d, d_fixed) in zip(host, there, strict=True)
+    )
+    return LayerCosts(forward, backward)
+
+
+# Seconds of forward and backward.
+_Times = tuple[float, float]
+
+
+class _Bench:
+    """Times calls of one layer. Experts take turns, so that weights come from memory."""
+
+    def __init__(self, layer: MeasuredLayer, compute: str, lora: bool) -> None:
+        self._host, self._device, layout = layer.host, layer.device, layer.host.layout
+        self._layout = layout
+        self._call = Call(layout.arithmetic or compute, Gate(gated=layout.gated))
+        self._ranks = _RANK if lora else 0
+        self._turn = 0
+        self._share = DeviceShare(layer.weights)
+        self._share.place(range(min(layout.experts, max(n for _, n in _CASES))))
+
+    def _inputs(self, rows: int, chosen: Sequence[int], device: torch.device) -> Inputs:
+        layout = self._layout
+        index = torch.tensor(chosen).repeat(rows)[:, None]
+        lora: list[LoraFactors | None] = [None, None, None]
+        if self._ranks:  # one pair for all costs what pairs cost, and takes no memory
+            for i, projection in enumerate(PROJECTIONS):
+                if projection in layout.projections:
+                    outputs, inputs = layout.shape(projection)
+                    a, b = torch.zeros(1, self._ranks, inputs), torch.zeros(1, outputs, self._ranks)
+                    lora[i] = LoraFactors(a.to(device), b.to(device), 1.0)
+        hidden_TD = torch.randn(len(index), layout.hidden).bfloat16()
+        return Inputs(
+            hidden_TD.to(device),
+            index.to(device),
+            torch.ones(len(index), 1, device=device),
+            (lora[0], lora[1], lora[2]),
+        )
+
+    def _chosen(self, count: int, of: int) -> list[int]:
+        first, self._turn = self._turn, self._turn + count
+        return [(first + i) % of for i in range(count)]
+
+    def on_host(self, rows: int, count: int) -> _Times:
+        """With so many rows for each of so many experts."""
+        chosen = self._chosen(count, self._layout.experts)
+        inputs = self._inputs(rows, chosen, torch.device("cpu"))
+        start = time.perf_counter()
+        done = self._host.forward(self._call, inputs, None, keep=True)
+        middle = time.perf_counter()
+        assert done.context is not None
+        self._host.backward(done.context, done.out_TD, None)
+        return middle - start, time.perf_counter() - middle
+
+    def on_device(self, rows: int, count: int) -> _Times:
+        """The same of experts that are resident."""
+        chosen = self._chosen(count, len(self._share.resident))
+        inputs = self._inputs(rows, chosen, self._device)
+        share = Share(Assignment(tuple(chosen)), (rows,) * count)
+        self._wait()
+        start = time.perf_counter()
+        total_TD, _ = self._share.forward(self._call, share, inputs, keep=False).result()
+        self._wait()
+        middle = time.perf_counter()
+        self._share.backward(self._call, share, inputs, total_TD, ()).result()
+        self._wait()
+        return middle - start, time.perf_counter() - middle
+
+    def _wait(self) -> None:
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
+
+    def curves(self, case: Callable[[int, int], _Times]) -> list[tuple[Curve, float]]:
+        """Of forward and backward: seconds of an expert by its rows, and of a call without any."""
+        most = self._layout.experts
+
+        def median(rows: int, count: int) -> _Times:
+            case(rows, count)
+            times = [case(rows, count) for _ in range(_REPEATS)]
+            forward, backward = zip(*times, strict=True)
+            return statistics.median(forward), statistics.median(backward)
+
+        alone = median(1, 1)
+        cases = [(rows, min(count, most)) for rows, count in _CASES]
+        times = [median(rows, count) for rows, count in cases]
+        found = []
+        for which in (0, 1):
+            first, count = times[0][which], cases[0][1]
+            each = max(0.0, first - alone[which]) / max(1, count - 1)
+            fixed = max(0.0, alone[which] - each)
+            seconds = [
+                max(0.0, t[which] - fixed) / n for t, (_, n) in zip(times, cases, strict=True)
+            ]
+            # More rows never take less: what says so is noise.
+            rising = [max(seconds[: i + 1]) for i in range(len(seconds))]
+            found.append((Curve(tuple(rows for rows, _ in cases), tuple(rising)), fixed))
+        return found
+
+    def together(self) -> tuple[float, float]:
+        """Seconds of the link for one expert while the host computes, and the part by which that
+        slows the host down."""
+        if self._device.type == "cpu":
+            return 0.0, 0.0
+        layout = self._layout
+        at_a_time = Limits.within(layout, compute_dtype(torch.bfloat16)).experts
+        moved, stop = [0, 0.0], threading.Event()
+
+        def stream() -> None:
+            start = time.perf_counter()
+            while not stop.is_set():
+                chosen = list(range(min(layout.experts, 2 * at_a_time)))
+                moved[0] += self._share.stream(chosen, self._device, at_a_time)
+            self._wait()
+            moved[1] = time.perf_counter() - start
+
+        rows, count = _CASES[2]
+        alone = statistics.median(sum(self.on_host(rows, count)) for _ in range(_REPEATS))
+        self._share.stream([0], self._device, at_a_time)
+        working = aside(self._device, stream)
+        try:
+            times: list[float] = []
+            end = time.perf_counter() + _TOGETHER_SECONDS
+            while time.perf_counter() < end or len(times) < _REPEATS:
+                times.append(sum(self.on_host(rows, count)))
+        finally:
+            stop.set()
+            working.result()
+        return moved[1] / max(1, moved[0]), max(0.0, statistics.median(times) / alone - 1.0)

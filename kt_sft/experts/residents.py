@@ -1,0 +1,78 @@
+"""Keeping the accelerator's experts those that get the most rows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from kt_sft.engines.share import DeviceShare
+from kt_sft.engines.split import PartedExperts
+from kt_sft.experts.module import HybridExperts
+from kt_sft.machine.accelerator import free_device_memory
+from kt_sft.scheduling.profile import RoutingProfile
+from kt_sft.scheduling.residents import ResidentBudget, choose_residents
+
+logger = logging.getLogger(__name__)
+
+# Without a plan `auto` takes so much of what is free, so that activations have room.
+_PART_OF_FREE = 0.4
+
+
+def _shares(modules: Mapping[str, HybridExperts]) -> dict[str, DeviceShare]:
+    """Of the layers that an accelerator may have a share of."""
+    placed = {path: module.weights for path, module in modules.items()}
+    return {
+        path: experts.share
+        for path, experts in placed.items()
+        if isinstance(experts, PartedExperts) and experts.share is not None
+    }
+
+
+def resident_experts(modules: Mapping[str, HybridExperts]) -> dict[str, tuple[int, ...]]:
+    """Layer -> the experts that are in the accelerator's memory."""
+    return {path: share.resident for path, share in _shares(modules).items()}
+
+
+def restore_residents(modules: Mapping[str, HybridExperts], saved: Path) -> None:
+    """The places and the profile that a checkpoint was saved with. Raises OSError."""
+    shares = _shares(modules)
+    counts = {path: module.shape.experts for path, module in modules.items()}
+    profile, residents = RoutingProfile.load(saved, counts)
+    for module in modules.values():
+        module.runtime.routing = profile
+    for path, share in shares.items():
+        share.place(residents.get(path, ()))
+
+
+def place_residents(modules: Mapping[str, HybridExperts]) -> int:
+    """Chooses the resident experts of a model anew, by the rows that they have got so far; not
+    within a step, as a backward must find the places of its forward. Returns how many have come."""
+    parted = _shares(modules)
+    if not parted:
+        return 0
+    runtime = next(iter(modules.values())).runtime
+    budget = runtime.resident_budget
+    if not budget.decided:
+        free = free_device_memory() or 0
+        budget = ResidentBudget(nbytes=int(_PART_OF_FREE * free))
+        runtime.resident_budget = budget
+    shares = runtime.routing.shares()
+    loads = {
+        path: shares.get(path, [0.0] * share.weights.experts) for path, share in parted.items()
+    }
+    sizes = {path: share.expert_bytes for path, share in parted.items()}
+    former = {path: share.resident for path, share in parted.items()}
+    chosen = choose_residents(loads, sizes, budget, former)
+    come = 0
+    for path, share in parted.items():
+        come += len(set(chosen[path]) - set(former[path]))
+        share.place(chosen[path])
+    if come:
+        logger.info(
+            "%d experts are to be in the accelerator's memory, %.3f GB; %d of them are new",
+            sum(map(len, chosen.values())),
+            sum(len(chosen[path]) * sizes[path] for path in chosen) / 1e9,
+            come,
+        )
+    return come

@@ -1,0 +1,84 @@
+"""How many rows each expert gets: measured while a model runs, and kept beside its store.
+
+Legend: E experts of a layer.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from kt_sft.files import durable
+
+logger = logging.getLogger(__name__)
+
+_VERSION = 1
+# What was counted before weighs so much after each pass: some hundred passes are remembered.
+_DECAY = 0.99
+
+
+class RoutingProfile:
+    """Rows of every expert, layer by layer, the latest passes counting most."""
+
+    def __init__(self) -> None:
+        self.passes = 0
+        self._rows: dict[str, list[float]] = {}
+
+    def record(self, path: str, rows: Sequence[int]) -> None:
+        """One pass through a layer."""
+        known = self._rows.get(path)
+        if known is None or len(known) != len(rows):
+            self._rows[path] = [float(n) for n in rows]
+        else:
+            self._rows[path] = [_DECAY * a + n for a, n in zip(known, rows, strict=True)]
+        self.passes += 1
+
+    def shares(self) -> dict[str, list[float]]:
+        """Layer -> the part of its rows that each expert gets, [E]; layers without rows are not
+        there."""
+        totals = {path: sum(rows) for path, rows in self._rows.items()}
+        return {
+            path: [n / totals[path] for n in rows]
+            for path, rows in self._rows.items()
+            if totals[path]
+        }
+
+    def save(self, path: Path, residents: Mapping[str, Sequence[int]] | None = None) -> None:
+        """As JSON, with the experts that an accelerator has; the file appears whole. OSError."""
+        content = {
+            "version": _VERSION,
+            "passes": self.passes,
+            "rows": self._rows,
+            "residents": {name: list(experts) for name, experts in (residents or {}).items()},
+        }
+        durable.write_whole(path, json.dumps(content).encode())
+
+    @classmethod
+    def load(
+        cls, path: Path, experts: Mapping[str, int]
+    ) -> tuple[RoutingProfile, dict[str, tuple[int, ...]]]:
+        """What was saved, of layers with so many experts each; what does not fit is left out, with
+        a warning. Raises OSError."""
+        profile, residents = cls(), {}
+        try:
+            found = json.loads(path.read_text())
+            if found["version"] != _VERSION:
+                raise ValueError(f"version {found['version']}, expected {_VERSION}")
+            for name, count in experts.items():
+                rows = [float(n) for n in found["rows"].get(name, ())]
+                chosen = [int(e) for e in found["residents"].get(name, ())]
+                if len(rows) == count and all(math.isfinite(n) and n >= 0 for n in rows):
+                    profile._rows[name] = rows
+                if all(0 <= e < count for e in chosen):
+                    residents[name] = tuple(sorted({*chosen}))
+            profile.passes = int(found["passes"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            logger.warning("%s: is no routing profile (%s) and is left out", path, error)
+            return cls(), {}
+        if profile._rows and len(profile._rows) < len(experts):
+            known, layers = len(profile._rows), len(experts)
+            logger.warning("%s: fits %d of the model's %d layers", path, known, layers)
+        return profile, residents

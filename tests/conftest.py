@@ -60,6 +60,8 @@ COSTS = {
     "test_cli.py": "process",
     "test_patches.py": "process",
     "kernels": "unit",
+    "device": "unit",
+    "scheduling": "unit",
     "store": "unit",
     "test_comparators.py": "unit",
     "test_settings.py": "unit",

@@ -20,6 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("patches", "machine", "files"),
     ("kernels",),
+    ("scheduling", "device"),
     ("config", "families", "adapters", "store"),
     ("engines", "checkpoint"),
     ("experts", "export"),

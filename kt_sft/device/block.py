@@ -317,7 +317,7 @@ class _Waiting:
         self._total_TD = torch.zeros_like(hidden_TD, dtype=torch.float32)
         size = min(block.limits.waiting, self._routing.rows)
         self._rows = hidden_TD.new_zeros(size + 1, hidden_TD.shape[1], dtype=block.dtype)
-        self._first = self._count = 0
+        self._first = self._count = self._come = 0
 
     def add(self, row: int, results: Tensor) -> None:
         """Of the rows from `row` on, which follow those before."""
@@ -327,9 +327,14 @@ class _Waiting:
             self._first = row
         self._rows[self._count : self._count + len(results)] = results
         self._count += len(results)
+        self._come += len(results)
 
     def total(self) -> Tensor:
-        """fp32 [T, D]."""
+        """fp32 [T, D]. Raises RuntimeError where pieces were missing."""
+        if self._come != self._routing.rows:
+            raise RuntimeError(
+                f"experts: {self._come} of {self._routing.rows} routed rows were computed"
+            )
         self._sum()
         return self._total_TD
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from kt_sft import __version__
-from kt_sft.cli import adapter, bench, doctor, errors, export, pack
+from kt_sft.cli import adapter, bench, doctor, errors, export, pack, plan, profile
 from kt_sft.cli.help_text import sentence
 from kt_sft.cli.recipes import run_recipe
 from kt_sft.errors import KtSftError
@@ -20,7 +20,7 @@ _RECIPE_COMMANDS = {
     "webchat": "talk to a model in the browser",
 }
 
-_VERBS = (export, adapter, pack, errors, bench, doctor)
+_VERBS = (plan, profile, export, adapter, pack, errors, bench, doctor)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -57,7 +57,7 @@ class Limits:
         row = (4 * size + 8) * hidden + (4 * size + 32) * inner
         rows = max(1, third // row)
         return cls(
-            max(1, (third - unpacked_bytes(layout)) // unpacked),
+            min(layout.experts, max(1, (third - unpacked_bytes(layout)) // unpacked)),
             rows,
             max(rows, third // (size * hidden)),
         )

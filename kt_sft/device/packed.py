@@ -58,7 +58,7 @@ class PackedPiece:
         if list(experts) == list(range(first, first + len(experts))):
             found = {k: t[first : first + len(experts)] for k, t in self.sections.items()}
         else:
-            index = torch.tensor(experts, dtype=torch.int64, device=self.device)
+            index = torch.tensor(experts, dtype=torch.int64).to(self.device, non_blocking=True)
             found = {k: t.index_select(0, index) for k, t in self.sections.items()}
         return PackedPiece(self.layout, found)
 
@@ -69,8 +69,8 @@ class PackedPiece:
     def weights(self, projection: str, dtype: torch.dtype) -> Tensor:
         """What is computed with, [n, N, C], rounded once to `dtype`."""
         outputs, inputs = self.layout.shape(projection)
-        values = _FORMS[self.layout.weights](_Matrix(self, projection))
-        return values[:, :outputs, :inputs].to(dtype)
+        values = _FORMS[self.layout.weights](_Matrix(self, projection), dtype)
+        return values[:, :outputs, :inputs]
 
     def bias(self, projection: str) -> Tensor | None:
         """fp32 [n, N], or None."""
@@ -88,8 +88,9 @@ def expert_bytes(layout: WeightLayout) -> dict[str, int]:
 def unpacked_bytes(layout: WeightLayout) -> int:
     """The most that one expert takes while a projection of it is unpacked, in bytes."""
     outputs, inputs = layout.shape("up_proj")
-    # In turn: the codes in another order, fp32 of them, its product with the scales, the result.
-    return (1 + 4 + 4 + 4) * outputs * inputs
+    # Published codes take the most: bytes, what they stand for and their scales in fp32, a product.
+    each = 1 + 4 + 4 + 4 if layout.weights == "coded" else 1 + 1 + 1
+    return each * outputs * inputs
 
 
 @dataclass(frozen=True)
@@ -125,16 +126,22 @@ class _Matrix:
         found = self.section("multipliers")[:, : panels * blocks * 2 * halves * 16]
         return found.reshape(len(self.piece), panels, blocks, 2, halves, 16)
 
-    def scaled(self, values: Tensor) -> Tensor:
-        """Values [n, N, C] by the scales of their outputs, fp32."""
-        return values.float() * self.section("scales", torch.float32)[:, : values.shape[1], None]
+    def scaled(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """[n, N, C] of integers [n, P, 2, 16, ...inputs], by the scales of their outputs: one
+        rounding, and one pass over memory on an accelerator."""
+        n, (panels, blocks) = len(self.piece), self.grid
+        scales = self.section("scales", torch.float32)[:, : panels * _PANEL]
+        scales = scales.reshape(n, panels, 2, 16, *[1] * (values.dim() - 4))
+        out = torch.empty(values.shape, dtype=dtype, device=values.device)
+        return torch.mul(values, scales, out=out).view(n, panels * _PANEL, blocks * _BLOCK)
 
 
-def _int8(matrix: _Matrix) -> Tensor:
+def _int8(matrix: _Matrix, dtype: torch.dtype) -> Tensor:
     n, (panels, blocks) = len(matrix.piece), matrix.grid
     tiles = matrix.section("tiles").reshape(n, panels, blocks, 2, 16, 16, 4)
-    codes = tiles.permute(0, 1, 3, 5, 2, 4, 6).reshape(n, panels * 32, blocks * 64)
-    return matrix.scaled(codes.float() - 128)
+    # Without the highest bit turned over, 128 would have to be subtracted.
+    codes = (tiles ^ 0x80).view(torch.int8)
+    return matrix.scaled(codes.permute(0, 1, 3, 5, 2, 4, 6), dtype)
 
 
 def _nibbles(tiles: Tensor) -> Tensor:
@@ -142,35 +149,35 @@ def _nibbles(tiles: Tensor) -> Tensor:
     return torch.stack((tiles & 15, tiles >> 4))
 
 
-def _int4(group: int) -> Callable[[_Matrix], Tensor]:
-    def unpack(matrix: _Matrix) -> Tensor:
+def _int4(group: int) -> Callable[[_Matrix, torch.dtype], Tensor]:
+    halves = 2 if group == 32 else 1  # of a block of inputs, with multipliers of their own
+
+    def unpack(matrix: _Matrix, dtype: torch.dtype) -> Tensor:
         n, (panels, blocks) = len(matrix.piece), matrix.grid
         tiles = matrix.section("tiles").reshape(n, panels, blocks, 2, 8, 16, 4)
         # [half of the inputs, n, P, B, half of the outputs, 8, 16, 4]
-        codes = _nibbles(tiles).permute(1, 2, 4, 6, 3, 0, 5, 7)
-        codes = codes.reshape(n, panels * 32, blocks * 64)
-        if group == 32:
-            factors = matrix.multipliers(blocks, 2).permute(0, 1, 3, 5, 2, 4)
-        else:
-            factors = matrix.multipliers(-(-blocks // 2), 1).permute(0, 1, 3, 5, 2, 4)
-        factors = factors.reshape(n, panels * 32, -1, 1)
-        levels = torch.nn.functional.pad(codes, (0, -codes.shape[2] % group)).unflatten(
-            2, (-1, group)
-        )
-        lowest = torch.where(factors >= _RAISED, 7, 8)
-        values = (factors & 31).float() * (levels.float() - lowest)
-        return matrix.scaled(values.flatten(2)[:, :, : blocks * 64])
+        codes = _nibbles(tiles).permute(1, 2, 4, 6, 3, 0, 5, 7).view(torch.int8)
+        groups = blocks if group == 32 else -(-blocks // 2)
+        # [n, P, 2, 16, groups, halves]
+        factors = matrix.multipliers(groups, halves).permute(0, 1, 3, 5, 2, 4)
+        if group == 128:  # one for two blocks
+            factors = factors.repeat_interleave(2, 4)[:, :, :, :, :blocks]
+        factors = factors[..., None, None]
+        lowest = torch.where(factors >= _RAISED, 7, 8).to(torch.int8)
+        # A multiplier times a level is an int8 weight.
+        values = (codes - lowest) * (factors & 31).view(torch.int8)
+        return matrix.scaled(values, dtype)
 
     return unpack
 
 
-def _bf16(matrix: _Matrix) -> Tensor:
+def _bf16(matrix: _Matrix, dtype: torch.dtype) -> Tensor:
     n, (panels, blocks) = len(matrix.piece), matrix.grid
     tiles = matrix.section("tiles", torch.bfloat16).reshape(n, panels, blocks, 32, 32, 2)
-    return tiles.permute(0, 1, 4, 2, 3, 5).reshape(n, panels * 32, blocks * 64)
+    return tiles.permute(0, 1, 4, 2, 3, 5).reshape(n, panels * 32, blocks * 64).to(dtype)
 
 
-def _coded(matrix: _Matrix) -> Tensor:
+def _coded(matrix: _Matrix, dtype: torch.dtype) -> Tensor:
     n, (panels, blocks) = len(matrix.piece), matrix.grid
     coding = matrix.piece.layout.coding
     assert coding is not None
@@ -189,7 +196,7 @@ def _coded(matrix: _Matrix) -> Tensor:
         values = values - implied_zero(coding.codes)
     stored = matrix.section("scales", SCALE_DTYPES[coding.scales])
     values = values * _spread(coding, matrix, scale_values(coding.scales, stored))
-    return values.bfloat16()  # as the kernels round them
+    return values.bfloat16().to(dtype)  # as the kernels round them
 
 
 def _spread(coding: Coding, matrix: _Matrix, groups: Tensor) -> Tensor:
@@ -202,7 +209,7 @@ def _spread(coding: Coding, matrix: _Matrix, groups: Tensor) -> Tensor:
 
 
 # Format -> what unpacks a matrix, padding included where it is there.
-_FORMS: dict[str, Callable[[_Matrix], Tensor]] = {
+_FORMS: dict[str, Callable[[_Matrix, torch.dtype], Tensor]] = {
     "int8": _int8,
     "bf16": _bf16,
     "int4_g32": _int4(32),

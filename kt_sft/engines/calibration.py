@@ -13,7 +13,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,24 @@ import torch
 from kt_sft import __version__
 from kt_sft.config import HybridExpertsSettings
 from kt_sft.device.block import Limits, compute_dtype
+from kt_sft.engines.cpu import CpuEngine
 from kt_sft.engines.host import HostExperts
 from kt_sft.engines.protocol import ExpertsEngine, Share
 from kt_sft.engines.share import DeviceShare, aside
-from kt_sft.errors import StoreFolderError
+from kt_sft.errors import SettingsError, StoreFolderError
 from kt_sft.files import durable
-from kt_sft.kernels import PROJECTIONS, Call, ExpertWeights, Gate, Inputs, LoraFactors
-from kt_sft.machine.cpus import ranks_everywhere
+from kt_sft.kernels import (
+    PROJECTIONS,
+    Call,
+    Engine,
+    ExpertWeights,
+    Gate,
+    Inputs,
+    LoraFactors,
+    WeightLayout,
+    requested_isa,
+)
+from kt_sft.machine.cpus import ranks_everywhere, threads_of
 from kt_sft.machine.report import cpu_name
 from kt_sft.scheduling.assignment import Assignment
 from kt_sft.scheduling.costs import Curve, LayerCosts, PassCosts
@@ -42,6 +53,7 @@ _CASES = ((1, 16), (8, 16), (32, 16), (128, 4), (512, 2))
 _REPEATS = 5
 _RANK = 8
 _TOGETHER_SECONDS = 0.3
+_SOME_EXPERTS = 32
 
 
 class Calibrations:
@@ -93,7 +105,7 @@ class Calibrations:
             "ranks": ranks_everywhere(),
             "compute": layout.arithmetic or self._settings.compute,
             "lora": bool(self._settings.expert_lora),
-            "layout": repr(layout),
+            "layout": _form(layout),
         }
 
     def _read(self) -> dict[str, Any]:
@@ -122,6 +134,46 @@ class MeasuredLayer:
     host: HostExperts
     weights: ExpertWeights
     device: torch.device
+
+
+def _form(layout: WeightLayout) -> str:
+    """What a layer's costs depend on: not on how many experts it has."""
+    return repr(replace(layout, experts=1))
+
+
+def find_costs(path: Path, layout: WeightLayout) -> tuple[LayerCosts, dict[str, Any]]:
+    """The latest costs for a layer's form in a file of another machine, and what they are of.
+
+    Raises SettingsError.
+    """
+    try:
+        found = json.loads(path.read_text())
+        settings = [(json.loads(key), values) for key, values in found.items()]
+        fitting = [(s, v) for s, v in settings if s["layout"] == _form(layout)]
+        if fitting:
+            setting, values = fitting[-1]
+            return LayerCosts.from_dict(values), setting
+        known = sorted({s["layout"] for s, _ in settings})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SettingsError(f"{path}: is no calibration of kt_sft ({error})") from error
+    raise SettingsError(f"{path}: has nothing of {_form(layout)}; it has {', '.join(known)}")
+
+
+def measured_layer(
+    settings: HybridExpertsSettings, layout: WeightLayout, device: torch.device
+) -> LayerCosts:
+    """Of a layer's form, without a model: from the file, or measured with some random experts."""
+    engine = CpuEngine(Engine(threads_of(settings.threads), requested_isa(settings.isa)))
+    some = replace(layout, experts=min(layout.experts, _SOME_EXPERTS))
+    weights = ExpertWeights(some)
+    if layout.coding is None:
+        one = torch.randn(some.shape("up_proj"), generator=torch.Generator().manual_seed(0))
+        for expert in range(some.experts):
+            for projection in some.projections:
+                matrix = one.T if projection == "down_proj" else one
+                weights.pack(engine.packer, expert, projection, matrix.contiguous())
+    layer = MeasuredLayer(engine.on(weights), weights, device)
+    return Calibrations(settings).costs(layer, engine)
 
 
 def measure(layer: MeasuredLayer, compute: str, lora: bool) -> LayerCosts:
@@ -163,7 +215,9 @@ class _Bench:
                     outputs, inputs = layout.shape(projection)
                     a, b = torch.zeros(1, self._ranks, inputs), torch.zeros(1, outputs, self._ranks)
                     lora[i] = LoraFactors(a.to(device), b.to(device), 1.0)
-        hidden_TD = torch.randn(len(index), layout.hidden).bfloat16()
+        # The model's own random numbers are not for this.
+        drawn = torch.randn(len(index), layout.hidden, generator=torch.Generator().manual_seed(0))
+        hidden_TD = drawn.bfloat16()
         return Inputs(
             hidden_TD.to(device),
             index.to(device),
@@ -236,13 +290,14 @@ class _Bench:
         if self._device.type == "cpu":
             return 0.0, 0.0
         layout = self._layout
-        at_a_time = Limits.within(layout, compute_dtype(torch.bfloat16)).experts
+        limits = Limits.within(layout, compute_dtype(torch.bfloat16))
+        at_a_time = self._share.streamed_at_a_time(layout.experts, limits)
         moved, stop = [0, 0.0], threading.Event()
 
         def stream() -> None:
             start = time.perf_counter()
             while not stop.is_set():
-                chosen = list(range(min(layout.experts, 2 * at_a_time)))
+                chosen = list(range(layout.experts))
                 moved[0] += self._share.stream(chosen, self._device, at_a_time)
             self._wait()
             moved[1] = time.perf_counter() - start

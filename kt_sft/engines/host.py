@@ -160,7 +160,7 @@ class HostExperts(ABC):
             if hold:
                 # The model may write into what it gets, and the link into its memory.
                 held = Held(staged.index_TK.clone(), host_out_TD.clone(), kept)
-            context = _context(call, inputs, staged, kept) if keep else None
+            context = context_of(call, inputs, staged, kept) if keep else None
             rows = rows_by_expert(staged.index_TK, self.layout.experts)
         done = Report(report.rows, report.max_rows, seconds, finite, traffic, rows)
         return Forward(out_TD, context, held, done)
@@ -182,7 +182,7 @@ class HostExperts(ABC):
         with _landing(inputs.hidden_TD.device, form) as landing:
             landing.tensors[0].copy_(held.out_TD)
             (out_TD,) = landing.send(traffic)
-        context = _context(call, inputs, staged, held.kept)
+        context = context_of(call, inputs, staged, held.kept)
         return Forward(out_TD, context, held, Report(0, 0, 0.0, finite=True, traffic=traffic))
 
     def backward(
@@ -256,7 +256,8 @@ class HostExperts(ABC):
         self._mirror.forget_held()
 
 
-def _context(call: Call, inputs: Inputs, staged: Inputs, kept: tuple[Tensor, ...]) -> Context:
+def context_of(call: Call, inputs: Inputs, staged: Inputs, kept: tuple[Tensor, ...]) -> Context:
+    """What a forward leaves whose inputs are `staged` on the host."""
     hidden_TD, index_TK, weight_TK, *lora = staged.tensors()
     if inputs.hidden_TD.device.type != "cpu":  # the link's memory is for the next layer
         hidden_TD, index_TK, weight_TK = hidden_TD.clone(), index_TK.clone(), weight_TK.clone()

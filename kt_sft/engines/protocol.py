@@ -102,8 +102,10 @@ class Context:
 
 @dataclass(eq=False)
 class Held:
-    """A forward that a second run of the same layer may take over, in host memory; what an
-    accelerator has a share of is computed again."""
+    """A forward that a second run of the same layer may take over.
+
+    In host memory, but for the out of a layer that an accelerator has a share of, which is there.
+    """
 
     index_TK: Tensor
     out_TD: Tensor
@@ -112,8 +114,9 @@ class Held:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all its tensors."""
-        return sum(t.nbytes for t in (self.index_TK, self.out_TD, *self.kept))
+        """Bytes of host memory."""
+        tensors = self.index_TK, self.out_TD, *self.kept
+        return sum(t.nbytes for t in tensors if t.device.type == "cpu")
 
 
 class Forward(NamedTuple):

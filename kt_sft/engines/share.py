@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -27,27 +28,39 @@ from kt_sft.engines.link import link_of
 from kt_sft.engines.protocol import Share
 from kt_sft.engines.streaming import stream_bytes, stream_of
 from kt_sft.kernels import Call, ExpertWeights, Inputs, WeightLayout
-from kt_sft.scheduling.assignment import Assignment
+from kt_sft.scheduling.assignment import STREAM_PIECES, Assignment
 
 T = TypeVar("T")
 
 # Outputs of gate and up are kept on the device for a backward that follows at once, up to here.
 _KEEPS_BYTES = 512 << 20
+# A copy of so many bytes is about as fast as the link can be.
+_PIECE_BYTES = 16 << 20
 
 
-def device_working_bytes(
-    layout: WeightLayout, tokens: int, top_k: int, dtype: torch.dtype
-) -> tuple[int, int]:
-    """The most that a pass through a layer of this form takes, at most with all of its experts: of
-    the accelerator, and of pinned host memory."""
+@dataclass(frozen=True)
+class DeviceBytes:
+    """What a layer's share takes at most, with all of its experts on the accelerator.
+
+    working: of the accelerator, within a pass. kept: there, until backward, for each layer that is
+    not checkpointed. pinned: of the host, for streaming.
+    """
+
+    working: int
+    kept: int
+    pinned: int
+
+
+def device_bytes(layout: WeightLayout, tokens: int, top_k: int, dtype: torch.dtype) -> DeviceBytes:
+    """Of a pass with so many tokens through a layer of this form."""
     product = compute_dtype(dtype)
     limits = Limits.within(layout, product)
     inner = len(layout.projections[:-1]) * layout.intermediate
     kept = min(_KEEPS_BYTES, tokens * top_k * inner * product.itemsize)
-    buffers = stream_bytes(layout, min(limits.experts, layout.experts))
+    buffers = stream_bytes(layout, limits.experts)
     sums = 2 * 4 * tokens * layout.hidden
     routing = 4 * 8 * tokens * top_k
-    return WORKING_BYTES + kept + buffers + sums + routing, buffers
+    return DeviceBytes(WORKING_BYTES + buffers + sums + routing, kept, buffers)
 
 
 class DeviceShare:
@@ -101,6 +114,7 @@ class DeviceShare:
         if not places.streamed:
             return
         first, streamed = len(places.resident), places.streamed
+        at_a_time = self.streamed_at_a_time(len(streamed), limits)
         if device.type == "cpu":
             for begin in range(0, len(streamed), at_a_time):
                 yield first + begin, self._host.take(streamed[begin : begin + at_a_time])
@@ -108,6 +122,11 @@ class DeviceShare:
         pieces = stream_of(device).pieces(self._host, streamed, at_a_time)
         for begin, piece in zip(range(0, len(streamed), at_a_time), pieces, strict=True):
             yield first + begin, piece
+
+    def streamed_at_a_time(self, experts: int, limits: Limits) -> int:
+        """Several, as small copies are slow, and few, so that computing begins early."""
+        large_enough = -(-_PIECE_BYTES // self.expert_bytes)
+        return min(limits.experts, experts, max(large_enough, -(-experts // STREAM_PIECES)))
 
     def _block(self, call: Call, share: Share, inputs: Inputs) -> DeviceBlock:
         limits = Limits.within(self._host.layout, compute_dtype(inputs.hidden_TD.dtype))

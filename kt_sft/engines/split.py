@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kt_sft.device.block import LoraGradients
 from kt_sft.engines.cpu import CpuEngine, CpuExperts
-from kt_sft.engines.host import HostExperts, brought
+from kt_sft.engines.host import HostExperts, brought, context_of
 from kt_sft.engines.link import Arrival, Traffic, link_of
 from kt_sft.engines.nodes import NodeEngines, NodeExperts
 from kt_sft.engines.protocol import (
@@ -151,28 +151,25 @@ class PartedExperts(HostExperts):
             finite=finite,
             expert_rows=rows,
         )
-        held = done.held and replace(done.held, index_TK=staged.index_TK.clone(), share=share)
-        return _joined(done._replace(report=report, held=held), share, inputs, total_TD, kept)
+        done = _joined(done._replace(report=report), share, inputs, total_TD, kept)
+        if done.held is not None:
+            # The model may write into what it gets.
+            whole = replace(done.held, index_TK=staged.index_TK.clone(), share=share)
+            done = done._replace(held=replace(whole, out_TD=done.out_TD.clone()))
+        return done
 
     def _resume_staged(
         self, call: Call, inputs: Inputs, staged: Inputs, held: Held, traffic: Traffic
     ) -> Forward | None:
         share = held.share
-        if share is None or self.share is None:
+        if share is None:
             return super()._resume_staged(call, inputs, staged, held, traffic)
         if not torch.equal(held.index_TK, staged.index_TK):
             return None
-        working = self.share.forward(call, share, inputs, keep=True)
-        try:
-            rest = _left_for_host(staged, share, self.layout.experts)
-            own = replace(held, index_TK=rest.index_TK)
-            done = super()._resume_staged(call, inputs, rest, own, traffic)
-        finally:
-            wait([working])
-        assert done is not None
-        total_TD, kept = working.result()
-        traffic.bytes_up += self._streamed_bytes(share, inputs.hidden_TD.device)
-        return _joined(done._replace(held=held), share, inputs, total_TD, kept)
+        rest = _left_for_host(staged, share, self.layout.experts)
+        context = _with_share(context_of(call, inputs, rest, held.kept), share, inputs, ())
+        report = Report(0, 0, 0.0, finite=True, traffic=traffic)
+        return Forward(held.out_TD.clone(), context, held, report)
 
     def backward(
         self,
@@ -225,12 +222,13 @@ class DeviceExperts(PartedExperts):
     def forward(
         self, call: Call, inputs: Inputs, arriving: Arrival | None, keep: bool, hold: bool = False
     ) -> Forward:
-        """See PlacedExperts; nothing is held, as computing again costs little there."""
+        """See PlacedExperts."""
         assert self.share is not None
         start, traffic, device = time.perf_counter(), Traffic(), inputs.hidden_TD.device
         with brought(arriving, [[(inputs.index_TK, torch.int64)]], traffic) as ((index_TK,),):
             rows = rows_by_expert(index_TK, self.layout.experts)
-        share = self._part(rows, device, keep) or Share(Assignment(), ())
+            index_TK = index_TK.clone()
+        share = self._part(rows, device, keep or hold) or Share(Assignment(), ())
         total_TD, kept = self.share.forward(call, share, inputs, keep and not hold).result()
         traffic.bytes_up += self._streamed_bytes(share, device)
         out_TD = total_TD.to(inputs.hidden_TD.dtype)
@@ -238,12 +236,22 @@ class DeviceExperts(PartedExperts):
         finite = device.type != "cpu" or is_finite(out_TD)
         seconds = time.perf_counter() - start
         report = Report(sum(rows), max(rows), seconds, finite, traffic, rows)
-        context = None
-        if keep:
-            homes = tuple(Home.of(factor) for factor in inputs.tensors()[3:])
-            context = Context(call, inputs.scalings, inputs.weight_TK.dtype, homes, ())
-            context = _with_share(context, share, inputs, kept)
-        return Forward(out_TD, context, None, report)
+        context = _on_device_alone(call, share, inputs, kept) if keep else None
+        held = Held(index_TK, out_TD.clone(), (), share) if hold else None
+        return Forward(out_TD, context, held, report)
+
+    def resume(
+        self, call: Call, inputs: Inputs, arriving: Arrival | None, held: Held
+    ) -> Forward | None:
+        """See PlacedExperts."""
+        traffic = Traffic()
+        assert held.share is not None
+        with brought(arriving, [[(inputs.index_TK, torch.int64)]], traffic) as ((index_TK,),):
+            if not torch.equal(held.index_TK, index_TK):
+                return None
+        context = _on_device_alone(call, held.share, inputs, ())
+        report = Report(0, 0, 0.0, finite=True, traffic=traffic)
+        return Forward(held.out_TD.clone(), context, held, report)
 
     def backward(
         self,
@@ -332,6 +340,12 @@ def _with_share(
     theirs = (*(t.detach() for t in inputs.tensors()), *kept)
     tensors = (*context.tensors, *theirs)
     return replace(context, tensors=tensors, share=share, share_tensors=len(theirs))
+
+
+def _on_device_alone(call: Call, share: Share, inputs: Inputs, kept: tuple[Tensor, ...]) -> Context:
+    homes = tuple(Home.of(factor) for factor in inputs.tensors()[3:])
+    own = Context(call, inputs.scalings, inputs.weight_TK.dtype, homes, ())
+    return _with_share(own, share, inputs, kept)
 
 
 def _parted(context: Context) -> tuple[Context, Inputs, tuple[Tensor, ...]]:

@@ -20,8 +20,8 @@ _PART_OF_FREE = 0.4
 
 
 def _shares(modules: Mapping[str, HybridExperts]) -> dict[str, DeviceShare]:
-    """Of the layers that an accelerator may have a share of."""
-    placed = {path: module.weights for path, module in modules.items()}
+    """Of the layers that an accelerator may have a share of, by their paths in the base model."""
+    placed = {module.path: module.weights for module in modules.values()}
     return {
         path: experts.share
         for path, experts in placed.items()
@@ -37,7 +37,7 @@ def resident_experts(modules: Mapping[str, HybridExperts]) -> dict[str, tuple[in
 def restore_residents(modules: Mapping[str, HybridExperts], saved: Path) -> None:
     """The places and the profile that a checkpoint was saved with. Raises OSError."""
     shares = _shares(modules)
-    counts = {path: module.shape.experts for path, module in modules.items()}
+    counts = {module.path: module.shape.experts for module in modules.values()}
     profile, residents = RoutingProfile.load(saved, counts)
     for module in modules.values():
         module.runtime.routing = profile

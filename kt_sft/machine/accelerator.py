@@ -14,6 +14,17 @@ def _module() -> Any:
     return torch.get_device_module(torch.accelerator.current_accelerator())
 
 
+def current_accelerator() -> torch.device | None:
+    """The current device of it, if there is one."""
+    if not torch.accelerator.is_available():
+        return None
+    found = torch.accelerator.current_accelerator()
+    index = getattr(torch.accelerator, "current_device_index", None) or (
+        torch.accelerator.current_device_idx
+    )
+    return None if found is None else torch.device(found.type, index())
+
+
 def has_accelerator() -> bool:
     """Whether there is one."""
     return _module() is not None

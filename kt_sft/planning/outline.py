@@ -102,7 +102,8 @@ class TrainingOutline:
         )
 
 
-def _top_k(config: Any, experts: int) -> int:
+def top_k_of(config: Any, experts: int) -> int:
+    """Experts per token, by the names that families have for it."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     named = (getattr(text, name, None) for name in TOP_K_NAMES)
     known = next((k for k in named if isinstance(k, int)), None)
@@ -169,7 +170,7 @@ def plan_of(
     needs = [
         LayerNeeds(
             layout,
-            _top_k(model.config, layout.experts),
+            top_k_of(model.config, layout.experts),
             settings.expert_lora == "shared",
             adapted.get(layer.hybrid_path, ()),
         )

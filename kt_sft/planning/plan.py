@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from kt_sft.engines.link import BUFFERS, pinned_size
-from kt_sft.engines.share import device_working_bytes
+from kt_sft.engines.share import device_bytes
 from kt_sft.errors import MemoryPlanError
 from kt_sft.kernels import (
     PROJECTIONS,
@@ -284,13 +284,17 @@ def plan_memory(
     if on_device is not None and not rest.on_host:
         parts.append(Component(_RESIDENT, "device", on_device.resident_bytes))
         tokens = work.tokens if work is not None else _FORWARD_TOKENS
-        needs = [
-            device_working_bytes(layer.layout, tokens, layer.top_k, _dtype(rest))
-            for layer in {*layers}
-        ]
+        needs = [device_bytes(la.layout, tokens, la.top_k, _dtype(rest)) for la in layers]
+        held = 0
+        if work is not None:
+            # A checkpointed layer holds its output; or, computed again, what one layer keeps.
+            out = tokens * rest.hidden * rest.element_bytes
+            kept = [n.kept for n in needs]
+            held = sum(kept) if not work.checkpointing else len(kept) * out if keeps else max(kept)
         parts += [
-            Component("working memory of experts", "device", max(n for n, _ in needs)),
-            Component("pinned memory of experts", "host", max(n for _, n in needs)),
+            Component("working memory of experts", "device", max(n.working for n in needs)),
+            Component("activations of experts there", "device", held),
+            Component("pinned memory of experts", "host", max(n.pinned for n in needs)),
         ]
     if work is not None:
         trained = sum(lora_parameters(layer, work.rank) for layer in layers)

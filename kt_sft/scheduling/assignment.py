@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+# Streamed experts come in so many pieces, each computed with while the next one comes.
+STREAM_PIECES = 16
+
 
 @dataclass(frozen=True)
 class Assignment:

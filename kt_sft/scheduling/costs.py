@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kt_sft.scheduling.assignment import Assignment
+from kt_sft.scheduling.assignment import STREAM_PIECES, Assignment
 
 Seconds = NDArray[np.float64]
 
@@ -112,9 +112,10 @@ def estimate(costs: PassCosts, rows: Sequence[int], places: Assignment) -> Estim
 
 
 def _makespan(host: Any, link: Any, device: Any, costs: PassCosts) -> Any:
-    """The device cannot begin with what has not come, nor end before the last has; the host is
-    slowed down while the link works."""
-    late = np.where(np.asarray(link) > 0, costs.stream, 0.0)
+    """The device cannot begin before the first piece has come, nor end with the last one's coming;
+    the host is slowed down while the link works."""
+    link = np.asarray(link)
+    late = np.where(link > 0, np.maximum(costs.stream, link / STREAM_PIECES), 0.0)
     slowed = host + costs.contention * np.minimum(host, link)
     return np.maximum(slowed, np.maximum(link, device) + late)
 

@@ -15,6 +15,8 @@ from kt_sft.files import durable
 
 logger = logging.getLogger(__name__)
 
+# Of a run's folder and of a checkpoint.
+FILE_NAME = "kt_sft_routing.json"
 _VERSION = 1
 # What was counted before weighs so much after each pass: some hundred passes are remembered.
 _DECAY = 0.99
@@ -82,3 +84,11 @@ class RoutingProfile:
             known, layers = len(profile._rows), len(experts)
             logger.warning("%s: fits %d of the model's %d layers", path, known, layers)
         return profile, residents
+
+
+def layers_of(path: Path) -> dict[str, int]:
+    """The layers that a file speaks of, and their experts; none for one that is damaged."""
+    try:
+        return {str(name): len(rows) for name, rows in json.loads(path.read_text())["rows"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}

@@ -12,7 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from kt_sft.experts import HybridExperts, hybrid_experts_of
 from kt_sft.experts.residents import place_residents, resident_experts, restore_residents
-from kt_sft.scheduling.profile import RoutingProfile
+from kt_sft.scheduling.profile import FILE_NAME, RoutingProfile
 
 logger = logging.getLogger(__name__)
 
@@ -29,16 +29,14 @@ class ResidentExperts(TrainerCallback):
     resumes_from: the checkpoint that a training goes on from.
     """
 
-    FILE_NAME = "kt_sft_routing.json"
-
     def __init__(self) -> None:
         self.resumes_from: Path | None = None
         self._experts: dict[str, HybridExperts] = {}
 
     def _name(self, args: TrainingArguments) -> str:
-        path = Path(self.FILE_NAME)
+        path = Path(FILE_NAME)
         each = f"{path.stem}_{args.process_index}{path.suffix}"
-        return each if args.world_size > 1 else self.FILE_NAME
+        return each if args.world_size > 1 else FILE_NAME
 
     def on_train_begin(
         self,
@@ -81,7 +79,7 @@ class ResidentExperts(TrainerCallback):
         runtime = next((m.runtime for m in self._experts.values()), None)
         if runtime is None or not state.is_world_process_zero:
             return
-        for path in (Path(str(args.output_dir)) / self.FILE_NAME, runtime.routing_file):
+        for path in (Path(str(args.output_dir)) / FILE_NAME, runtime.routing_file):
             if path is None or not path.parent.is_dir():
                 continue
             try:

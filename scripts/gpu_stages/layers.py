@@ -83,7 +83,7 @@ def _lora(x: Tensor, weight: Tensor, factors: nn.ParameterList, e: int) -> Tenso
     return x @ weight.T + 2.0 * (x @ a.T) @ b.T
 
 
-def _stock(sizes: dict[str, Any]) -> nn.Module:
+def stock(sizes: dict[str, Any]) -> nn.Module:
     """Weights of the size of trained ones, the same numbers again and again: quick to make."""
     config = AutoConfig.for_model("qwen3_moe", **sizes)
     with torch.device("meta"):
@@ -102,10 +102,10 @@ def _stock(sizes: dict[str, Any]) -> nn.Module:
     return model
 
 
-def _model(setting: Setting, adapters: str | None) -> nn.Module:
+def build_model(setting: Setting, adapters: str | None, **settings: Any) -> nn.Module:
     """LoRA everywhere; `adapters` of None is the streamed one."""
     torch.manual_seed(0)
-    model = _stock(SMALL if setting.small else SHAPE)
+    model = stock(SMALL if setting.small else SHAPE)
     device = setting.place()
     if adapters is None:
         for layer in model.model.layers:
@@ -114,15 +114,13 @@ def _model(setting: Setting, adapters: str | None) -> nn.Module:
         for name, p in model.named_parameters():
             p.requires_grad_("lora_" in name)
     else:
-        settings = HybridExpertsConfig(weights="int8", store="memory", adapters=adapters)
+        config = HybridExpertsConfig(weights="int8", store="memory", adapters=adapters, **settings)
         targets = [*ATTENTION, *EXPERTS]
-        model = get_peft_model(
-            hybridize(model, settings), LoraConfig(r=RANK, target_modules=targets)
-        )
+        model = get_peft_model(hybridize(model, config), LoraConfig(r=RANK, target_modules=targets))
     return model.to(device).train()
 
 
-def _measure(setting: Setting, model: nn.Module, tokens: int) -> tuple[Callable[[], None], float]:
+def measure(setting: Setting, model: nn.Module, tokens: int) -> tuple[Callable[[], None], float]:
     """A step, and the median of its seconds."""
     device = setting.place()
     ids = torch.randint(0, model.config.vocab_size, (1, tokens), device=device)
@@ -150,7 +148,8 @@ def _measure(setting: Setting, model: nn.Module, tokens: int) -> tuple[Callable[
     return step, statistics.median(seconds)
 
 
-def _say(setting: Setting, name: str, model: nn.Module, tokens: int, seconds: float) -> None:
+def say(setting: Setting, name: str, model: nn.Module, tokens: int, seconds: float) -> None:
+    """A row: the step's time, memory, and what the experts' meter has counted since `measure`."""
     layers = model.config.num_hidden_layers
     row = {
         "case": name,
@@ -196,14 +195,14 @@ def run(setting: Setting) -> None:
     """Rows: ours with adapters on the device and on the host, a trace, the streamed baseline."""
     lengths = (32, 48) if setting.small else (2048, 8192)
     for adapters in ("device", "host"):
-        model = _model(setting, adapters)
+        model = build_model(setting, adapters)
         for tokens in lengths:
-            step, seconds = _measure(setting, model, tokens)
-            _say(setting, f"ours, adapters: {adapters}", model, tokens, seconds)
+            step, seconds = measure(setting, model, tokens)
+            say(setting, f"ours, adapters: {adapters}", model, tokens, seconds)
             if adapters == "device" and tokens == lengths[0]:
                 _trace(setting, step)
         del model, step
-    model = _model(setting, None)
+    model = build_model(setting, None)
     for tokens in lengths:
-        _, seconds = _measure(setting, model, tokens)
-        _say(setting, "weights streamed to the device, bf16", model, tokens, seconds)
+        _, seconds = measure(setting, model, tokens)
+        say(setting, "weights streamed to the device, bf16", model, tokens, seconds)

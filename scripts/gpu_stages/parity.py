@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -18,9 +19,9 @@ TARGETS = ["gate_proj", "up_proj", "down_proj", "o_proj"]
 CHECKPOINTING = {"none": None, "reentrant": True, "saved tensors": False}
 
 
-def build(family: str, device: str, dtype: torch.dtype, adapters: str = "device") -> nn.Module:
-    """A tiny LoRA model with nonzero B, its experts on the host."""
-    base = hybridize(make_model(family).to(dtype), HybridExpertsConfig(adapters=adapters))
+def build(family: str, device: str, dtype: torch.dtype, **settings: Any) -> nn.Module:
+    """A tiny LoRA model with nonzero B and hybrid experts."""
+    base = hybridize(make_model(family).to(dtype), HybridExpertsConfig(**settings))
     torch.manual_seed(1)
     model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS))
     generator = torch.Generator().manual_seed(0)
@@ -58,7 +59,7 @@ def run(setting: Setting) -> None:
     for family, dtype in itertools.product(families, (torch.float32, torch.bfloat16)):
         want = step(build(family, "cpu", dtype), "cpu")
         for adapters, kind in itertools.product(("device", "host"), CHECKPOINTING):
-            got = step(build(family, device, dtype, adapters), device, CHECKPOINTING[kind])
+            got = step(build(family, device, dtype, adapters=adapters), device, CHECKPOINTING[kind])
             exact = dtype == torch.float32
             worst = difference(got, want) if exact else difference(
                 {"loss": got["loss"]}, {"loss": want["loss"]}

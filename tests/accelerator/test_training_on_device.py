@@ -39,6 +39,7 @@ def run(
     resume: bool = False,
     adapters: str = "device",
     change: Change | None = None,
+    experts: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> dict[str, Any]:
     """What the device saw of a training in a child."""
@@ -50,7 +51,7 @@ def run(
         change=change,
         targets=EXPERTS,
         arguments={"use_cpu": False, **arguments},
-        experts={"adapters": adapters},
+        experts={"adapters": adapters, **(experts or {})},
     )
     code, output = finish(work, seconds=300)
     assert code == 0, output
@@ -146,3 +147,38 @@ def test_a_resumed_training_is_the_same_to_the_bit(tmp_path: Path, adapters: str
     run(parts, resume=True, **constant)
     assert curve(parts) == curve(whole)
     assert adapter(parts) == adapter(whole)
+
+
+schedules = pytest.mark.parametrize(
+    "experts",
+    [
+        {"schedule": "resident", "gpu_experts": 3},
+        {"schedule": "auto", "gpu_experts": 1},
+        {"schedule": "device"},
+    ],
+    ids=["resident", "auto", "device"],
+)
+
+
+@schedules
+def test_a_training_whose_device_has_experts(tmp_path: Path, experts: dict[str, Any]) -> None:
+    """Follows the one on the CPU, and resumes with the same experts in the same places."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    constant = {"lr_scheduler_type": "constant", "gradient_checkpointing": True}
+    seen = run(whole, experts=experts, **constant)
+    assert seen["violations"] == []
+    want = on_cpu(tmp_path / "cpu", **constant)
+    assert losses(whole) == pytest.approx(want, rel=3e-4)
+    run(parts, max_steps=4, experts=experts, **constant)
+    run(parts, resume=True, experts=experts, **constant)
+    assert curve(parts) == curve(whole)
+    assert adapter(parts) == adapter(whole)
+    profile = json.loads((whole / "kt_sft_routing.json").read_text())
+    assert profile["passes"] > 0 and len(profile["rows"]) == 3
+    assert (whole / "checkpoint-8" / "kt_sft_routing.json").is_file()
+    count = experts.get("gpu_experts", 0)
+    assert all(len(chosen) == count for chosen in profile["residents"].values())
+    for path, chosen in profile["residents"].items():
+        rows = profile["rows"][path]
+        # By the latest choice, at step 4 of 8; no other expert got clearly more since.
+        assert all(rows[e] * 2 >= max(rows) / 2 for e in chosen)

@@ -37,6 +37,7 @@ _CHOICES = {
     "resident": ("auto", True, False),
     "memory_check": (True, False),
     "schedule": ("host", "auto", "device", "resident"),
+    "disk_tier": (True, False),
 }
 
 
@@ -79,6 +80,8 @@ class HybridExpertsSettings:
         computes on the mapped file. auto copies where memory nodes share the work and it fits.
     memory_check: before loading, refuse a run whose planned memory is more than there is; false
         starts it all the same, with a warning.
+    disk_tier: true lets a model run whose packed experts do not fit memory: they are read from the
+        store's file in every pass, the next layer while one is computed. false refuses it.
     schedule: where routed experts are computed when the model is on an accelerator: host; auto
         (each pass is parted between host and accelerator so that both end together, by what was
         measured of the machine; experts that are not in the accelerator's memory are streamed to
@@ -103,6 +106,7 @@ class HybridExpertsSettings:
     store: str = "auto"
     resident: str | bool = "auto"
     memory_check: bool = True
+    disk_tier: bool = False
     schedule: str = "host"
     gpu_experts: int | str = 0
 
@@ -174,6 +178,10 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
     if unknown or not _is_list(programs):
         found.append(f"export_for: got {unknown!r}, expected a list of {', '.join(EXPORT_TARGETS)}")
     found += _device_problems(values)
+    if values["disk_tier"] is True and (values["store"] == "memory" or values["resident"] is True):
+        found.append(
+            "disk_tier: true needs a mapped store; leave store: memory and resident: true out"
+        )
     if not isinstance(values["store"], str) or not values["store"]:
         found.append(f"store: got {values['store']!r}, expected auto, memory or a folder")
     if not isinstance(values["isa"], str):

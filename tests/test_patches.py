@@ -292,7 +292,8 @@ print([c.__name__ for c in DEFAULT_CALLBACKS])
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    names = ["DefaultFlowCallback", "HybridExpertsMetrics", "RunGuard", "WaitingGradients"]
+    ours = ["HybridExpertsMetrics", "RunGuard", "WaitingGradients", "ResidentExperts"]
+    names = ["DefaultFlowCallback", *ours]
     assert done.stdout.splitlines()[-1] == str(names)
 
 

@@ -35,8 +35,8 @@ def _host_engine(settings: HybridExpertsSettings) -> CpuEngine | NodeEngines:
         cpus = cpus_of_rank(nodes, rank, ranks)
         return CpuEngine(Engine(threads, isa) if cpus is None else engine_on(cpus, threads, isa))
     # A mapped file lies where the system put it: nodes share the work on copies only. Where all is
-    # computed on an accelerator, nobody has it.
-    on_host = settings.schedule != "device"
+    # computed on an accelerator, nobody has it, and what comes from the disk has no copies.
+    on_host = settings.schedule != "device" and not settings.disk_tier
     if 1 < len(nodes) <= threads and settings.resident is not False and on_host:
         return NodeEngines(nodes, threads, isa)
     return CpuEngine(Engine(threads, isa))

@@ -58,6 +58,7 @@ class LayerPass:
             if again is not None:
                 self.runtime.meter.record_traffic(again.report)
                 return again
+        self.runtime.read_ahead("forward", self.path)
         keeper = checkpoint if checkpoint and checkpoint.keeps else None
         done = self.experts.forward(self.call, inputs, arriving, self.keep, hold=keeper is not None)
         self.runtime.meter.record("forward", done.report, self.experts.layout, 0)
@@ -100,6 +101,7 @@ class ExpertsBegin(torch.autograd.Function):
         trip: _Trip = ctx.trip
         layer, context, d_out_TD = trip.layer, trip.context, trip.d_out_TD
         assert context is not None and d_out_TD is not None
+        layer.runtime.read_ahead("backward", layer.path)
         found, report = layer.experts.backward(
             context, d_out_TD, trip.arriving, layer.runtime.gradients_may_wait()
         )

@@ -46,6 +46,8 @@ class ExpertsRuntime:
         self.require_weights: Callable[[], None] = lambda: None
         # Whether gradients of LoRA on an accelerator may wait for the next backward.
         self.gradients_may_wait: Callable[[], bool] = lambda: False
+        # Called when a layer's forward or backward begins, where experts come from the disk.
+        self.read_ahead: Callable[[str, str], None] = lambda direction, path: None
         self.meter = ExpertsMeter()
         # How many rows each expert gets, the file that remembers it, and how many experts may be
         # in an accelerator's memory; the memory plan decides `gpu_experts: auto`.

@@ -15,10 +15,12 @@ from kt_sft.experts import HybridExperts
 from kt_sft.kernels import Engine
 from kt_sft.kernels.formats import AS_PUBLISHED
 from kt_sft.loading.packing import pack_in_memory, report, write_layers
+from kt_sft.machine.disk import read_rate
 from kt_sft.machine.memory import available_memory_bytes
 from kt_sft.scheduling.profile import RoutingProfile
 from kt_sft.store.library import StoreLibrary, WantedStore, default_folder
 from kt_sft.store.packed_file import PackedFile, StoredLayer
+from kt_sft.store.read_ahead import ReadAhead
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +79,9 @@ def place_experts(modules: Mapping[str, HybridExperts], experts: CheckpointExper
             resident = _copy(settings.resident, packed, engine)
             if not resident:
                 runtime.require_weights = packed.require_whole
+                if settings.disk_tier:
+                    runtime.read_ahead = ReadAhead(packed)
+                    _say_what_to_expect(packed)
             for path, module in modules.items():
                 mapped = packed.weights(path)
                 if resident:
@@ -101,6 +106,18 @@ def _remember_routing(modules: Mapping[str, HybridExperts], file: Path) -> None:
             runtime.routing, _ = RoutingProfile.load(file, counts)
         except OSError as error:
             logger.warning("%s: %s; the routing profile is left out", file, error)
+
+
+def _say_what_to_expect(packed: PackedFile) -> None:
+    """Of experts that may come from the disk."""
+    rate, free = read_rate(packed.path), available_memory_bytes()
+    logger.info(
+        "disk_tier: %.2f GB of packed experts, %.2f GB of memory are free; what does not stay is "
+        "read in each pass%s",
+        packed.nbytes / 1e9,
+        free / 1e9,
+        f", at {rate / 1e9:.2f} GB/s all of it in {packed.nbytes / rate:.1f} s" if rate else "",
+    )
 
 
 def _copy(resident: str | bool, packed: PackedFile, engine: ExpertsEngine) -> bool:

@@ -243,6 +243,7 @@ def check_memory(plan: MemoryPlan, settings: HybridExpertsSettings) -> None:
     logger.info("%s", plan.text())
     on_device = plan.of("device")
     free = available_memory_bytes()
-    plan.require(free, free_device_memory() if on_device else None, settings.memory_check)
+    device_free = free_device_memory() if on_device else None
+    plan.require(free, device_free, settings.memory_check, settings.disk_tier)
     if not on_device:
         allocator.settle(plan.host_bytes, free)

@@ -126,13 +126,14 @@ class MemoryPlan:
     """The components of one rank's run, and how many ranks share the machine.
 
     adapters: where the experts' LoRA is, host or device. keeps: what the experts compute in a
-    checkpointed layer is held until backward.
+    checkpointed layer is held until backward. two_layers: bytes of the two largest layers' experts.
     """
 
     components: tuple[Component, ...]
     ranks: int
     adapters: str = "device"
     keeps: bool = True
+    two_layers: int = 0
 
     def of(self, place: str) -> int:
         """Bytes that one rank takes in a place."""
@@ -171,9 +172,22 @@ class MemoryPlan:
         """Whether `free` bytes of an accelerator are enough."""
         return self.spare_device_bytes(free) >= 0
 
-    def require(self, host_free: int, device_free: int | None, enforce: bool) -> None:
-        """Raises MemoryPlanError where a limit would be passed; warns where not `enforce`."""
-        limits = [("host", self.host_bytes, host_free)]
+    def from_disk(self, free: int) -> int:
+        """Bytes of mapped experts that `free` bytes of memory cannot hold beside the rest."""
+        rest = self.host_bytes - self.of("machine")
+        return max(0, self.of("machine") - max(0, free - _margin(free) - rest))
+
+    def require(
+        self, host_free: int, device_free: int | None, enforce: bool, disk_tier: bool = False
+    ) -> None:
+        """Raises MemoryPlanError where a limit would be passed; warns where not `enforce`.
+
+        disk_tier: mapped experts may be read from the disk again and again.
+        """
+        needed = self.host_bytes
+        if disk_tier:  # of experts only those of two layers: one is computed, the next one comes
+            needed += min(self.of("machine"), self.two_layers) - self.of("machine")
+        limits = [("host", needed, host_free)]
         if device_free is not None:
             limits.append(("device", self.of("device"), device_free))
         problems = [
@@ -184,12 +198,20 @@ class MemoryPlan:
         ]
         if not problems:
             return
+        over = self.from_disk(host_free)
+        disk = ""
+        if over and not disk_tier and self.of("machine"):
+            disk = (
+                f"; disk_tier: true goes on with less memory, and reads {over / 1e9:.1f} GB of "
+                "experts from the disk in every pass"
+            )
         message = (
             "not enough memory:\n"
             + "\n".join(f"  - {p}" for p in problems)
             + f"\n{self.text()}\nSmaller are: weights: int4, a shorter cutoff_len, a smaller "
             "per_device_train_batch_size, activations: recompute, a lower lora_rank, "
             "expert_lora: shared; on the device, adapters: host, gpu_experts: 0, schedule: host"
+            f"{disk}"
         )
         if enforce:
             raise MemoryPlanError(f"{message}. memory_check: false starts all the same")
@@ -336,4 +358,5 @@ def plan_memory(
             Component("inputs of the layers", "host", tensor * away),
             Component("tensors on the link", "device", 0 if rest.on_host else packed),
         ]
-    return MemoryPlan(tuple(parts), ranks, adapters, keeps)
+    two = sum(sorted(layer.layout.nbytes for layer in layers)[-2:])
+    return MemoryPlan(tuple(parts), ranks, adapters, keeps, two)

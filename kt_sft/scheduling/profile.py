@@ -50,13 +50,17 @@ class RoutingProfile:
 
     def save(self, path: Path, residents: Mapping[str, Sequence[int]] | None = None) -> None:
         """As JSON, with the experts that an accelerator has; the file appears whole. OSError."""
+        durable.write_whole(path, self.text(residents).encode())
+
+    def text(self, residents: Mapping[str, Sequence[int]] | None = None) -> str:
+        """The content of the file."""
         content = {
             "version": _VERSION,
             "passes": self.passes,
             "rows": self._rows,
             "residents": {name: list(experts) for name, experts in (residents or {}).items()},
         }
-        durable.write_whole(path, json.dumps(content).encode())
+        return json.dumps(content)
 
     @classmethod
     def load(

@@ -6,10 +6,12 @@ digest of each, so that a flipped byte anywhere is found when the file is opened
 
 from __future__ import annotations
 
+import ctypes
 import json
 import mmap
 import os
 import struct
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -29,6 +31,10 @@ FORMAT = "kt_sft.store"
 VERSION = 1
 _ALIGNMENT = 4096
 _MAX_HEADER = 64 << 20
+# Of madvise: reads a mapping's pages as if they were touched.
+_POPULATE_READ = 22
+_READ_STEP = 4 << 20
+_libc = ctypes.CDLL(None)
 _BLANK_DIGEST = "0" * 32
 _REBUILD = "remove the file; the next start, or `kt-sft pack`, builds it again"
 
@@ -217,6 +223,8 @@ class PackedFile:
         try:
             with self.path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+                self._file = os.dup(file.fileno())
+                weakref.finalize(self, os.close, self._file)
         except FileNotFoundError:
             raise StoreError(f"{self.path}: no such file") from None
         except (OSError, ValueError) as error:
@@ -268,6 +276,23 @@ class PackedFile:
     def nbytes(self) -> int:
         """Bytes of the whole file."""
         return len(self._map)
+
+    def ranges(self, path: str) -> list[tuple[int, int]]:
+        """Where one layer's experts begin and end in the file. Raises KeyError."""
+        layer = next((la for la in self.layers if la.path == path), None)
+        if layer is None:
+            raise KeyError(path)
+        return [self._places[name] for name, _ in layer.tensors()]
+
+    def bring(self, begin: int, end: int) -> None:
+        """Brings a part of the file into memory, without holding Python's lock. Raises OSError."""
+        first = begin // mmap.PAGESIZE * mmap.PAGESIZE
+        address = ctypes.c_void_p(_read_only(self._map, 0, 1).data_ptr() + first)
+        if _libc.madvise(address, ctypes.c_size_t(end - first), _POPULATE_READ) == 0:
+            return
+        # Systems before Linux 5.14: reading it has the same effect.
+        for step in range(first, end, _READ_STEP):
+            os.pread(self._file, min(_READ_STEP, end - step), step)
 
     def _sections(self, layer: StoredLayer) -> Iterator[tuple[str, Tensor]]:
         for name, size in layer.tensors():

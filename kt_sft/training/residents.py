@@ -12,7 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from kt_sft.experts import HybridExperts, hybrid_experts_of
 from kt_sft.experts.residents import place_residents, resident_experts, restore_residents
-from kt_sft.scheduling.profile import FILE_NAME, RoutingProfile
+from kt_sft.scheduling.profile import FILE_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,10 @@ class ResidentExperts(TrainerCallback):
         """Into the checkpoint, which is being written."""
         folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if self._experts and folder.is_dir():
-            self._save(folder / self._name(args))
+            # Saving brings the checkpoint to the disk as a whole.
+            profile = next(iter(self._experts.values())).runtime.routing
+            text = profile.text(resident_experts(self._experts))
+            (folder / self._name(args)).write_text(text)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -83,10 +86,6 @@ class ResidentExperts(TrainerCallback):
             if path is None or not path.parent.is_dir():
                 continue
             try:
-                self._save(path)
+                runtime.routing.save(path, resident_experts(self._experts))
             except OSError as error:
                 logger.warning("%s: %s; the routing profile is not kept there", path, error)
-
-    def _save(self, path: Path) -> None:
-        profile: RoutingProfile = next(iter(self._experts.values())).runtime.routing
-        profile.save(path, resident_experts(self._experts))

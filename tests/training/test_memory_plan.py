@@ -24,6 +24,7 @@ import memory_plan
 
 from kt_sft import HybridExpertsConfig, hybridize
 from kt_sft.config import HybridExpertsSettings
+from kt_sft.device.block import WORKING_BYTES
 from kt_sft.engines.link import pinned_size
 from kt_sft.errors import MemoryPlanError
 from kt_sft.experts import hybrid_experts_of
@@ -51,6 +52,7 @@ from kt_sft.planning.plan import (
     Arithmetic,
     LayerNeeds,
     MemoryPlan,
+    OnDevice,
     RestOfModel,
     Workload,
     crossing_bytes,
@@ -165,6 +167,53 @@ def test_refused_before_it_is_exhausted(caplog: pytest.LogCaptureFixture) -> Non
         plan().require(1 << 50, 1 << 30, enforce=True)
     plan().require(needed, None, enforce=False)
     assert "not enough memory" in caplog.text
+
+
+def test_experts_on_the_disk() -> None:
+    """Where the rest fits, mapped experts may come from the disk; never less than two layers."""
+    experts, rest = 48 * LAYER.layout.nbytes, plan().of("host")
+    free = int((rest + experts // 2) * 1.05) + (512 << 20)
+    over = plan().from_disk(free)
+    assert 0.3 * experts < over < 0.6 * experts
+    assert plan().from_disk(1 << 50) == 0
+    plan().require(free, None, enforce=True, disk_tier=True)
+    with pytest.raises(MemoryPlanError, match="disk_tier: true goes on with less memory") as e:
+        plan().require(free, None, enforce=True)
+    assert f"{over / 1e9:.1f} GB of experts from the disk" in str(e.value)
+    two = 2 * LAYER.layout.nbytes
+    enough = int((rest + two) * 1.05) + (512 << 20)
+    plan().require(enough, None, enforce=True, disk_tier=True)
+    with pytest.raises(MemoryPlanError) as e:
+        plan().require(enough - 2 * two, None, enforce=True, disk_tier=True)
+    assert "disk_tier" not in str(e.value)
+    # Experts in this process's memory stay there.
+    with pytest.raises(MemoryPlanError):
+        plan(mapped=False).require(free, None, enforce=True, disk_tier=True)
+
+
+def test_experts_on_the_device() -> None:
+    """What `schedule` and `gpu_experts` take."""
+
+    def parts(on_device: OnDevice | None, work: Workload = WORK, **changes: object) -> dict:
+        found = plan(work, on_device=on_device, **changes).components
+        return {c.name: (c.place, c.nbytes) for c in found}
+
+    assert "resident experts" not in parts(None)
+    shared = OnDevice(resident_bytes=5_000_000_000)
+    found = parts(shared)
+    assert found["resident experts"] == ("device", 5_000_000_000)
+    working, one = found["working memory of experts"][1], 4096 * 2048
+    # Sums of out in fp32, forward and backward, within a bounded rest.
+    assert 8 * one < working - WORKING_BYTES < 8 * one + (600 << 20)
+    assert 0 < found["pinned memory of experts"][1] < 600 << 20
+    # A checkpointed layer holds its output; others the outputs of gate and up.
+    kept = "activations of experts there"
+    assert found[kept][1] == 48 * one * 2
+    assert parts(shared, replace(WORK, checkpointing=False))[kept][1] == 48 * 4096 * 8 * 2 * 768 * 2
+    assert parts(shared, keeps=False)[kept][1] == 4096 * 8 * 2 * 768 * 2
+    assert plan(on_device=shared).resident_bytes == 5_000_000_000
+    on_host = plan(rest=replace(REST, on_host=True), on_device=shared)
+    assert on_host.of("device") == 0 == on_host.resident_bytes
 
 
 def test_loading_asks_before_it_reads(

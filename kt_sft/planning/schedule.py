@@ -16,12 +16,21 @@ _BAR = 40
 
 
 def expected_rows(shares: Sequence[float], tokens: int, top_k: int) -> list[int]:
-    """Rows of each expert, as many as T * K together, at most T each; by largest remainder."""
-    exact = [min(share / sum(shares) * top_k, 1.0) * tokens for share in shares]
+    """Rows of each expert, T * K together and at most T each; by largest remainder."""
+    parts, open_, left = [0.0] * len(shares), set(range(len(shares))), float(top_k)
+    while open_ and left > 0:
+        total = sum(shares[e] for e in open_)
+        wanted = {e: left * (shares[e] / total if total else 1 / len(open_)) for e in open_}
+        # A token chooses an expert once: what is above that goes to the others.
+        full = {e for e, part in wanted.items() if part >= 1}
+        for e in full or open_:
+            parts[e] = min(1.0, wanted[e])
+        left = left - len(full) if full else 0.0
+        open_ -= full
+    exact = [part * tokens for part in parts]
     rows = [int(n) for n in exact]
-    missing = min(tokens * top_k - sum(rows), sum(n < tokens for n in rows))
-    by_remainder = sorted(range(len(rows)), key=lambda e: (rows[e] >= tokens, rows[e] - exact[e]))
-    for e in by_remainder[:missing]:
+    by_remainder = sorted(range(len(rows)), key=lambda e: rows[e] - exact[e])
+    for e in by_remainder[: max(0, tokens * top_k - sum(rows))]:
         rows[e] += 1
     return rows
 

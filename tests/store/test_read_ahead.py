@@ -59,6 +59,20 @@ def test_the_next_layer_up_and_down(store: PackedFile, monkeypatch: pytest.Monke
     )
 
 
+def test_a_checkpointed_layer_is_computed_on_the_way_down(
+    store: PackedFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead, wanted = ReadAhead(store), []
+    monkeypatch.setattr(ahead, "_want", wanted.append)
+    for direction, at in (
+        ("forward", 0), ("forward", 1), ("forward", 2),
+        ("forward", 2), ("backward", 2), ("forward", 1), ("backward", 1), ("forward", 0),
+        ("backward", 0), ("forward", 0),
+    ):  # fmt: skip
+        ahead(direction, PATHS[at])
+    assert wanted == [1, 2, 3, 1, 1, 0, 0, -1, -1, 1]
+
+
 def test_a_layer_that_is_not_next_any_more_is_left(
     store: PackedFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:

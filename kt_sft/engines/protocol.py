@@ -34,7 +34,8 @@ class Report:
 
     seconds: of computing, without moving tensors. finite: whether out, or the gradient of hidden,
     has neither NaN nor Inf. traffic: between the host and an accelerator. expert_rows: of a forward
-    that was computed, the rows of each expert.
+    that was computed, the rows of each expert. device_rows: those of `rows` that an accelerator
+    has computed.
     """
 
     rows: int
@@ -43,6 +44,7 @@ class Report:
     finite: bool
     traffic: Traffic = field(default_factory=Traffic)
     expert_rows: tuple[int, ...] = ()
+    device_rows: int = 0
 
 
 @dataclass(frozen=True)

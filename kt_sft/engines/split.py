@@ -150,6 +150,7 @@ class PartedExperts(HostExperts):
             max_rows=max(rows),
             finite=finite,
             expert_rows=rows,
+            device_rows=sum(share.rows),
         )
         done = _joined(done._replace(report=report), share, inputs, total_TD, kept)
         if done.held is not None:
@@ -190,18 +191,19 @@ class PartedExperts(HostExperts):
             wait([working])
         more, traffic = working.result(), report.traffic
         traffic.bytes_up += self._streamed_bytes(share, d_out_TD.device)
-        theirs = _lora_gradients(context.lora, more.lora, share, self.layout.experts, traffic)
+        added = _lora_gradients(context.lora, more.lora, share, self.layout.experts, traffic)
         lora = tuple(
             a if b is None else b if a is None else a.add_(b)
-            for a, b in zip(found.lora, theirs, strict=True)
+            for a, b in zip(found.lora, added, strict=True)
         )
         gradients = LayerGradients(
             (found.hidden_TD.float() + more.hidden_TD).to(found.hidden_TD.dtype),
             found.weight_TK + more.weight_TK.to(found.weight_TK.dtype),
             lora,
         )
-        rows = report.rows + sum(share.rows)
-        return gradients, replace(report, rows=rows, max_rows=max(report.max_rows, *share.rows))
+        theirs = sum(share.rows)
+        report = replace(report, rows=report.rows + theirs, device_rows=theirs)
+        return gradients, replace(report, max_rows=max(report.max_rows, *share.rows))
 
 
 class DeviceExperts(PartedExperts):
@@ -235,7 +237,7 @@ class DeviceExperts(PartedExperts):
         # Elsewhere the host would have to wait.
         finite = device.type != "cpu" or is_finite(out_TD)
         seconds = time.perf_counter() - start
-        report = Report(sum(rows), max(rows), seconds, finite, traffic, rows)
+        report = Report(sum(rows), max(rows), seconds, finite, traffic, rows, sum(rows))
         context = _on_device_alone(call, share, inputs, kept) if keep else None
         held = Held(index_TK, out_TD.clone(), (), share) if hold else None
         return Forward(out_TD, context, held, report)
@@ -270,8 +272,9 @@ class DeviceExperts(PartedExperts):
         lora = _lora_gradients(context.lora, found.lora, share, self.layout.experts, traffic)
         gradients = LayerGradients(d_hidden_TD, found.weight_TK.to(context.weight_dtype), lora)
         finite = d_hidden_TD.device.type != "cpu" or is_finite(d_hidden_TD)
-        seconds, rows = time.perf_counter() - start, share.rows
-        return gradients, Report(sum(rows), max(rows, default=0), seconds, finite, traffic)
+        seconds, rows = time.perf_counter() - start, sum(share.rows)
+        most = max(share.rows, default=0)
+        return gradients, Report(rows, most, seconds, finite, traffic, device_rows=rows)
 
 
 class PartedEngine:

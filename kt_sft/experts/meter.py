@@ -24,6 +24,13 @@ class ExpertsReading:
     forward_calls: int
     backward_calls: int
     traffic: Traffic
+    rows: int = 0
+    device_rows: int = 0
+
+    @property
+    def device_share(self) -> float:
+        """Part of the routed rows that an accelerator has computed."""
+        return self.device_rows / self.rows if self.rows else 0.0
 
     @property
     def share(self) -> float:
@@ -54,6 +61,8 @@ class _Sums:
     forward_calls: int = 0
     backward_calls: int = 0
     traffic: Traffic = field(default_factory=Traffic)
+    rows: int = 0
+    device_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,6 +100,8 @@ class ExpertsMeter:
         # Multiply-adds of the three frozen products, counted twice each.
         sums.flops += 6.0 * report.rows * layout.hidden * layout.intermediate
         sums.tokens += counted_tokens
+        sums.rows += report.rows
+        sums.device_rows += report.device_rows
         sums.traffic = sums.traffic + report.traffic
         if report.rows:
             sums.imbalance += report.max_rows * layout.experts / report.rows
@@ -122,4 +133,6 @@ class ExpertsMeter:
             forward_calls=sums.forward_calls,
             backward_calls=sums.backward_calls,
             traffic=sums.traffic,
+            rows=sums.rows,
+            device_rows=sums.device_rows,
         )

@@ -23,7 +23,8 @@ class HybridExpertsMetrics(TrainerCallback):
     Per logging step: tokens_per_second, experts_forward_ms and experts_backward_ms (per optimizer
     step), experts_tflops, experts_time_share, experts_forwards_per_backward (1 where nothing is
     computed twice), experts_load_max_over_mean, host_memory_gb. With an accelerator also
-    device_memory_gb and, for each optimizer step, experts_mb_down, experts_mb_up (from and to the
+    device_memory_gb, experts_device_share (of the routed rows, where it computes any) and, for each
+    optimizer step, experts_mb_down, experts_mb_up (from and to the
     device), experts_host_waited_ms and experts_device_waited_ms (one side for the other, at the
     experts). Evaluations between the steps are left out. Does nothing for a model without hybrid
     experts.
@@ -143,6 +144,8 @@ class HybridExpertsMetrics(TrainerCallback):
             "experts_load_max_over_mean": round(reading.load_max_over_mean, 3),
             "host_memory_gb": round(host_memory_bytes() / 1e9, 3),
         }
+        if reading.device_rows:
+            metrics["experts_device_share"] = round(reading.device_share, 4)
         device = peak_device_memory()
         if device is not None:
             # What crossed the link, and who waited for whom there.

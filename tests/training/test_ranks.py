@@ -42,9 +42,14 @@ MODES: dict[str, dict[str, Any]] = {
     "zero2": {"deepspeed": (2, None)},
     "zero2 offload": {"deepspeed": (2, {"device": "cpu"})},
     "fsdp2": FSDP2,
-}
+    # Each rank computes its experts by the arithmetic of an accelerator.
+    "ddp device": {"kt_sft": {"weights": "int8", "schedule": "device"}},
+    "zero2 device": {
+        "kt_sft": {"weights": "int8", "schedule": "device"}, "deepspeed": (2, None),
+    },
+}  # fmt: skip
 # The quick ones; the others run with the slow tests.
-QUICK = [("ddp", 2), ("zero2", 2), ("ddp", 4)]
+QUICK = [("ddp", 2), ("zero2", 2), ("ddp", 4), ("ddp device", 2)]
 ALL = [(mode, ranks) for mode in MODES for ranks in (2, 4)]
 
 

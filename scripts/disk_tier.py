@@ -2,9 +2,9 @@
 
     python scripts/disk_tier.py [--limit GB] [--tokens N] [--layers N] [--folder FOLDER]
 
-Three children: with all the memory there is, and limited, with and without reading ahead. A table at
-the end: seconds of a step, bytes that came from the disk, their rate, and what part that is of what
-the disk reads past the page cache. The losses must be equal.
+Three children: with all the memory there is, and limited, with and without reading ahead. A table
+at the end: seconds of a step, bytes that came from the disk, their rate, and what part that is of
+what the disk reads past the page cache. The losses must be equal.
 """
 
 from __future__ import annotations

@@ -55,6 +55,10 @@ _MODES = "kt_sft/plugin/modes.py"
 
 _QUALITY = "kt_sft/bench/quality.py"
 
+_DEVICE = ("tests/device/test_device_block.py",)
+_SPLIT = ("tests/device/test_split.py",)
+_ON_DEVICE = ("tests/accelerator/test_experts_on_device.py",)
+
 _QUALITIES = ("tests/bench/test_quality.py",)
 _ACTIVATIONS = ("tests/training/test_activations.py",)
 _SURVIVAL = "tests/training/test_survival.py::"
@@ -317,6 +321,53 @@ FAULTS = (
           "if not _same(theirs[name], ours[name])", "if False", (f"{_EXPORT}/test_base_identity.py",)),
     Fault("rest: routers are quantized", "kt_sft/loading/quantized_rest.py",
           "[*kept, *_routers(model)]", "[*kept]", ("tests/models/test_quantized_rest.py",)),
+    Fault("device: dropout of every projection is the same", "kt_sft/device/dropout.py",
+          "len(PROJECTIONS) + (projection + 1)", "len(PROJECTIONS) + 1", _DEVICE),
+    Fault("device: raised levels of int4 are as others", "kt_sft/device/packed.py",
+          "torch.where(factors >= _RAISED, 7, 8)", "torch.where(factors >= 256, 7, 8)", _DEVICE),
+    Fault("device: routing weights are not in LoRA's gradients", "kt_sft/device/block.py",
+          "outer((weight_M1 * q_Mr).to(seen_MC.dtype), seen_MC, self.groups),",
+          "outer(q_Mr, seen_MC, self.groups),", _DEVICE),
+    Fault("device: down's bias is not in the weights' gradient", "kt_sft/device/block.py",
+          "d_weight_M += (d_y_MD.float() * self.groups.spread(bias)).sum(1)", "pass", _DEVICE),
+    Fault("device: rows that wait are summed for the first window only", "kt_sft/device/block.py",
+          "            self._first = row\n", "            self._first = self._first or row\n", _DEVICE),
+    Fault("device: the clamp has a slope", "kt_sft/device/gates.py",
+          "d_value * slope * (first <= kind.limit)", "d_value * slope", _DEVICE),
+    Fault("split: both sides compute", "kt_sft/engines/split.py",
+          "places[list(share.places.on_device)] = experts", "places[[]] = experts", _SPLIT),
+    Fault("split: gradients of LoRA are the host's alone", "kt_sft/engines/split.py",
+          "a if b is None else b if a is None else a.add_(b)", "a if a is not None else b", _SPLIT),
+    Fault("split: a second run is taken wherever its tokens go", "kt_sft/engines/split.py",
+          "        if not torch.equal(held.index_TK, staged.index_TK):\n            return None\n"
+          "        rest = ", "        rest = ", _SPLIT),
+    Fault("streaming: a buffer is refilled while it is computed with", "kt_sft/engines/streaming.py",
+          "            if buffer.used is not None:\n                self._stream.wait_event(buffer.used)\n"
+          "            with", "            with", _ON_DEVICE),
+    Fault("streaming: nobody waits for what comes", "kt_sft/engines/streaming.py",
+          "self._link.current_stream().wait_event(buffer.copied)", "pass", _ON_DEVICE),
+    Fault("split: measuring draws the model's random numbers", "kt_sft/engines/calibration.py",
+          "layout.hidden, generator=torch.Generator().manual_seed(0))", "layout.hidden)",
+          ("tests/accelerator/test_training_on_device.py::"
+           "test_a_training_whose_device_has_experts",)),
+    Fault("residents: resumed in other places", "kt_sft/training/residents.py",
+          "restore_residents(self._experts, saved)", "place_residents(self._experts)",
+          ("tests/accelerator/test_training_on_device.py::"
+           "test_a_training_whose_device_has_experts",)),
+    Fault("residents: no place is kept", "kt_sft/scheduling/residents.py",
+          "_GAIN = 1.25", "_GAIN = 1.0", ("tests/scheduling/test_residents.py",)),
+    Fault("costs: the link is free", "kt_sft/scheduling/costs.py",
+          "np.where(resident, 0.0, costs.stream)", "np.where(resident, 0.0, 0.0)",
+          ("tests/scheduling/test_costs.py",)),
+    Fault("costs: single experts are not moved", "kt_sft/scheduling/costs.py",
+          "        for _ in range(self._STEPS):", "        for _ in range(0):",
+          ("tests/scheduling/test_costs.py",)),
+    Fault("disk: the way down is not known", "kt_sft/store/read_ahead.py",
+          'down = direction == "backward" or', 'down = direction == "backward" and',
+          ("tests/store/test_read_ahead.py",)),
+    Fault("plan: experts on the disk take memory", "kt_sft/planning/plan.py",
+          "needed += min(self.of(\"machine\"), self.two_layers) - self.of(\"machine\")", "pass",
+          ("tests/training/test_memory_plan.py",)),
     Fault("demo: parameters are not compared", "scripts/demo/cards.py", '("module", "function", "parameters")',
           '("module", "function")', ("tests/test_demo.py",)),
 )  # fmt: skip

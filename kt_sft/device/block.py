@@ -199,13 +199,19 @@ class DeviceBlock:
         """Projection -> its LoRA, where it has one."""
         return {p: f for p, f in zip(PROJECTIONS, self.inputs.lora, strict=True) if f is not None}
 
-    def _piece(self, begin: int, packed: PackedPiece) -> _Piece:
-        experts, device = self.order[begin : begin + len(packed)], packed.device
-        lora = {}
+    @cached_property
+    def _factors(self) -> dict[str, tuple[Tensor, Tensor, float]]:
+        """LoRA of all these experts as it is multiplied: brought here once in a pass."""
+        device, found = self.inputs.hidden_TD.device, {}
         for name, f in self.adapted.items():
             pad = -f.rank % _RANK_STEP
-            a, b = (_of_experts(t, experts).to(device, self.dtype) for t in (f.a, f.b))
-            lora[name] = F.pad(a, (0, 0, 0, pad)), F.pad(b, (0, pad)), f.scaling
+            a, b = (_of_experts(t, self.order).to(device, self.dtype) for t in (f.a, f.b))
+            found[name] = F.pad(a, (0, 0, 0, pad)), F.pad(b, (0, pad)), f.scaling
+        return found
+
+    def _piece(self, begin: int, packed: PackedPiece) -> _Piece:
+        own = slice(begin, begin + len(packed))
+        lora = {name: (a[own], b[own], scaling) for name, (a, b, scaling) in self._factors.items()}
         return _Piece(packed, lora, self.dtype)
 
     def _parts(self, begin: int, piece: _Piece) -> Iterator[tuple[int, _Part]]:

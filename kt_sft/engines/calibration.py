@@ -7,6 +7,7 @@ Legend: T tokens, D hidden size, E experts, r LoRA rank.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import statistics
@@ -39,7 +40,7 @@ from kt_sft.kernels import (
     WeightLayout,
     requested_isa,
 )
-from kt_sft.machine.cpus import ranks_everywhere, threads_of
+from kt_sft.machine.cpus import place_among_ranks, threads_of
 from kt_sft.machine.report import cpu_name
 from kt_sft.scheduling.assignment import Assignment
 from kt_sft.scheduling.costs import Curve, LayerCosts, PassCosts
@@ -87,7 +88,7 @@ class Calibrations:
             layer.device,
             time.perf_counter() - start,
         )
-        self._write({**self._read(), key: found.as_dict()})
+        self._remember(key, found)
         return found
 
     def _setting(self, layer: MeasuredLayer, engine: ExpertsEngine) -> dict[str, Any]:
@@ -102,7 +103,8 @@ class Calibrations:
             "device": name,
             "threads": engine.threads,
             "isa": engine.isa,
-            "ranks": ranks_everywhere(),
+            # Ranks measure while the others do, each for itself.
+            "rank": place_among_ranks(),
             "compute": layout.arithmetic or self._settings.compute,
             "lora": bool(self._settings.expert_lora),
             "layout": _form(layout),
@@ -116,13 +118,16 @@ class Calibrations:
             return {}
         return found if isinstance(found, dict) else {}
 
-    def _write(self, known: dict[str, Any]) -> None:
+    def _remember(self, key: str, costs: LayerCosts) -> None:
         path = self.path
         if path is None:
             return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            durable.write_whole(path, json.dumps(known, indent=1).encode())
+            with path.with_suffix(".lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                known = {**self._read(), key: costs.as_dict()}
+                durable.write_whole(path, json.dumps(known, indent=1).encode())
         except OSError as error:
             logger.warning("%s: %s; the next start measures again", path, error)
 

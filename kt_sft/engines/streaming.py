@@ -64,8 +64,10 @@ class Stream:
                 buffer.there[:size].copy_(buffer.pinned[:size], non_blocking=True)
                 buffer.copied = self._link.mark()
             self._link.current_stream().wait_event(buffer.copied)
-            yield _views(source.layout, buffer.there, len(chosen))
-            buffer.used = self._link.mark()
+            try:
+                yield _views(source.layout, buffer.there, len(chosen))
+            finally:  # what was queued before an error, too
+                buffer.used = self._link.mark()
 
     def _take(self, nbytes: int) -> _Buffer:
         """The one whose copy is older, large enough."""

@@ -88,7 +88,8 @@ def test_many_experts() -> None:
         places = policy.assign(rows, resident, True)
         assert places == policy.assign(rows, resident, True)
         ends = estimate(one, rows, places)
-        assert abs(ends.host - ends.link) < 0.1 * ends.makespan
+        # But for the piece that the device waits for first.
+        assert ends.host > 0.9 * ends.makespan and ends.link > 0.8 * ends.makespan
         assert ends.makespan < 0.5 * estimate(one, rows, Assignment()).makespan
         assert set(places.resident) <= set(resident)
         assert not set(places.streamed) & set(resident)

@@ -29,7 +29,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     return effective_workplace(tmp_path_factory.mktemp("device"))
 
 
-def train(place: Workplace, name: str, on_device: bool, adapters: str, **settings: Any) -> None:
+def train(
+    place: Workplace,
+    name: str,
+    on_device: bool,
+    adapters: str,
+    experts: dict[str, Any] | None = None,
+    **settings: Any,
+) -> str:
+    """Its output."""
     recipe = {
         **RECIPE,
         "model_name_or_path": str(place.folder / "model"),
@@ -37,13 +45,19 @@ def train(place: Workplace, name: str, on_device: bool, adapters: str, **setting
         "output_dir": str(place.folder / name),
         "max_steps": 3,
         # On the host together, as on a device that is too small for either.
-        "kt_sft": {"threads": 1, "adapters": adapters, "embeddings": adapters},
+        "kt_sft": {
+            "threads": 1,
+            "adapters": adapters,
+            "embeddings": adapters,
+            **(experts or {}),
+        },
         **settings,
         "use_cpu": not on_device,
     }
     change = on_simulated_device if on_device else None
     code, text = finish(Recipe(str(place.folder / name), recipe, change), seconds=300)
     assert code == 0, text[-5000:]
+    return text
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -61,3 +75,22 @@ def test_recipes_follow_those_on_the_cpu(place: Workplace, mode: str) -> None:
     # Gradients of LoRA of rank 4, fp32, 3 layers of 8 experts: once a step, or not at all.
     lora = 4 * 3 * 8 * 3 * 4 * (64 + 72) / 1e6
     assert crossed["device"] - crossed["host"] == pytest.approx(lora, rel=0.02)
+
+
+def test_a_recipe_whose_device_has_experts(place: Workplace) -> None:
+    """Planned, placed by the earlier run's profile, logged, and the profile kept again."""
+    train(place, "plain", False, "device", **MODES["sft"])
+    experts = {"schedule": "auto", "gpu_experts": 3, "store": str(place.folder / "stores")}
+    for name in ("first", "second"):
+        text = train(place, name, True, "device", experts, **MODES["sft"])
+        assert place.losses(name) == pytest.approx(place.losses("plain"), rel=2e-3)
+        assert "resident experts" in text and "working memory of experts" in text
+        assert (place.folder / name / "kt_sft_routing.json").is_file()
+    (kept,) = (place.folder / "stores").glob("*.routing.json")
+    assert kept.read_text() == (place.folder / "second" / "kt_sft_routing.json").read_text()
+    assert (place.folder / "stores" / "calibration.json").is_file()
+    # What a device has at once is what the last run had found.
+    resident = {"schedule": "resident", "gpu_experts": 3, "store": experts["store"]}
+    train(place, "third", True, "device", resident, **MODES["sft"])
+    log = place.logs("third")[-1]
+    assert 0.3 < log["experts_device_share"] < 1

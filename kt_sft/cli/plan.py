@@ -26,8 +26,7 @@ def add(commands: Any) -> None:
     plan.add_argument(
         "--explain",
         action="store_true",
-        required=True,
-        help="a table of splits, and a picture of the largest one",
+        help="beside the table of splits, how long each place is busy in the largest one",
     )
     plan.add_argument(
         "--calibration",
@@ -120,6 +119,8 @@ def _explained(recipe: Mapping[str, Any], arguments: argparse.Namespace) -> Iter
         for tokens in sorted({1, max(1, most // 16), max(1, most // 4), most}):
             splits.append((count, explain(costs, shares, tokens, top_k, resident)))
     yield from table(splits)
+    if not arguments.explain:
+        return
     yield ""
     count, last = splits[-1]
     yield f"schedule: auto with {count} resident experts"

@@ -43,7 +43,10 @@ def _file(source: Path) -> Path:
 
     if source.suffix in (".yaml", ".yml"):
         source = Path(str(read_recipe(str(source), []).get("output_dir", "")))
-    file = source / FILE_NAME if source.is_dir() or not source.suffix else source
+    file = source
+    if source.is_dir() or not source.suffix:
+        ranks = sorted(source.glob(f"{Path(FILE_NAME).stem}_*.json"))
+        file = next((f for f in (source / FILE_NAME, *ranks) if f.is_file()), source / FILE_NAME)
     if not file.is_file():
         raise FileNotFoundError(f"{file}: not there; a training writes it when it ends")
     return file
@@ -52,11 +55,11 @@ def _file(source: Path) -> Path:
 def _read(file: Path) -> tuple[dict[str, list[float]], Mapping[str, Sequence[int]]]:
     from kt_sft.scheduling.profile import RoutingProfile, layers_of
 
-    profile, residents = RoutingProfile.load(file, layers_of(file))
+    profile, placement = RoutingProfile.load(file, layers_of(file))
     shares = profile.shares()
     if not shares:
         raise SettingsError(f"{file}: holds no rows of any layer")
-    return shares, residents
+    return shares, placement.residents
 
 
 def _lines(

@@ -39,7 +39,7 @@ LoraGradients = tuple[tuple[Tensor, Tensor] | None, ...]
 @dataclass(frozen=True)
 class Limits:
     """How much is computed at a time: experts whose weights are unpacked, rows of theirs, and rows
-    whose results wait to be summed to their tokens. Results depend on none of them."""
+    whose results wait to be summed to their tokens. Sums are made in another order with others."""
 
     experts: int
     rows: int
@@ -53,11 +53,11 @@ class Limits:
         size, third = dtype.itemsize, nbytes // 3
         hidden, inner = layout.hidden, layout.intermediate
         unpacked = size * layout.weight_count // layout.experts
-        # x, its sum and copies under dropout; pre-activations, h, their gradients and copies.
-        row = (4 * size + 8) * hidden + (4 * size + 32) * inner
+        # x, its gradient, and copies of both for LoRA; pre-activations, h, their gradients, too.
+        row = 2 * ((4 * size + 8) * hidden + (4 * size + 32) * inner)
         rows = max(1, third // row)
         return cls(
-            min(layout.experts, max(1, (third - unpacked_bytes(layout)) // unpacked)),
+            min(layout.experts, max(1, third // (unpacked + unpacked_bytes(layout)))),
             rows,
             max(rows, third // (size * hidden)),
         )
@@ -69,7 +69,8 @@ def compute_dtype(hidden: torch.dtype) -> torch.dtype:
 
 
 class Gradients(NamedTuple):
-    """Of hidden [T, D], weight [T, K], and of LoRA, for the experts in their order; fp32."""
+    """Of hidden [T, D], weight [T, K], and of LoRA, for the experts in their order, or for what all
+    share; fp32."""
 
     hidden_TD: Tensor
     weight_TK: Tensor
@@ -126,9 +127,8 @@ class _Part:
         return y_MN
 
     def inner(self, x_MD: Tensor) -> tuple[Tensor, ...]:
-        """Outputs of gate, if there is one, and up, [M, F], rounded as they are when kept."""
-        names = self.piece.packed.layout.projections[:-1]
-        return tuple(self.linear(name, x_MD).to(self.block.dtype) for name in names)
+        """Outputs of gate, if there is one, and up, [M, F]."""
+        return tuple(self.linear(name, x_MD) for name in self.piece.packed.layout.projections[:-1])
 
     def linear_backward(
         self, projection: str, d_y_MN: Tensor, d_lora: _LoraSums, x_MC: Tensor, weight_M1: Tensor
@@ -202,12 +202,20 @@ class DeviceBlock:
     @cached_property
     def _factors(self) -> dict[str, tuple[Tensor, Tensor, float]]:
         """LoRA of all these experts as it is multiplied: brought here once in a pass."""
-        device, found = self.inputs.hidden_TD.device, {}
+        found = {}
         for name, f in self.adapted.items():
             pad = -f.rank % _RANK_STEP
-            a, b = (_of_experts(t, self.order).to(device, self.dtype) for t in (f.a, f.b))
+            a, b = (self._brought(_of_experts(t, self.order)) for t in (f.a, f.b))
             found[name] = F.pad(a, (0, 0, 0, pad)), F.pad(b, (0, pad)), f.scaling
         return found
+
+    def _brought(self, factor: Tensor) -> Tensor:
+        device = self.inputs.hidden_TD.device
+        factor = factor.to(self.dtype)
+        if factor.device.type == "cpu" and device.type != "cpu":
+            # From pageable memory the copy would wait for all that the device was given before.
+            factor = factor.pin_memory()
+        return factor.to(device, non_blocking=True)
 
     def _piece(self, begin: int, packed: PackedPiece) -> _Piece:
         own = slice(begin, begin + len(packed))
@@ -225,40 +233,25 @@ class DeviceBlock:
             groups = Groups.of(counts, self.inputs.hidden_TD.device)
             yield start, _Part(self, piece, groups, self.routing.slot_of_row[start:end])
 
-    def forward(
-        self, pieces: Iterable[tuple[int, PackedPiece]], keep: bool
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Their share of out, fp32 [T, D], and the outputs of gate and up for backward, if `keep`.
+    def forward(self, pieces: Iterable[tuple[int, PackedPiece]]) -> Tensor:
+        """Their share of out, fp32 [T, D].
 
-        pieces: of the experts in their order, and where in it each begins.
+        pieces: of the experts in their order, and where in it each begins. Nothing is kept for
+        backward, which costs little to compute again and memory to keep.
         """
         hidden_TD = self.inputs.hidden_TD
-        width = self.layout.intermediate
-        kept = tuple(
-            hidden_TD.new_empty(self.routing.rows, width, dtype=self.dtype)
-            for _ in self.layout.projections[:-1]
-            if keep
-        )
         waiting = _Waiting(self, self.inputs.weight_TK.float())
         for begin, packed in pieces:
             piece = self._piece(begin, packed)
             for row, part in self._parts(begin, piece):
-                rows = slice(row, row + part.groups.rows)
-                x_MD = hidden_TD[self.routing.tokens(rows.start, rows.stop)].to(self.dtype)
-                inner = part.inner(x_MD)
-                for to, what in zip(kept, inner if keep else (), strict=True):
-                    to[rows] = what
+                tokens_M = self.routing.tokens(row, row + part.groups.rows)
+                inner = part.inner(hidden_TD[tokens_M].to(self.dtype))
                 h_MF = gates.apply(self.call.gate, inner).to(self.dtype)
                 waiting.add(row, part.linear("down_proj", h_MF))
-        return waiting.total(), kept
+        return waiting.total()
 
-    def backward(
-        self,
-        pieces: Iterable[tuple[int, PackedPiece]],
-        d_out_TD: Tensor,
-        kept: tuple[Tensor, ...],
-    ) -> Gradients:
-        """The share of these experts; `kept` of forward, or empty to compute it again."""
+    def backward(self, pieces: Iterable[tuple[int, PackedPiece]], d_out_TD: Tensor) -> Gradients:
+        """The share of these experts."""
         hidden_TD, routing = self.inputs.hidden_TD, self.routing
         weight = self.inputs.weight_TK.float().flatten()
         d_weight = torch.zeros_like(weight)
@@ -268,14 +261,12 @@ class DeviceBlock:
             piece = self._piece(begin, packed)
             d_lora.experts = slice(begin, begin + len(packed))
             for row, part in self._parts(begin, piece):
-                rows = slice(row, row + part.groups.rows)
-                tokens_M = routing.tokens(rows.start, rows.stop)
+                tokens_M = routing.tokens(row, row + part.groups.rows)
                 x_MD = hidden_TD[tokens_M].to(self.dtype)
-                inner = tuple(t[rows] for t in kept) if kept else part.inner(x_MD)
                 d_y_MD = d_out_TD[tokens_M].to(self.dtype)
                 weight_M1 = weight[part.slots_M][:, None]
                 d_weight[part.slots_M], d_inner = part.down_backward(
-                    inner, d_y_MD, d_lora, weight_M1
+                    part.inner(x_MD), d_y_MD, d_lora, weight_M1
                 )
                 ones = torch.ones_like(weight_M1)
                 d_x_MD = [
@@ -297,14 +288,30 @@ class _LoraSums:
     def __init__(self, block: DeviceBlock) -> None:
         device, n = block.inputs.hidden_TD.device, len(block.order)
         self.experts = slice(0, 0)
+        # What all experts share gets the sum of theirs.
+        self._shared = {
+            name for name, f in block.adapted.items() if len(f.a) < block.layout.experts
+        }
         self._sums = {
-            name: tuple(torch.zeros(n, *t.shape[1:], device=device) for t in (f.a, f.b))
+            name: tuple(
+                torch.zeros(
+                    1 if name in self._shared else n,
+                    *t.shape[1:],
+                    dtype=torch.float32,
+                    device=device,
+                )
+                for t in (f.a, f.b)
+            )
             for name, f in block.adapted.items()
         }
 
     def add(self, projection: str, d_a: Tensor, d_b: Tensor) -> None:
         """Of one part; ranks may be padded."""
         a, b = self._sums[projection]
+        if projection in self._shared:
+            a += d_a[:, : a.shape[1]].sum(0, keepdim=True, dtype=a.dtype)
+            b += d_b[:, :, : b.shape[2]].sum(0, keepdim=True, dtype=b.dtype)
+            return
         a[self.experts] += d_a[:, : a.shape[1]]
         b[self.experts] += d_b[:, :, : b.shape[2]]
 

@@ -47,11 +47,6 @@ class PackedPiece:
         """Of all sections."""
         return self.sections["tiles"].device
 
-    @property
-    def nbytes(self) -> int:
-        """Of all sections."""
-        return sum(t.nbytes for t in self.sections.values())
-
     def take(self, experts: Sequence[int]) -> PackedPiece:
         """Copies of some experts; consecutive ones are views."""
         first = experts[0] if experts else 0

@@ -75,12 +75,9 @@ class Calibrations:
     def costs(self, layer: MeasuredLayer, engine: ExpertsEngine) -> LayerCosts:
         """Of a layer's form. engine: that of the host."""
         key = json.dumps(self._setting(layer, engine), sort_keys=True)
-        known = self._read()
-        if key in known:
-            try:
-                return LayerCosts.from_dict(known[key])
-            except (KeyError, TypeError, ValueError) as error:
-                logger.warning("%s: %s; measuring again", self.path, error)
+        known = self._known(self._read(), key)
+        if known is not None:
+            return known
         start = time.perf_counter()
         found = measure(layer, self._settings.compute, bool(self._settings.expert_lora))
         logger.info(
@@ -88,8 +85,7 @@ class Calibrations:
             layer.device,
             time.perf_counter() - start,
         )
-        self._remember(key, found)
-        return found
+        return self._remember(key, found)
 
     def _setting(self, layer: MeasuredLayer, engine: ExpertsEngine) -> dict[str, Any]:
         """What a measurement is good for."""
@@ -101,6 +97,8 @@ class Calibrations:
             "torch": torch.__version__,
             "cpu": cpu_name(),
             "device": name,
+            "engine": type(engine).__name__,
+            "disk_tier": self._settings.disk_tier,
             "threads": engine.threads,
             "isa": engine.isa,
             # Ranks measure while the others do, each for itself.
@@ -118,18 +116,31 @@ class Calibrations:
             return {}
         return found if isinstance(found, dict) else {}
 
-    def _remember(self, key: str, costs: LayerCosts) -> None:
+    def _remember(self, key: str, costs: LayerCosts) -> LayerCosts:
+        """Those that the file has from now on."""
         path = self.path
         if path is None:
-            return
+            return costs
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.with_suffix(".lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                known = {**self._read(), key: costs.as_dict()}
-                durable.write_whole(path, json.dumps(known, indent=1).encode())
+                known = self._read()
+                found = self._known(known, key)
+                if found is None:
+                    known[key] = costs.as_dict()
+                    durable.write_whole(path, json.dumps(known, indent=1).encode())
         except OSError as error:
             logger.warning("%s: %s; the next start measures again", path, error)
+            return costs
+        return found or costs
+
+    def _known(self, known: dict[str, Any], key: str) -> LayerCosts | None:
+        try:
+            return LayerCosts.from_dict(known[key]) if key in known else None
+        except (KeyError, TypeError, ValueError) as error:
+            logger.warning("%s: %s; measuring again", self.path, error)
+            return None
 
 
 @dataclass(frozen=True)
@@ -252,10 +263,10 @@ class _Bench:
         share = Share(Assignment(tuple(chosen)), (rows,) * count)
         self._wait()
         start = time.perf_counter()
-        total_TD, _ = self._share.forward(self._call, share, inputs, keep=False).result()
+        total_TD = self._share.forward(self._call, share, inputs).result()
         self._wait()
         middle = time.perf_counter()
-        self._share.backward(self._call, share, inputs, total_TD, ()).result()
+        self._share.backward(self._call, share, inputs, total_TD).result()
         self._wait()
         return middle - start, time.perf_counter() - middle
 

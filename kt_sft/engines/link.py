@@ -28,7 +28,7 @@ BUFFERS = 2
 _current_index = getattr(torch.accelerator, "current_device_index", None) or (
     torch.accelerator.current_device_idx
 )
-_set_index = getattr(torch.accelerator, "set_device_index", None) or (
+set_device_index = getattr(torch.accelerator, "set_device_index", None) or (
     torch.accelerator.set_device_idx
 )
 
@@ -74,7 +74,7 @@ class _Buffers:
     def __init__(self) -> None:
         self._unused: list[_Buffer] = []
         self._made = 0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a collection within it may give a buffer back
 
     @property
     def nbytes(self) -> int:
@@ -263,7 +263,7 @@ class Link:
             yield
         finally:
             torch.accelerator.set_stream(former)
-            _set_index(index)
+            set_device_index(index)
 
     def send_down(self, *groups: Sequence[Wanted]) -> Arrival:
         """Begins to bring tensors to the host, each group by one copy."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+
 import torch
 
 from kt_sft.config import HybridExpertsSettings
@@ -11,6 +14,18 @@ from kt_sft.engines.split import PartedExperts, PolicyOf
 from kt_sft.scheduling.assignment import AllOnDevice, HostOnly, Policy, ResidentOnly
 from kt_sft.scheduling.costs import EndsFirst
 
+logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def _warn_of_parts(schedule: str) -> None:
+    """Once."""
+    logger.warning(
+        "schedule: %s has no effect: memory nodes hold parts of the experts, which were packed in "
+        "this process; use a store, or set numa: off",
+        schedule,
+    )
+
 
 def policies(settings: HybridExpertsSettings, host: ExpertsEngine) -> PolicyOf:
     """For the layers of a model with these settings; host: the engine of what is left for it."""
@@ -18,10 +33,13 @@ def policies(settings: HybridExpertsSettings, host: ExpertsEngine) -> PolicyOf:
     measured: dict[tuple, Policy] = {}
 
     def policy_of(experts: PartedExperts, device: torch.device) -> Policy:
+        if device.type == "cpu":  # nobody to share with
+            return HostOnly()
+        if experts.share is None:
+            _warn_of_parts(settings.schedule)
+            return HostOnly()
         if settings.schedule == "device":
             return AllOnDevice()
-        if device.type == "cpu" or experts.share is None:  # nobody to share with
-            return HostOnly()
         if settings.schedule == "resident":
             return ResidentOnly()
         key = experts.layout, device

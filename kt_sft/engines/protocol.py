@@ -73,14 +73,34 @@ class Share:
     places: Assignment
     rows: tuple[int, ...]
 
+    def encoded(self, experts: int) -> Tensor:
+        """int64 [2, E] on the host: each expert's place and rows.
+
+        Autograd holds it with the other tensors: what is computed again may be parted otherwise.
+        """
+        found = torch.zeros(2, experts, dtype=torch.int64)
+        found[0, list(self.places.resident)] = 1
+        found[0, list(self.places.streamed)] = 2
+        found[1, list(self.places.on_device)] = torch.tensor(self.rows, dtype=torch.int64)
+        return found
+
+    @classmethod
+    def decoded(cls, encoded: Tensor) -> Share:
+        """From `encoded`."""
+        resident, streamed = (
+            tuple((encoded[0] == code).nonzero().flatten().tolist()) for code in (1, 2)
+        )
+        places, rows = Assignment(resident, streamed), encoded[1].tolist()
+        return cls(places, tuple(rows[e] for e in places.on_device))
+
 
 @dataclass(frozen=True)
 class Context:
     """What a forward leaves for its backward: the inputs where they were computed, and more.
 
     Autograd holds the tensors, so that it can free them: `replace(context, tensors=())` and back.
-    weight_dtype: of the routing weights as given. share: of an accelerator, if it has one, which
-    the last `share_tensors` are for.
+    weight_dtype: of the routing weights as given. share_tensors: how many at the end are for an
+    accelerator's share.
     """
 
     call: Call
@@ -88,7 +108,6 @@ class Context:
     weight_dtype: torch.dtype
     lora: tuple[Home, ...]
     tensors: tuple[Tensor, ...]
-    share: Share | None = None
     share_tensors: int = 0
 
     @property

@@ -24,7 +24,7 @@ from kt_sft.device.block import (
     compute_dtype,
 )
 from kt_sft.device.packed import PackedPiece
-from kt_sft.engines.link import link_of
+from kt_sft.engines.link import link_of, set_device_index
 from kt_sft.engines.protocol import Share
 from kt_sft.engines.streaming import stream_bytes, stream_of
 from kt_sft.kernels import Call, ExpertWeights, Inputs, WeightLayout
@@ -32,8 +32,6 @@ from kt_sft.scheduling.assignment import STREAM_PIECES, Assignment
 
 T = TypeVar("T")
 
-# Outputs of gate and up are kept on the device for a backward that follows at once, up to here.
-_KEEPS_BYTES = 512 << 20
 # A copy of so many bytes is about as fast as the link can be.
 _PIECE_BYTES = 16 << 20
 
@@ -42,12 +40,10 @@ _PIECE_BYTES = 16 << 20
 class DeviceBytes:
     """What a layer's share takes at most, with all of its experts on the accelerator.
 
-    working: of the accelerator, within a pass. kept: there, until backward, for each layer that is
-    not checkpointed. pinned: of the host, for streaming.
+    working: of the accelerator, within a pass. pinned: of the host, for streaming.
     """
 
     working: int
-    kept: int
     pinned: int
 
 
@@ -55,12 +51,10 @@ def device_bytes(layout: WeightLayout, tokens: int, top_k: int, dtype: torch.dty
     """Of a pass with so many tokens through a layer of this form."""
     product = compute_dtype(dtype)
     limits = Limits.within(layout, product)
-    inner = len(layout.projections[:-1]) * layout.intermediate
-    kept = min(_KEEPS_BYTES, tokens * top_k * inner * product.itemsize)
     buffers = stream_bytes(layout, limits.experts)
     sums = 2 * 4 * tokens * layout.hidden
     routing = 4 * 8 * tokens * top_k
-    return DeviceBytes(WORKING_BYTES + buffers + sums + routing, kept, buffers)
+    return DeviceBytes(WORKING_BYTES + buffers + sums + routing, buffers)
 
 
 class DeviceShare:
@@ -106,6 +100,9 @@ class DeviceShare:
     ) -> Iterator[tuple[int, PackedPiece]]:
         """See DeviceBlock."""
         at_a_time = limits.experts
+        if not set(places.resident) <= set(self._resident):
+            # Others have taken their places since the forward: all come from the host.
+            places = Assignment((), places.on_device)
         if places.resident:
             there = self._on(device)
             index = [self._resident.index(e) for e in places.resident]
@@ -133,28 +130,24 @@ class DeviceShare:
         order = share.places.on_device
         return DeviceBlock(self._host.layout, call, inputs, order, share.rows, limits)
 
-    def forward(
-        self, call: Call, share: Share, inputs: Inputs, keep: bool
-    ) -> Future[tuple[Tensor, tuple[Tensor, ...]]]:
-        """Its part of out, fp32 [T, D], and what `backward` may be given. Inputs are those of the
-        whole layer, where the model has them."""
+    def forward(self, call: Call, share: Share, inputs: Inputs) -> Future[Tensor]:
+        """Its part of out, fp32 [T, D]. Inputs are those of the whole layer, where the model has
+        them."""
         block, device = self._block(call, share, inputs), inputs.hidden_TD.device
-        inner = len(self._host.layout.projections[:-1]) * self._host.layout.intermediate
-        keep = keep and sum(share.rows) * inner * block.dtype.itemsize <= _KEEPS_BYTES
 
-        def work() -> tuple[Tensor, tuple[Tensor, ...]]:
-            return block.forward(self._pieces(share.places, device, block.limits), keep)
+        def work() -> Tensor:
+            return block.forward(self._pieces(share.places, device, block.limits))
 
         return aside(device, work)
 
     def backward(
-        self, call: Call, share: Share, inputs: Inputs, d_out_TD: Tensor, kept: tuple[Tensor, ...]
+        self, call: Call, share: Share, inputs: Inputs, d_out_TD: Tensor
     ) -> Future[Gradients]:
         """Its part of the gradients; see DeviceBlock."""
         block, device = self._block(call, share, inputs), inputs.hidden_TD.device
 
         def work() -> Gradients:
-            return block.backward(self._pieces(share.places, device, block.limits), d_out_TD, kept)
+            return block.backward(self._pieces(share.places, device, block.limits), d_out_TD)
 
         return aside(device, work)
 
@@ -162,7 +155,11 @@ class DeviceShare:
 @functools.cache
 def _thread_of(device: torch.device, _: int) -> ThreadPoolExecutor:
     """That gives a device its work while others wait for the host; each process has its own."""
-    return ThreadPoolExecutor(1, f"kt-sft-{device.type}")
+    name = f"kt-sft-{device.type}"
+    if device.type == "cpu":
+        return ThreadPoolExecutor(1, name)
+    # A thread that begins with another device would make a context there.
+    return ThreadPoolExecutor(1, name, initializer=set_device_index, initargs=(device.index,))
 
 
 def aside(device: torch.device, work: Callable[[], T]) -> Future[T]:

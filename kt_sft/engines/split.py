@@ -20,7 +20,7 @@ from torch import Tensor
 from kt_sft.device.block import LoraGradients
 from kt_sft.engines.cpu import CpuEngine, CpuExperts
 from kt_sft.engines.host import HostExperts, brought, context_of
-from kt_sft.engines.link import Arrival, Traffic, link_of
+from kt_sft.engines.link import Arrival, Traffic, Wanted, link_of
 from kt_sft.engines.nodes import NodeEngines, NodeExperts
 from kt_sft.engines.protocol import (
     Context,
@@ -43,7 +43,7 @@ from kt_sft.kernels import (
     rows_by_expert,
 )
 from kt_sft.kernels.checks import is_finite
-from kt_sft.scheduling.assignment import Assignment, Policy
+from kt_sft.scheduling.assignment import HostOnly, Policy
 
 # Of a layer, once it is known which device the model is on.
 PolicyOf = Callable[["PartedExperts", torch.device], Policy]
@@ -112,16 +112,12 @@ class PartedExperts(HostExperts):
     ) -> tuple[Any, BlockReport]:
         return self.inner._backward(call, inputs, d_out_TD, kept, into)
 
-    def _part(
-        self, rows: Sequence[int], device: torch.device, backward_follows: bool
-    ) -> Share | None:
-        """What the accelerator computes of a pass; None: nothing."""
-        if self.share is None:
-            return None
+    def _part(self, rows: Sequence[int], device: torch.device, backward_follows: bool) -> Share:
+        """What the accelerator computes of a pass."""
+        assert self.share is not None
         policy = self._policy_of(self, device)
         places = policy.assign(rows, self.share.resident, backward_follows)
-        chosen = places.on_device
-        return Share(places, tuple(rows[e] for e in chosen)) if chosen else None
+        return Share(places, tuple(rows[e] for e in places.on_device))
 
     def _streamed_bytes(self, share: Share, device: torch.device) -> int:
         each = self.share.expert_bytes if self.share is not None and device.type != "cpu" else 0
@@ -130,45 +126,53 @@ class PartedExperts(HostExperts):
     def _forward_staged(
         self, call: Call, inputs: Inputs, staged: Inputs, keep: bool, hold: bool, traffic: Traffic
     ) -> Forward:
-        rows = rows_by_expert(staged.index_TK, self.layout.experts)
-        share = self._part(rows, inputs.hidden_TD.device, keep or hold)
-        if share is None or self.share is None:
+        if self.share is None:
             return super()._forward_staged(call, inputs, staged, keep, hold, traffic)
-        working = self.share.forward(call, share, inputs, keep and not hold)
+        experts, rows = self.layout.experts, rows_by_expert(staged.index_TK, self.layout.experts)
+        share = self._part(rows, inputs.hidden_TD.device, keep or hold)
+        if not share.rows:
+            done = super()._forward_staged(call, inputs, staged, keep, hold, traffic)
+            held = done.held and replace(done.held, share=share)
+            context = done.context and _with_share(done.context, share, inputs, experts)
+            return done._replace(context=context, held=held)
+        working = self.share.forward(call, share, inputs)
         try:
-            rest = _left_for_host(staged, share, self.layout.experts)
+            rest = _left_for_host(staged, share, experts)
             done = super()._forward_staged(call, inputs, rest, keep, hold, traffic)
         finally:
             wait([working])  # whatever happens: it reads the inputs
-        total_TD, kept = working.result()
-        # NaN that the accelerator makes is seen by the layer that it reaches.
-        finite = done.report.finite and is_finite(staged.hidden_TD)
+        out_TD = (done.out_TD.float() + working.result()).to(done.out_TD.dtype)
         traffic.bytes_up += self._streamed_bytes(share, inputs.hidden_TD.device)
         report = replace(
             done.report,
             rows=sum(rows),
             max_rows=max(rows),
-            finite=finite,
+            # NaN that the accelerator makes is seen by the layer that it reaches.
+            finite=done.report.finite and is_finite(staged.hidden_TD),
             expert_rows=rows,
             device_rows=sum(share.rows),
         )
-        done = _joined(done._replace(report=report), share, inputs, total_TD, kept)
-        if done.held is not None:
+        held = done.held
+        if held is not None:
             # The model may write into what it gets.
-            whole = replace(done.held, index_TK=staged.index_TK.clone(), share=share)
-            done = done._replace(held=replace(whole, out_TD=done.out_TD.clone()))
-        return done
+            index_TK, out = staged.index_TK.clone(), out_TD.clone()
+            held = replace(held, index_TK=index_TK, out_TD=out, share=share)
+        context = done.context and _with_share(done.context, share, inputs, experts)
+        return Forward(out_TD, context, held, report)
 
     def _resume_staged(
         self, call: Call, inputs: Inputs, staged: Inputs, held: Held, traffic: Traffic
     ) -> Forward | None:
-        share = held.share
-        if share is None:
-            return super()._resume_staged(call, inputs, staged, held, traffic)
+        share, experts = held.share, self.layout.experts
+        if share is None or not share.rows:
+            done = super()._resume_staged(call, inputs, staged, held, traffic)
+            if share is None or done is None or done.context is None:
+                return done
+            return done._replace(context=_with_share(done.context, share, inputs, experts))
         if not torch.equal(held.index_TK, staged.index_TK):
             return None
-        rest = _left_for_host(staged, share, self.layout.experts)
-        context = _with_share(context_of(call, inputs, rest, held.kept), share, inputs, ())
+        rest = _left_for_host(staged, share, experts)
+        context = _with_share(context_of(call, inputs, rest, held.kept), share, inputs, experts)
         report = Report(0, 0, 0.0, finite=True, traffic=traffic)
         return Forward(held.out_TD.clone(), context, held, report)
 
@@ -180,11 +184,12 @@ class PartedExperts(HostExperts):
         lora_may_wait: bool = False,
     ) -> tuple[LayerGradients, Report]:
         """See PlacedExperts."""
-        share = context.share
-        if share is None or self.share is None:
+        if not context.share_tensors:
             return super().backward(context, d_out_TD, arriving, lora_may_wait)
-        own, inputs, kept = _parted(context)
-        working = self.share.backward(context.call, share, inputs, d_out_TD, kept)
+        own, inputs, share = _parted(context)
+        if self.share is None or not share.rows:
+            return super().backward(own, d_out_TD, arriving, lora_may_wait)
+        working = self.share.backward(context.call, share, inputs, d_out_TD)
         try:
             found, report = super().backward(own, d_out_TD, arriving, lora_may_wait)
         finally:
@@ -208,37 +213,48 @@ class PartedExperts(HostExperts):
 
 class DeviceExperts(PartedExperts):
     """The experts of one layer, all computed on the accelerator: the host learns only how many rows
-    each of them gets."""
+    each of them gets. Without an accelerator the host computes them."""
+
+    def _is_parted(self, device: torch.device) -> bool:
+        return self.share is None or isinstance(self._policy_of(self, device), HostOnly)
+
+    @staticmethod
+    def _wanted_here(inputs: Inputs) -> list[Wanted]:
+        """The choices, and a number that is finite where all hidden states are."""
+        hidden_TD = inputs.hidden_TD
+        largest = hidden_TD.abs().amax() if hidden_TD.numel() else hidden_TD.new_zeros(())
+        return [(inputs.index_TK, torch.int64), (largest.reshape(1), torch.float32)]
 
     def send(self, inputs: Inputs) -> Arrival | None:
         """See PlacedExperts."""
         device = inputs.hidden_TD.device
-        if device.type == "cpu":
-            return None
-        return link_of(device).send_down([(inputs.index_TK, torch.int64)])
+        if self._is_parted(device) or device.type == "cpu":
+            return super().send(inputs)
+        return link_of(device).send_down(self._wanted_here(inputs))
 
     def send_gradient(self, context: Context, d_out_TD: Tensor) -> Arrival | None:
-        """See PlacedExperts; it is there already."""
-        return None
+        """See PlacedExperts; what is on the device alone is there already."""
+        return None if _is_alone(context) else super().send_gradient(context, d_out_TD)
 
     def forward(
         self, call: Call, inputs: Inputs, arriving: Arrival | None, keep: bool, hold: bool = False
     ) -> Forward:
         """See PlacedExperts."""
-        assert self.share is not None
-        start, traffic, device = time.perf_counter(), Traffic(), inputs.hidden_TD.device
-        with brought(arriving, [[(inputs.index_TK, torch.int64)]], traffic) as ((index_TK,),):
+        device = inputs.hidden_TD.device
+        if self.share is None or self._is_parted(device):
+            return super().forward(call, inputs, arriving, keep, hold)
+        start, traffic = time.perf_counter(), Traffic()
+        wanted = self._wanted_here(inputs) if arriving is None else []
+        with brought(arriving, [wanted], traffic) as ((index_TK, largest),):
             rows = rows_by_expert(index_TK, self.layout.experts)
-            index_TK = index_TK.clone()
-        share = self._part(rows, device, keep or hold) or Share(Assignment(), ())
-        total_TD, kept = self.share.forward(call, share, inputs, keep and not hold).result()
+            index_TK, finite = index_TK.clone(), is_finite(largest)
+        share = self._part(rows, device, keep or hold)
+        total_TD = self.share.forward(call, share, inputs).result()
         traffic.bytes_up += self._streamed_bytes(share, device)
         out_TD = total_TD.to(inputs.hidden_TD.dtype)
-        # Elsewhere the host would have to wait.
-        finite = device.type != "cpu" or is_finite(out_TD)
-        seconds = time.perf_counter() - start
-        report = Report(sum(rows), max(rows), seconds, finite, traffic, rows, sum(rows))
-        context = _on_device_alone(call, share, inputs, kept) if keep else None
+        seconds, count = time.perf_counter() - start, sum(rows)
+        report = Report(count, max(rows), seconds, finite, traffic, rows, device_rows=count)
+        context = self._alone(call, share, inputs) if keep else None
         held = Held(index_TK, out_TD.clone(), (), share) if hold else None
         return Forward(out_TD, context, held, report)
 
@@ -246,12 +262,14 @@ class DeviceExperts(PartedExperts):
         self, call: Call, inputs: Inputs, arriving: Arrival | None, held: Held
     ) -> Forward | None:
         """See PlacedExperts."""
+        if held.share is None or self._is_parted(inputs.hidden_TD.device):
+            return super().resume(call, inputs, arriving, held)
         traffic = Traffic()
-        assert held.share is not None
-        with brought(arriving, [[(inputs.index_TK, torch.int64)]], traffic) as ((index_TK,),):
+        wanted = self._wanted_here(inputs) if arriving is None else []
+        with brought(arriving, [wanted], traffic) as ((index_TK, _),):
             if not torch.equal(held.index_TK, index_TK):
                 return None
-        context = _on_device_alone(call, held.share, inputs, ())
+        context = self._alone(call, held.share, inputs)
         report = Report(0, 0, 0.0, finite=True, traffic=traffic)
         return Forward(held.out_TD.clone(), context, held, report)
 
@@ -262,19 +280,28 @@ class DeviceExperts(PartedExperts):
         arriving: Arrival | None,
         lora_may_wait: bool = False,
     ) -> tuple[LayerGradients, Report]:
-        """See PlacedExperts."""
-        assert self.share is not None and context.share is not None
-        start, traffic, share = time.perf_counter(), Traffic(), context.share
-        _, inputs, kept = _parted(context)
-        found = self.share.backward(context.call, share, inputs, d_out_TD, kept).result()
+        """See PlacedExperts; whether the gradient of hidden is finite is not looked at, as the host
+        would have to wait for it."""
+        if self.share is None or not _is_alone(context):
+            return super().backward(context, d_out_TD, arriving, lora_may_wait)
+        start, traffic = time.perf_counter(), Traffic()
+        _, inputs, share = _parted(context)
+        found = self.share.backward(context.call, share, inputs, d_out_TD).result()
         traffic.bytes_up += self._streamed_bytes(share, d_out_TD.device)
-        d_hidden_TD = found.hidden_TD.to(inputs.hidden_TD.dtype)
         lora = _lora_gradients(context.lora, found.lora, share, self.layout.experts, traffic)
-        gradients = LayerGradients(d_hidden_TD, found.weight_TK.to(context.weight_dtype), lora)
-        finite = d_hidden_TD.device.type != "cpu" or is_finite(d_hidden_TD)
+        gradients = LayerGradients(
+            found.hidden_TD.to(inputs.hidden_TD.dtype),
+            found.weight_TK.to(context.weight_dtype),
+            lora,
+        )
         seconds, rows = time.perf_counter() - start, sum(share.rows)
         most = max(share.rows, default=0)
-        return gradients, Report(rows, most, seconds, finite, traffic, device_rows=rows)
+        return gradients, Report(rows, most, seconds, True, traffic, device_rows=rows)
+
+    def _alone(self, call: Call, share: Share, inputs: Inputs) -> Context:
+        homes = tuple(Home.of(factor) for factor in inputs.tensors()[3:])
+        own = Context(call, inputs.scalings, inputs.weight_TK.dtype, homes, ())
+        return _with_share(own, share, inputs, self.layout.experts)
 
 
 class PartedEngine:
@@ -336,36 +363,23 @@ def _left_for_host(staged: Inputs, share: Share, experts: int) -> Inputs:
     return replace(staged, index_TK=places[staged.index_TK])
 
 
-def _with_share(
-    context: Context, share: Share, inputs: Inputs, kept: tuple[Tensor, ...]
-) -> Context:
-    """A context that holds the accelerator's tensors, too."""
-    theirs = (*(t.detach() for t in inputs.tensors()), *kept)
-    tensors = (*context.tensors, *theirs)
-    return replace(context, tensors=tensors, share=share, share_tensors=len(theirs))
+def _with_share(context: Context, share: Share, inputs: Inputs, experts: int) -> Context:
+    """A context that holds the accelerator's inputs, too, and what it computes."""
+    theirs = (*(t.detach() for t in inputs.tensors()), share.encoded(experts))
+    return replace(context, tensors=(*context.tensors, *theirs), share_tensors=len(theirs))
 
 
-def _on_device_alone(call: Call, share: Share, inputs: Inputs, kept: tuple[Tensor, ...]) -> Context:
-    homes = tuple(Home.of(factor) for factor in inputs.tensors()[3:])
-    own = Context(call, inputs.scalings, inputs.weight_TK.dtype, homes, ())
-    return _with_share(own, share, inputs, kept)
+def _is_alone(context: Context) -> bool:
+    """Whether the host has nothing of a pass."""
+    return len(context.tensors) == context.share_tensors > 0
 
 
-def _parted(context: Context) -> tuple[Context, Inputs, tuple[Tensor, ...]]:
-    """The host's context, and the accelerator's inputs and what it kept."""
+def _parted(context: Context) -> tuple[Context, Inputs, Share]:
+    """The host's context, the accelerator's inputs, and its share."""
     cut = len(context.tensors) - context.share_tensors
-    theirs = context.tensors[cut:]
-    own = replace(context, tensors=context.tensors[:cut], share=None, share_tensors=0)
-    inputs = Inputs.of(theirs[: Inputs.NUMBER], context.scalings)
-    return own, inputs, theirs[Inputs.NUMBER :]
-
-
-def _joined(
-    host: Forward, share: Share, inputs: Inputs, total_TD: Tensor, kept: tuple[Tensor, ...]
-) -> Forward:
-    out_TD = (host.out_TD.float() + total_TD).to(host.out_TD.dtype)
-    context = host.context and _with_share(host.context, share, inputs, kept)
-    return host._replace(out_TD=out_TD, context=context)
+    *theirs, encoded = context.tensors[cut:]
+    own = replace(context, tensors=context.tensors[:cut], share_tensors=0)
+    return own, Inputs.of(theirs, context.scalings), Share.decoded(encoded)
 
 
 def _lora_gradients(
@@ -382,7 +396,7 @@ def _lora_gradients(
         if gradient is None:
             results.append(None)
         elif home.copies < experts:  # what all experts share gets the gradients of all of them
-            results.append(gradient.sum(0, keepdim=True).to(home.dtype))
+            results.append(gradient.to(home.dtype))
         else:
             index = torch.tensor(share.places.on_device, dtype=torch.int64)
             index = index.to(gradient.device, non_blocking=True)

@@ -183,7 +183,7 @@ def forward(
     kept = None
     addresses = _core.KeptActivations()
     if keep:
-        rows, width = _routed_rows(weights, inputs), _round_up(weights.intermediate)
+        rows, width = inputs.index_TK.numel(), _round_up(weights.intermediate)
         kept = Kept(
             engine.empty(rows, width) if weights.gated else torch.empty(0),
             engine.empty(rows, width),
@@ -298,11 +298,6 @@ def rows_within(layout: WeightLayout, compute: str, nbytes: int = AT_A_TIME) -> 
     return max(1, nbytes // (packed + 4 * (inner + hidden + width)))
 
 
-def _routed_rows(weights: ExpertWeights, inputs: Inputs) -> int:
-    """R less the choices that are skipped."""
-    return int((inputs.index_TK != weights.experts).sum())
-
-
 def _round_up(n: int) -> int:
     return -(-n // 64) * 64
 
@@ -364,7 +359,7 @@ def _native_lora(weights: ExpertWeights, projection: str, f: LoraFactors | None)
 
 
 def _kept_addresses(kept: Kept, weights: ExpertWeights, inputs: Inputs) -> _core.KeptActivations:
-    rows = _routed_rows(weights, inputs)
+    rows = inputs.index_TK.numel()
     shape = (rows, _round_up(weights.intermediate))
     fp32 = [torch.float32]
     return _core.KeptActivations(

@@ -5,6 +5,7 @@ Legend: E experts, D hidden size, F intermediate size.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -159,9 +160,15 @@ def code_values(codes: str, values: Tensor) -> Tensor:
     if codes == "e4m3":
         return values.contiguous().view(torch.float8_e4m3fn).float()
     if codes == "e2m1":
-        levels = torch.tensor([*_FP4_LEVELS, *(-v for v in _FP4_LEVELS)], device=values.device)
-        return levels[values.int()]
+        return _fp4_levels(values.device)[values.int()]
     return values.float()
+
+
+@functools.cache
+def _fp4_levels(device: torch.device) -> Tensor:
+    """Made once: to bring it there waits for an accelerator."""
+    with torch.inference_mode(False):
+        return torch.tensor([*_FP4_LEVELS, *(-v for v in _FP4_LEVELS)], device=device)
 
 
 def implied_zero(codes: str) -> int:
@@ -172,7 +179,9 @@ def implied_zero(codes: str) -> int:
 def scale_values(scales: str, values: Tensor) -> Tensor:
     """Scales in fp32."""
     if scales == "e8m0":
-        return torch.ldexp(torch.ones_like(values, dtype=torch.float32), values.int() - 127)
+        # The byte is the exponent of an fp32 number; 0 is the largest power below normal ones.
+        bits = torch.where(values == 0, 1 << 22, values.int() << 23)
+        return bits.int().view(torch.float32)
     return values.float()
 
 

@@ -304,18 +304,20 @@ def plan_memory(
         Component("embeddings", "host", rest.host_bytes),
     ]
     if on_device is not None and not rest.on_host:
-        parts.append(Component(_RESIDENT, "device", on_device.resident_bytes))
+        models = 1 + (work.frozen_models if work is not None else 0)
+        parts.append(Component(_RESIDENT, "device", models * on_device.resident_bytes))
         tokens = work.tokens if work is not None else _FORWARD_TOKENS
         needs = [device_bytes(la.layout, tokens, la.top_k, _dtype(rest)) for la in layers]
-        held = 0
+        held = gradients = 0
         if work is not None:
-            # A checkpointed layer holds its output; or, computed again, what one layer keeps.
-            out = tokens * rest.hidden * rest.element_bytes
-            kept = [n.kept for n in needs]
-            held = sum(kept) if not work.checkpointing else len(kept) * out if keeps else max(kept)
+            if work.checkpointing and keeps:  # every layer's output
+                held = len(needs) * tokens * rest.hidden * rest.element_bytes
+            # Sums of LoRA's gradients for the experts there, and as the parameters have them.
+            gradients = 2 * _FLOAT * max(lora_parameters(layer, work.rank) for layer in layers)
         parts += [
             Component("working memory of experts", "device", max(n.working for n in needs)),
-            Component("activations of experts there", "device", held),
+            Component("gradients of experts there", "device", gradients),
+            Component("outputs of experts there", "device", held),
             Component("pinned memory of experts", "host", max(n.pinned for n in needs)),
         ]
     if work is not None:

@@ -7,6 +7,7 @@ Legend: E experts of a layer with rows.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -135,20 +136,33 @@ class EndsFirst:
     ) -> Assignment:
         """See Policy."""
         rows_E = np.asarray(rows, np.int64)
-        # Most rows first; equal ones by their number.
-        order = np.argsort(-rows_E, kind="stable")
+        there_E = np.zeros(len(rows_E), bool)
+        there_E[list(resident)] = True
+        # Most rows first, of equal ones those that are there, of equal ones by their number.
+        order = np.lexsort((np.arange(len(rows_E)), ~there_E, -rows_E))
         order = order[rows_E[order] > 0]
-        there = np.isin(order, list(resident))
-        both = (self.costs.forward, self.costs.backward)
-        split = _Split(both[: 1 + backward_follows], rows_E[order], there)
-        starts = [split.firsts()]
-        if len(order) <= _FEW:  # single experts weigh more, and one start may end in a dead end
-            starts += [np.zeros_like(there), np.ones_like(there), there, ~there]
-        found = [split.improved(start) for start in starts]
-        on_device = min(found, key=split.span)
+        there = there_E[order]
+        on_device = _best(
+            self.costs, tuple(rows_E[order].tolist()), there.tobytes(), backward_follows
+        )
         return Assignment(
             tuple(order[on_device & there].tolist()), tuple(order[on_device & ~there].tolist())
         )
+
+
+# Passes of single tokens are alike but for which experts they name: they need no second search.
+@functools.lru_cache(maxsize=4096)
+def _best(
+    costs: LayerCosts, rows: tuple[int, ...], resident: bytes, backward_follows: bool
+) -> NDArray[np.bool_]:
+    """Which of these experts are on the device; not to be written to."""
+    there = np.frombuffer(resident, bool)
+    both = (costs.forward, costs.backward)
+    split = _Split(both[: 1 + backward_follows], np.asarray(rows, np.int64), there)
+    starts = [split.firsts()]
+    if len(rows) <= _FEW:  # single experts weigh more, and one start may end in a dead end
+        starts += [np.zeros_like(there), np.ones_like(there), there, ~there]
+    return min((split.improved(start) for start in starts), key=split.span)
 
 
 class _Split:

@@ -9,9 +9,12 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from kt_sft.files import durable
+from kt_sft.scheduling.residents import ResidentBudget
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +23,33 @@ FILE_NAME = "kt_sft_routing.json"
 _VERSION = 1
 # What was counted before weighs so much after each pass: some hundred passes are remembered.
 _DECAY = 0.99
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which experts are in an accelerator's memory, layer by layer, and by which settings."""
+
+    residents: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    schedule: str = "host"
+    per_layer: int | None = None
+    nbytes: int | None = None
+
+    @property
+    def budget(self) -> ResidentBudget:
+        """How many there may be."""
+        return ResidentBudget(self.per_layer, self.nbytes)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], experts: Mapping[str, int]) -> Placement:
+        """From JSON, of layers with so many experts each. Raises ValueError and TypeError."""
+        found = {}
+        for name, count in experts.items():
+            chosen = [int(e) for e in values.get("residents", {}).get(name, ())]
+            if all(0 <= e < count for e in chosen):
+                found[name] = tuple(sorted({*chosen}))
+        numbers = (values.get(name) for name in ("per_layer", "nbytes"))
+        per_layer, nbytes = (None if n is None else int(n) for n in numbers)
+        return cls(found, str(values.get("schedule", "host")), per_layer, nbytes)
 
 
 class RoutingProfile:
@@ -48,46 +78,39 @@ class RoutingProfile:
             if totals[path]
         }
 
-    def save(self, path: Path, residents: Mapping[str, Sequence[int]] | None = None) -> None:
-        """As JSON, with the experts that an accelerator has; the file appears whole. OSError."""
-        durable.write_whole(path, self.text(residents).encode())
+    def save(self, path: Path, placement: Placement | None = None) -> None:
+        """As JSON, with the places that experts have; the file appears whole. Raises OSError."""
+        durable.write_whole(path, self.text(placement).encode())
 
-    def text(self, residents: Mapping[str, Sequence[int]] | None = None) -> str:
+    def text(self, placement: Placement | None = None) -> str:
         """The content of the file."""
-        content = {
-            "version": _VERSION,
-            "passes": self.passes,
-            "rows": self._rows,
-            "residents": {name: list(experts) for name, experts in (residents or {}).items()},
-        }
+        content: dict[str, Any] = {"version": _VERSION, "passes": self.passes, "rows": self._rows}
+        if placement is not None:
+            content["placement"] = asdict(placement)
         return json.dumps(content)
 
     @classmethod
-    def load(
-        cls, path: Path, experts: Mapping[str, int]
-    ) -> tuple[RoutingProfile, dict[str, tuple[int, ...]]]:
+    def load(cls, path: Path, experts: Mapping[str, int]) -> tuple[RoutingProfile, Placement]:
         """What was saved, of layers with so many experts each; what does not fit is left out, with
         a warning. Raises OSError."""
-        profile, residents = cls(), {}
+        profile = cls()
         try:
             found = json.loads(path.read_text())
             if found["version"] != _VERSION:
                 raise ValueError(f"version {found['version']}, expected {_VERSION}")
+            placement = Placement.of(found.get("placement", {}), experts)
             for name, count in experts.items():
                 rows = [float(n) for n in found["rows"].get(name, ())]
-                chosen = [int(e) for e in found["residents"].get(name, ())]
                 if len(rows) == count and all(math.isfinite(n) and n >= 0 for n in rows):
                     profile._rows[name] = rows
-                if all(0 <= e < count for e in chosen):
-                    residents[name] = tuple(sorted({*chosen}))
             profile.passes = int(found["passes"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             logger.warning("%s: is no routing profile (%s) and is left out", path, error)
-            return cls(), {}
-        if profile._rows and len(profile._rows) < len(experts):
+            return cls(), Placement()
+        if found["rows"] and len(profile._rows) < len(experts):
             known, layers = len(profile._rows), len(experts)
             logger.warning("%s: fits %d of the model's %d layers", path, known, layers)
-        return profile, residents
+        return profile, placement
 
 
 def layers_of(path: Path) -> dict[str, int]:

@@ -223,6 +223,8 @@ class PackedFile:
         try:
             with self.path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+                # Asked for here: another thread must not change how Python warns.
+                self._address = _read_only(self._map, 0, 1).data_ptr() if len(self._map) else 0
                 self._file = os.dup(file.fileno())
                 weakref.finalize(self, os.close, self._file)
         except FileNotFoundError:
@@ -287,7 +289,7 @@ class PackedFile:
     def bring(self, begin: int, end: int) -> None:
         """Brings a part of the file into memory, without holding Python's lock. Raises OSError."""
         first = begin // mmap.PAGESIZE * mmap.PAGESIZE
-        address = ctypes.c_void_p(_read_only(self._map, 0, 1).data_ptr() + first)
+        address = ctypes.c_void_p(self._address + first)
         if _libc.madvise(address, ctypes.c_size_t(end - first), _POPULATE_READ) == 0:
             return
         # Systems before Linux 5.14: reading it has the same effect.

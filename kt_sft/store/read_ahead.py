@@ -92,6 +92,6 @@ def _work(owner: weakref.ref[ReadAhead], changed: threading.Condition) -> None:
         try:
             found._bring(places)
         except OSError as error:
-            logger.warning("%s: reading ahead failed (%s); it goes on without", owner, error)
+            logger.warning("reading ahead failed (%s); it goes on without", error)
             return
         del found

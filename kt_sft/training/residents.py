@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from kt_sft.experts import HybridExperts, hybrid_experts_of
-from kt_sft.experts.residents import place_residents, resident_experts, restore_residents
+from kt_sft.experts.residents import place_residents, placement_of, restore_residents
 from kt_sft.scheduling.profile import FILE_NAME
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class ResidentExperts(TrainerCallback):
         if self._experts and folder.is_dir():
             # Saving brings the checkpoint to the disk as a whole.
             profile = next(iter(self._experts.values())).runtime.routing
-            text = profile.text(resident_experts(self._experts))
+            text = profile.text(placement_of(self._experts))
             (folder / self._name(args)).write_text(text)
 
     def on_train_end(
@@ -86,6 +86,6 @@ class ResidentExperts(TrainerCallback):
             if path is None or not path.parent.is_dir():
                 continue
             try:
-                runtime.routing.save(path, resident_experts(self._experts))
+                runtime.routing.save(path, placement_of(self._experts))
             except OSError as error:
-                logger.warning("%s: %s; the routing profile is not kept there", path, error)
+                logger.info("%s: %s; the routing profile is not kept there", path, error)

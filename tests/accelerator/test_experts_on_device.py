@@ -230,3 +230,19 @@ def _measured(device: SimulatedDevice) -> None:
 
 def test_auto_measures_once() -> None:
     on_device(_measured)
+
+
+def _nan(device: SimulatedDevice, schedule: str) -> None:
+    """What an accelerator makes is named by the layer that it reaches."""
+    by_thirds()
+    model = placed(qwen(**SCHEDULES[schedule]), DEVICE).train()
+    name = "base_model.model.model.layers.0.mlp.experts.down_proj.lora_B.default"
+    with torch.no_grad():
+        dict(model.named_parameters())[name].fill_(float("nan"))
+    step(model)
+    first = next(iter(hybrid_experts_of(model).values())).runtime.watch.first
+    assert first is not None and "layers.1.mlp.experts: in the hidden states" in first, first
+
+
+def test_nan_is_named() -> None:
+    on_device(_nan, "device")

@@ -177,8 +177,9 @@ def test_a_training_whose_device_has_experts(tmp_path: Path, experts: dict[str, 
     assert profile["passes"] > 0 and len(profile["rows"]) == 3
     assert (whole / "checkpoint-8" / "kt_sft_routing.json").is_file()
     count = experts.get("gpu_experts", 0)
-    assert all(len(chosen) == count for chosen in profile["residents"].values())
-    for path, chosen in profile["residents"].items():
+    assert all(len(chosen) == count for chosen in profile["placement"]["residents"].values())
+    assert profile["placement"]["schedule"] == experts["schedule"]
+    for path, chosen in profile["placement"]["residents"].items():
         rows = profile["rows"][path]
         # By the latest choice, at step 4 of 8; no other expert got clearly more since.
         assert all(rows[e] * 2 >= max(rows) / 2 for e in chosen)

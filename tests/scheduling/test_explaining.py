@@ -17,7 +17,7 @@ from kt_sft.engines import calibration
 from kt_sft.kernels import WeightLayout
 from kt_sft.planning.schedule import expected_rows, explain, picture, table
 from kt_sft.scheduling.costs import Curve, LayerCosts, PassCosts
-from kt_sft.scheduling.profile import FILE_NAME, RoutingProfile
+from kt_sft.scheduling.profile import FILE_NAME, Placement, RoutingProfile
 
 LAYOUT = WeightLayout(8, 64, 72, "int8")
 HOST = Curve((1, 8, 512), (1e-3, 2e-3, 60e-3))
@@ -137,7 +137,7 @@ def test_a_profile_is_drawn(place: Path, capsys: pytest.CaptureFixture[str]) -> 
     profile.record("model.layers.0.mlp.experts", [8, 0, 4, 0, 0, 0, 2, 2])
     profile.record("model.layers.11.mlp.experts", [1] * 8)
     (place / "run").mkdir()
-    profile.save(place / "run" / FILE_NAME, {"model.layers.0.mlp.experts": (0, 2)})
+    profile.save(place / "run" / FILE_NAME, Placement({"model.layers.0.mlp.experts": (0, 2)}))
     outputs = {
         run(capsys, "profile", source)
         for source in (place / "recipe.yaml", place / "run", place / "run" / FILE_NAME)

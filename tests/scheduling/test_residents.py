@@ -10,7 +10,7 @@ import pytest
 
 from kt_sft.config import HybridExpertsSettings
 from kt_sft.errors import SettingsError
-from kt_sft.scheduling.profile import RoutingProfile
+from kt_sft.scheduling.profile import Placement, RoutingProfile
 from kt_sft.scheduling.residents import ResidentBudget, choose_residents
 
 
@@ -78,11 +78,12 @@ def test_profiles_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     profile, path = RoutingProfile(), tmp_path / "routing.json"
     profile.record("a", [3, 1])
     profile.record("b", [1, 1])
-    profile.save(path, {"a": (1,)})
+    profile.save(path, Placement({"a": (1,)}, "auto", None, 5000))
     assert [p.name for p in tmp_path.iterdir()] == ["routing.json"]
-    found, residents = RoutingProfile.load(path, {"a": 2, "b": 2})
+    found, placement = RoutingProfile.load(path, {"a": 2, "b": 2})
     assert (found.shares(), found.passes) == (profile.shares(), 2)
-    assert residents == {"a": (1,), "b": ()}
+    assert placement == Placement({"a": (1,), "b": ()}, "auto", None, 5000)
+    assert placement.budget == ResidentBudget(nbytes=5000)
     # Layers of another model are left out.
     with caplog.at_level(logging.WARNING):
         other, _ = RoutingProfile.load(path, {"a": 2, "b": 3, "c": 2})
@@ -91,16 +92,21 @@ def test_profiles_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     damaged = [
         "{", "[]", '{"version": 9}', "null",
         json.dumps({**good, "rows": {"a": ["x", 1]}}),
-        json.dumps({**good, "residents": {"a": [None]}}),
+        json.dumps({**good, "placement": {"residents": {"a": [None]}}}),
+        json.dumps({**good, "placement": {"nbytes": "much"}}),
+        json.dumps({**good, "passes": float("inf")}),
     ]  # fmt: skip
     for text in damaged:
         path.write_text(text)
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            found, residents = RoutingProfile.load(path, {"a": 2})
-        assert (found.shares(), residents) == ({}, {}) and "no routing profile" in caplog.text
+            found, placement = RoutingProfile.load(path, {"a": 2})
+        assert (found.shares(), placement) == (
+            {},
+            Placement(),
+        ) and "no routing profile" in caplog.text
     for rows in ([float("nan"), 1.0], [-1.0, 2.0]):
         path.write_text(json.dumps({**good, "rows": {"a": rows}}))
         assert RoutingProfile.load(path, {"a": 2})[0].shares() == {}
-    path.write_text(json.dumps({**good, "residents": {"a": [7]}}))
-    assert RoutingProfile.load(path, {"a": 2})[1] == {}
+    path.write_text(json.dumps({**good, "placement": {"residents": {"a": [7]}}}))
+    assert RoutingProfile.load(path, {"a": 2})[1] == Placement()

@@ -42,7 +42,7 @@ MODES: dict[str, dict[str, Any]] = {
     "zero2": {"deepspeed": (2, None)},
     "zero2 offload": {"deepspeed": (2, {"device": "cpu"})},
     "fsdp2": FSDP2,
-    # Each rank computes its experts by the arithmetic of an accelerator.
+    # Each rank computes its experts by the arithmetic of an accelerator; see `on_a_twin`.
     "ddp device": {"kt_sft": {"weights": "int8", "schedule": "device"}},
     "zero2 device": {
         "kt_sft": {"weights": "int8", "schedule": "device"}, "deepspeed": (2, None),
@@ -51,6 +51,14 @@ MODES: dict[str, dict[str, Any]] = {
 # The quick ones; the others run with the slow tests.
 QUICK = [("ddp", 2), ("zero2", 2), ("ddp", 4), ("ddp device", 2)]
 ALL = [(mode, ranks) for mode in MODES for ranks in (2, 4)]
+
+
+def on_a_twin() -> None:
+    """In a rank: the CPU is taken for an accelerator."""
+    from kt_sft.engines import policies
+    from kt_sft.scheduling.assignment import AllOnDevice
+
+    policies.HostOnly = AllOnDevice  # type: ignore[assignment, misc]
 
 
 def train(
@@ -100,7 +108,8 @@ def settings_of(place: Workplace, mode: str) -> dict[str, Any]:
 )
 def test_ranks_equal_one(mode: str, ranks: int, place: Workplace) -> None:
     name = f"{mode.replace(' ', '-')}-{ranks}"
-    text = train_whole(place, name, ranks, **settings_of(place, mode))
+    faults = {rank: on_a_twin for rank in range(ranks)} if "device" in mode else None
+    text = train_whole(place, name, ranks, faults=faults, **settings_of(place, mode))
     for a, b in zip(place.logs("one"), place.logs(name), strict=True):
         assert abs(a["loss"] - b["loss"]) < 1e-3 * a["loss"]
         # Adam does not see the size of a gradient, the logged norm does: a mean, not a sum.

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kt_sft.device import gates
+from kt_sft.device.bringing import bring
 from kt_sft.device.dropout import dropped
 from kt_sft.device.packed import PackedPiece, unpacked_bytes
 from kt_sft.device.products import Groups, outer, times
@@ -202,20 +203,12 @@ class DeviceBlock:
     @cached_property
     def _factors(self) -> dict[str, tuple[Tensor, Tensor, float]]:
         """LoRA of all these experts as it is multiplied: brought here once in a pass."""
-        found = {}
+        device, found = self.inputs.hidden_TD.device, {}
         for name, f in self.adapted.items():
             pad = -f.rank % _RANK_STEP
-            a, b = (self._brought(_of_experts(t, self.order)) for t in (f.a, f.b))
+            a, b = (bring(_of_experts(t, self.order).to(self.dtype), device) for t in (f.a, f.b))
             found[name] = F.pad(a, (0, 0, 0, pad)), F.pad(b, (0, pad)), f.scaling
         return found
-
-    def _brought(self, factor: Tensor) -> Tensor:
-        device = self.inputs.hidden_TD.device
-        factor = factor.to(self.dtype)
-        if factor.device.type == "cpu" and device.type != "cpu":
-            # From pageable memory the copy would wait for all that the device was given before.
-            factor = factor.pin_memory()
-        return factor.to(device, non_blocking=True)
 
     def _piece(self, begin: int, packed: PackedPiece) -> _Piece:
         own = slice(begin, begin + len(packed))
@@ -364,4 +357,4 @@ def _of_experts(factor: Tensor, experts: Sequence[int]) -> Tensor:
     if len(factor) == 1:
         return factor.detach().expand(len(experts), *factor.shape[1:])
     index = torch.tensor(experts, dtype=torch.int64)
-    return factor.detach().index_select(0, index.to(factor.device, non_blocking=True))
+    return factor.detach().index_select(0, bring(index, factor.device))

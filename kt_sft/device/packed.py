@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kt_sft.device.bringing import bring
 from kt_sft.kernels import PROJECTIONS, Coding, ExpertWeights, WeightLayout
 from kt_sft.kernels.formats import SCALE_DTYPES, code_values, implied_zero, scale_values
 
@@ -53,7 +54,7 @@ class PackedPiece:
         if list(experts) == list(range(first, first + len(experts))):
             found = {k: t[first : first + len(experts)] for k, t in self.sections.items()}
         else:
-            index = torch.tensor(experts, dtype=torch.int64).to(self.device, non_blocking=True)
+            index = bring(torch.tensor(experts, dtype=torch.int64), self.device)
             found = {k: t.index_select(0, index) for k, t in self.sections.items()}
         return PackedPiece(self.layout, found)
 

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kt_sft.device.bringing import bring
+
 # torch 2.10 made it public; before, it was there by another name.
 _grouped_mm: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 # Rows of its operands begin at multiples of this.
@@ -34,7 +36,7 @@ class Groups:
     def of(cls, counts: Sequence[int], device: torch.device) -> Groups:
         """From the counts alone."""
         ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32)
-        return cls(tuple(counts), ends.to(device, non_blocking=True))
+        return cls(tuple(counts), bring(ends, device))
 
     @property
     def rows(self) -> int:
@@ -47,7 +49,7 @@ class Groups:
 
     def spread(self, values: Tensor) -> Tensor:
         """Each row's, [M, ...] from [n, ...]."""
-        counts = torch.tensor(self.counts).to(values.device, non_blocking=True)
+        counts = bring(torch.tensor(self.counts), values.device)
         return values.repeat_interleave(counts, 0, output_size=self.rows)
 
 

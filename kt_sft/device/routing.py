@@ -12,6 +12,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from kt_sft.device.bringing import bring
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -32,7 +34,7 @@ class Routing:
         device, rows = index_TK.device, sum(counts)
         places = torch.full((1 + max([*order, 0]),), len(order))
         places[torch.tensor(order, dtype=torch.int64)] = torch.arange(len(order))
-        places = places.to(device, non_blocking=True)
+        places = bring(places, device)
         # Experts beyond the last one in the order are others, as is the number that skips.
         index = index_TK.flatten().long()
         known = places[index.clamp(max=len(places) - 1)]

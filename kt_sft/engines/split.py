@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kt_sft.device.block import LoraGradients
+from kt_sft.device.bringing import bring
 from kt_sft.engines.cpu import CpuEngine, CpuExperts
 from kt_sft.engines.host import HostExperts, brought, context_of
 from kt_sft.engines.link import Arrival, Traffic, Wanted, link_of
@@ -398,8 +399,7 @@ def _lora_gradients(
         elif home.copies < experts:  # what all experts share gets the gradients of all of them
             results.append(gradient.to(home.dtype))
         else:
-            index = torch.tensor(share.places.on_device, dtype=torch.int64)
-            index = index.to(gradient.device, non_blocking=True)
+            index = bring(torch.tensor(share.places.on_device, dtype=torch.int64), gradient.device)
             whole = gradient.new_zeros(experts, *gradient.shape[1:], dtype=home.dtype)
             results.append(whole.index_copy_(0, index, gradient.to(home.dtype)))
     going = [i for i, t in enumerate(results) if t is not None and t.device != homes[i].device]

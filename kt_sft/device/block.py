@@ -11,7 +11,7 @@ part, R all rows, r LoRA rank.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
@@ -85,16 +85,13 @@ class _Piece:
     packed: PackedPiece
     lora: dict[str, tuple[Tensor, Tensor, float]]  # a [n, r, C], b [n, N, r], scaling
     dtype: torch.dtype
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_unpacked", {})
+    _unpacked: dict[str, Tensor] = field(default_factory=dict)
 
     def weights(self, projection: str) -> Tensor:
         """[n, N, C], unpacked once."""
-        unpacked: dict[str, Tensor] = self._unpacked  # type: ignore[attr-defined]
-        if projection not in unpacked:
-            unpacked[projection] = self.packed.weights(projection, self.dtype)
-        return unpacked[projection]
+        if projection not in self._unpacked:
+            self._unpacked[projection] = self.packed.weights(projection, self.dtype)
+        return self._unpacked[projection]
 
 
 @dataclass(frozen=True)

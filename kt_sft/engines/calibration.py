@@ -153,8 +153,10 @@ class MeasuredLayer:
 
 
 def _form(layout: WeightLayout) -> str:
-    """What a layer's costs depend on: not on how many experts it has."""
-    return repr(replace(layout, experts=1))
+    """What a layer's costs depend on: not on how many experts it has. The same in every process."""
+    parts = [f"{layout.hidden} x {layout.intermediate}", layout.weights, repr(layout.coding)]
+    parts += ["gated"] * layout.gated + [f"bias of {p}" for p in sorted(layout.biased)]
+    return ", ".join(parts)
 
 
 def find_costs(path: Path, layout: WeightLayout) -> tuple[LayerCosts, dict[str, Any]]:

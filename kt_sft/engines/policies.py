@@ -45,7 +45,9 @@ def policies(settings: HybridExpertsSettings, host: ExpertsEngine) -> PolicyOf:
         key = experts.layout, device
         if key not in measured:
             layer = MeasuredLayer(experts.inner, experts.share.weights, device)
-            measured[key] = EndsFirst(calibrations.costs(layer, host))
+            costs = calibrations.costs(layer, host)
+            logger.info("schedule: auto, one expert's forward with %s", costs.forward.text())
+            measured[key] = EndsFirst(costs)
         return measured[key]
 
     return policy_of

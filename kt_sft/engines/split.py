@@ -140,6 +140,8 @@ class PartedExperts(HostExperts):
         try:
             rest = _left_for_host(staged, share, experts)
             done = super()._forward_staged(call, inputs, rest, keep, hold, traffic)
+            # NaN that the accelerator makes is seen by the layer that it reaches.
+            finite = done.report.finite and is_finite(staged.hidden_TD)
         finally:
             wait([working])  # whatever happens: it reads the inputs
         out_TD = (done.out_TD.float() + working.result()).to(done.out_TD.dtype)
@@ -148,8 +150,7 @@ class PartedExperts(HostExperts):
             done.report,
             rows=sum(rows),
             max_rows=max(rows),
-            # NaN that the accelerator makes is seen by the layer that it reaches.
-            finite=done.report.finite and is_finite(staged.hidden_TD),
+            finite=finite,
             expert_rows=rows,
             device_rows=sum(share.rows),
         )

@@ -60,6 +60,15 @@ class PassCosts:
     stream: float
     contention: float = 0.0
 
+    def text(self, rows: int = 128) -> str:
+        """What an expert with so many rows takes in each place."""
+        at = np.asarray([rows])
+        return (
+            f"{rows} rows: {1e3 * self.host(at)[0]:.3f} ms on the host, "
+            f"{1e3 * self.device(at)[0]:.3f} ms on the accelerator, "
+            f"{1e3 * self.stream:.3f} ms on the link"
+        )
+
 
 @dataclass(frozen=True)
 class LayerCosts:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -272,6 +274,24 @@ def test_costs_are_measured() -> None:
         assert one.host_fixed >= 0 and one.device_fixed >= 0
     assert LayerCosts.from_dict(costs.as_dict()) == costs
     assert isinstance(EndsFirst(costs).assign([1, 0, 900, 3], [2], True), Assignment)
+
+
+def test_a_form_reads_the_same_in_every_process() -> None:
+    """Costs are found again by it; a set's own text changes from process to process."""
+    program = (
+        "from kt_sft.engines.calibration import _form; from kt_sft.kernels import *;"
+        "print(_form(WeightLayout(4, 64, 72, 'int8', biased=frozenset(PROJECTIONS))))"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        ).stdout.splitlines()[-1]
+        for seed in ("1", "2", "5")
+    }  # fmt: skip
+    assert found == {
+        "64 x 72, int8, None, gated, bias of down_proj, bias of gate_proj, bias of up_proj"
+    }
 
 
 def test_measured_costs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,6 +121,9 @@ def test_estimates() -> None:
     both = estimate(one, [3, 1, 4], Assignment((0,), (2,)))
     assert (both.host, both.link, both.device) == (1.25, 2.0, 1.125)
     assert both.makespan == 4.0  # the link, and the expert that came last
+    assert one.text(3) == (
+        "3 rows: 1000.000 ms on the host, 500.000 ms on the accelerator, 2000.000 ms on the link"
+    )
     resident = estimate(one, [3, 1, 4], Assignment((0, 1, 2)))
     assert resident.makespan == resident.device == 1.625
 

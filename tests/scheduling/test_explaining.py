@@ -116,7 +116,7 @@ def test_what_a_plan_cannot_say(place: Path, capsys: pytest.CaptureFixture[str])
     plan, explain = ("plan", recipe), ("plan", recipe, "--explain")
     assert "no accelerator here" in refused(capsys, *explain)
     other_weights = "kt_sft={schedule: auto, weights: bf16}"
-    assert "has nothing of WeightLayout" in refused(
+    assert "has nothing of 64 x 72, bf16" in refused(
         capsys, *plan, other_weights, "--explain", "--calibration", known
     )
     other = place / "other.json"

@@ -52,6 +52,21 @@ def difference(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
     return max(d if d == d else float("inf") for d in worst)
 
 
+def compared(
+    got: dict[str, Tensor], want: dict[str, Tensor], dtype: torch.dtype
+) -> dict[str, str | bool]:
+    """The end of a row: in fp32 every tensor counts, in bf16 the loss."""
+    exact = dtype == torch.float32
+    worst = difference(got, want) if exact else difference(
+        {"loss": got["loss"]}, {"loss": want["loss"]}
+    )  # fmt: skip
+    return {
+        "difference": f"{worst:.1e}",
+        "of": "any tensor" if exact else "loss",
+        "ok": worst <= (FP32 if exact else BF16),
+    }
+
+
 def run(setting: Setting) -> None:
     """A row for each family, dtype, place of the adapters and kind of checkpointing."""
     device = setting.place()
@@ -59,16 +74,10 @@ def run(setting: Setting) -> None:
     for family, dtype in itertools.product(families, (torch.float32, torch.bfloat16)):
         want = step(build(family, "cpu", dtype), "cpu")
         for adapters, kind in itertools.product(("device", "host"), CHECKPOINTING):
-            got = step(build(family, device, dtype, adapters=adapters), device, CHECKPOINTING[kind])
-            exact = dtype == torch.float32
-            worst = difference(got, want) if exact else difference(
-                {"loss": got["loss"]}, {"loss": want["loss"]}
-            )  # fmt: skip
+            model = build(family, device, dtype, adapters=adapters)
             setting.say(
                 case=f"{family}, {str(dtype).removeprefix('torch.')}",
                 adapters=adapters,
                 checkpointing=kind,
-                difference=f"{worst:.1e}",
-                of="any tensor" if exact else "loss",
-                ok=worst <= (FP32 if exact else BF16),
+                **compared(step(model, device, CHECKPOINTING[kind]), want, dtype),
             )

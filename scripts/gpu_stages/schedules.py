@@ -7,6 +7,7 @@ of Transformers, without LoRA on them, which is what a GPU does that is large en
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 
@@ -15,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from gpu_stages.layers import ATTENTION, RANK, SHAPE, SMALL, build_model, measure, say, stock
-from gpu_stages.parity import BF16, FP32, build, difference
+from gpu_stages.parity import CHECKPOINTING, build, compared
 from gpu_stages.parity import step as parity_step
 from gpu_stages.setting import Setting
 from kt_sft.device.block import Limits
@@ -38,23 +39,16 @@ def _parity(setting: Setting) -> None:
     """Every schedule against the host's, plain and checkpointed."""
     device = setting.place()
     families = ["qwen3_moe"] if setting.small else ["qwen3_moe", "deepseek_v3", "mixtral"]
-    for family in families:
-        for dtype in (torch.float32, torch.bfloat16):
-            want = parity_step(build(family, "cpu", dtype), "cpu")
-            for settings in _SETTINGS:
-                for kind in (None, True, False):
-                    got = parity_step(build(family, device, dtype, **settings), device, kind)
-                    exact = dtype == torch.float32
-                    worst = difference(got, want) if exact else difference(
-                        {"loss": got["loss"]}, {"loss": want["loss"]}
-                    )  # fmt: skip
-                    setting.say(
-                        case=f"{family}, {str(dtype).removeprefix('torch.')}",
-                        schedule=str(settings),
-                        checkpointing=str(kind),
-                        difference=f"{worst:.1e}",
-                        ok=worst <= (FP32 if exact else BF16),
-                    )
+    for family, dtype in itertools.product(families, (torch.float32, torch.bfloat16)):
+        want = parity_step(build(family, "cpu", dtype), "cpu")
+        for settings, kind in itertools.product(_SETTINGS, CHECKPOINTING):
+            model = build(family, device, dtype, **settings)
+            setting.say(
+                case=f"{family}, {str(dtype).removeprefix('torch.')}",
+                schedule=", ".join(map(str, settings.values())),
+                checkpointing=kind,
+                **compared(parity_step(model, device, CHECKPOINTING[kind]), want, dtype),
+            )
 
 
 def _use(

@@ -16,18 +16,15 @@ from test_models_on_device import (
     FP32,
     IDS,
     assert_close,
-    gradients,
+    family_step,
     late,
-    lora,
-    on_cpu,
     placed,
     qwen,
     step,
 )
-from tiny_configs import TINY_FAMILIES, build, text_inputs
+from tiny_configs import TINY_FAMILIES
 from torch import nn
 
-from kt_sft import HybridExpertsConfig, hybridize
 from kt_sft.engines import policies, share
 from kt_sft.engines.split import DeviceExperts, PartedExperts
 from kt_sft.experts import hybrid_experts_of
@@ -76,22 +73,10 @@ def test_schedules(name: str, dtype: torch.dtype, bound: float) -> None:
 def _families(device: SimulatedDevice, *names: str) -> None:
     """Gates, biases, layouts and calls of every family, with LoRA on the experts."""
     by_thirds()
-
-    def run(name: str, place: str, **settings: Any) -> dict[str, torch.Tensor]:
-        base = hybridize(build(name), HybridExpertsConfig(threads=1, **settings)).eval()
-        model = placed(lora(base, r".*\.experts\.(gate|up|down)_proj"), place)
-        inputs = text_inputs(name, model)
-        embeds = inputs["inputs_embeds"].detach().to(place).requires_grad_()
-        inputs = {k: v.to(place) if torch.is_tensor(v) else v for k, v in inputs.items()}
-        out = model(**{**inputs, "inputs_embeds": embeds})
-        out.loss.backward()
-        found = {"loss": out.loss, "logits": out.logits, "d_embeds": embeds.grad}
-        return on_cpu(found) | gradients(model)
-
     for name in names:
         with late(device):
-            got = run(name, DEVICE, schedule="auto", gpu_experts=1)
-        assert_close(got, run(name, "cpu"), FP32)
+            got = family_step(name, DEVICE, schedule="auto", gpu_experts=1)
+        assert_close(got, family_step(name, "cpu"), FP32)
 
 
 _NAMES = sorted(TINY_FAMILIES)

@@ -91,24 +91,26 @@ def assert_close(got: Tensors, want: Tensors, bound: float) -> None:
     assert {n: d for n, d in off.items() if not d <= bound} == {}
 
 
-def _family(device: SimulatedDevice, *names: str) -> None:
-    def run(name: str, place: str) -> Tensors:
-        base = hybridize(build(name), HybridExpertsConfig(threads=1)).eval()
-        model = placed(lora(base, r".*\.experts\.(gate|up|down)_proj"), place)
-        for p in model.parameters():
-            p.requires_grad_(p.is_floating_point())
-        inputs = text_inputs(name, model)
-        embeds = inputs["inputs_embeds"].detach().to(place).requires_grad_()
-        inputs = {k: v.to(place) if torch.is_tensor(v) else v for k, v in inputs.items()}
-        out = model(**{**inputs, "inputs_embeds": embeds})
-        out.loss.backward()
-        found = {"loss": out.loss, "logits": out.logits, "d_embeds": embeds.grad}
-        return on_cpu(found) | gradients(model)
+def family_step(name: str, place: str, **settings: object) -> Tensors:
+    """Loss, logits and gradients of a family's model, of its inputs too, on the CPU."""
+    base = hybridize(build(name), HybridExpertsConfig(threads=1, **settings)).eval()
+    model = placed(lora(base, r".*\.experts\.(gate|up|down)_proj"), place)
+    for p in model.parameters():
+        p.requires_grad_(p.is_floating_point())
+    inputs = text_inputs(name, model)
+    embeds = inputs["inputs_embeds"].detach().to(place).requires_grad_()
+    inputs = {k: v.to(place) if torch.is_tensor(v) else v for k, v in inputs.items()}
+    out = model(**{**inputs, "inputs_embeds": embeds})
+    out.loss.backward()
+    found = {"loss": out.loss, "logits": out.logits, "d_embeds": embeds.grad}
+    return on_cpu(found) | gradients(model)
 
+
+def _family(device: SimulatedDevice, *names: str) -> None:
     for name in names:
         with late(device):
-            got = run(name, DEVICE)
-        assert_close(got, run(name, "cpu"), FP32)
+            got = family_step(name, DEVICE)
+        assert_close(got, family_step(name, "cpu"), FP32)
 
 
 _NAMES = sorted(TINY_FAMILIES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,11 @@ def add(commands: Any) -> None:
     plan.set_defaults(run=run)
     plan.add_argument("recipe", help="YAML recipe with a kt_sft section")
     plan.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="settings of the recipe"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="settings of the recipe, before any option; kt_sft.key=value for those of the section",
     )
     plan.add_argument(
         "--explain",
@@ -38,7 +43,8 @@ def add(commands: Any) -> None:
         "--profile",
         type=Path,
         metavar="FILE",
-        help="a kt_sft_routing.json (default: that of the recipe's output_dir, if it is there)",
+        help="a kt_sft_routing.json, or the folder of a run that has one (default: that of the "
+        "recipe's output_dir, if it is there)",
     )
 
 
@@ -54,15 +60,38 @@ def read_recipe(path: str, overrides: list[str]) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"recipe: no file {path}")
-    recipe = yaml.safe_load(file.read_text())
+    try:
+        recipe = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: is no YAML: {error}") from error
     if not isinstance(recipe, dict):
         raise SettingsError(f"{path}: got {type(recipe).__name__}, expected a recipe's settings")
     for override in overrides:
-        name, equals, value = override.partition("=")
-        if not equals:
-            raise SettingsError(f"{override}: expected key=value")
-        recipe[name] = yaml.safe_load(value)
+        _override(recipe, override)
     return recipe
+
+
+def _override(recipe: dict[str, Any], override: str) -> None:
+    """`key=value`, or `kt_sft.key=value` for a setting of the section."""
+    from kt_sft.config import HybridExpertsSettings
+
+    name, equals, text = override.partition("=")
+    if not equals:
+        raise SettingsError(f"{override}: expected key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{override}: is no YAML: {error}") from error
+    first, dot, inner = name.partition(".")
+    if name in {field.name for field in fields(HybridExpertsSettings)}:
+        raise SettingsError(f"{name}: is a setting of the section; write kt_sft.{override}")
+    if dot:
+        section = recipe.setdefault(first, {})
+        if not isinstance(section, dict):
+            raise SettingsError(f"{name}: {first} of the recipe is no section but {section!r}")
+        section[inner] = value
+    else:
+        recipe[name] = value
 
 
 def _explained(recipe: Mapping[str, Any], arguments: argparse.Namespace) -> Iterator[str]:
@@ -109,7 +138,9 @@ def _explained(recipe: Mapping[str, Any], arguments: argparse.Namespace) -> Iter
         f"one layer of {folder.name}: {layout.experts} experts of {layout.hidden} x "
         f"{layout.intermediate} in {settings.weights}, {top_k} for each token, forward and backward"
     )
-    yield f"costs: {where}"
+    yield f"costs: {where}; of LoRA of rank 8 in bf16, without the disk"
+    if settings.schedule != "auto":
+        yield f"the recipe says schedule: {settings.schedule}; this is what auto would do"
     yield f"rows: {whose}"
     yield ""
     splits = []
@@ -134,6 +165,10 @@ def _shares(
     from kt_sft.scheduling.profile import FILE_NAME, RoutingProfile
 
     file = given or Path(str(recipe.get("output_dir", ""))) / FILE_NAME
+    if file.is_dir():
+        file = file / FILE_NAME
+    if given is not None and not file.is_file():
+        raise FileNotFoundError(f"--profile: no file {file}")
     if given is None and not file.is_file():
         return [1 / experts] * experts, "as if every expert got the same; no profile yet"
     profile, _ = RoutingProfile.load(file, {path: experts})

@@ -154,7 +154,8 @@ class MeasuredLayer:
 
 def _form(layout: WeightLayout) -> str:
     """What a layer's costs depend on: not on how many experts it has. The same in every process."""
-    parts = [f"{layout.hidden} x {layout.intermediate}", layout.weights, repr(layout.coding)]
+    parts = [f"{layout.hidden} x {layout.intermediate}", layout.weights]
+    parts += [str(layout.coding)] * (layout.coding is not None)
     parts += ["gated"] * layout.gated + [f"bias of {p}" for p in sorted(layout.biased)]
     return ", ".join(parts)
 
@@ -174,7 +175,10 @@ def find_costs(path: Path, layout: WeightLayout) -> tuple[LayerCosts, dict[str, 
         known = sorted({s["layout"] for s, _ in settings})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SettingsError(f"{path}: is no calibration of kt_sft ({error})") from error
-    raise SettingsError(f"{path}: has nothing of {_form(layout)}; it has {', '.join(known)}")
+    raise SettingsError(
+        f"{path}: has nothing of {_form(layout)}; it has {'; '.join(known) or 'nothing'}. "
+        "`kt-sft plan RECIPE` measures it there"
+    )
 
 
 def measured_layer(

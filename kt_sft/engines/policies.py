@@ -18,6 +18,12 @@ logger = logging.getLogger(__name__)
 
 
 @functools.cache
+def _warn_of_cpu(schedule: str) -> None:
+    """Once."""
+    logger.warning("schedule: %s has no effect: the model is not on an accelerator", schedule)
+
+
+@functools.cache
 def _warn_of_parts(schedule: str) -> None:
     """Once."""
     logger.warning(
@@ -33,7 +39,8 @@ def policies(settings: HybridExpertsSettings, host: ExpertsEngine) -> PolicyOf:
     measured: dict[tuple, Policy] = {}
 
     def policy_of(experts: PartedExperts, device: torch.device) -> Policy:
-        if device.type == "cpu":  # nobody to share with
+        if device.type == "cpu":
+            _warn_of_cpu(settings.schedule)
             return HostOnly()
         if experts.share is None:
             _warn_of_parts(settings.schedule)

@@ -10,7 +10,7 @@ from kt_sft.engines.share import DeviceShare
 from kt_sft.engines.split import PartedExperts
 from kt_sft.experts.module import HybridExperts
 from kt_sft.experts.runtime import ExpertsRuntime
-from kt_sft.machine.accelerator import free_device_memory
+from kt_sft.machine.accelerator import free_device_memory, has_accelerator
 from kt_sft.scheduling.profile import Placement, RoutingProfile
 from kt_sft.scheduling.residents import ResidentBudget, choose_residents
 
@@ -68,7 +68,7 @@ def place_residents(modules: Mapping[str, HybridExperts]) -> int:
     """Chooses the resident experts of a model anew, by the rows that they have got so far; not
     within a step, as a backward must find the places of its forward. Returns how many have come."""
     parted = _shares(modules)
-    if not parted:
+    if not parted or not has_accelerator():
         return 0
     runtime = next(iter(modules.values())).runtime
     budget = runtime.resident_budget

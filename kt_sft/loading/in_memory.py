@@ -37,6 +37,11 @@ def hybridize(model: Any, config: HybridExpertsConfig | HybridExpertsSettings | 
             )
         config = config.settings
     settings = config or HybridExpertsSettings()
+    if settings.disk_tier:
+        raise SettingsError(
+            "disk_tier: a model in memory has no store that could be mapped; load it with "
+            "from_pretrained(..., quantization_config=config)"
+        )
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if hybrid_experts_of(base):
         return model

@@ -19,6 +19,8 @@ from kt_sft.scheduling.assignment import STREAM_PIECES, Assignment
 
 Seconds = NDArray[np.float64]
 
+# No expert takes so many seconds.
+_LONGEST = 1e6
 # So few experts with rows that a split is looked for from several starts.
 _FEW = 32
 
@@ -85,15 +87,20 @@ class LayerCosts:
     def from_dict(cls, values: Mapping[str, Any]) -> LayerCosts:
         """The way back. Raises KeyError, TypeError and ValueError."""
 
+        def time(value: float) -> float:
+            if not 0 <= value < _LONGEST:
+                raise ValueError(f"got {value} s, expected 0 to {_LONGEST:.0f}")
+            return value
+
         def curve(of: Mapping[str, Any]) -> Curve:
             rows, seconds = tuple(map(int, of["rows"])), tuple(map(float, of["seconds"]))
             if len(rows) != len(seconds) or not rows or list(rows) != sorted(set(rows)):
                 raise ValueError(f"rows: got {rows} with {len(seconds)} times")
-            return Curve(rows, seconds)
+            return Curve(rows, tuple(map(time, seconds)))
 
         def one(of: Mapping[str, Any]) -> PassCosts:
             names = ("host_fixed", "device_fixed", "stream", "contention")
-            fixed = (float(of[name]) for name in names)
+            fixed = (time(float(of[name])) for name in names)
             return PassCosts(curve(of["host"]), curve(of["device"]), *fixed)
 
         return cls(one(values["forward"]), one(values["backward"]))

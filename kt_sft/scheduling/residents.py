@@ -25,14 +25,20 @@ class ResidentBudget:
     @classmethod
     def of(cls, setting: int | str) -> ResidentBudget:
         """From `gpu_experts: 0 | auto | N | "6 GB"`. Raises ValueError."""
-        if isinstance(setting, int) and not isinstance(setting, bool) and setting >= 0:
+        most = 1 << 16
+        if isinstance(setting, int) and not isinstance(setting, bool) and 0 <= setting <= most:
             return cls(per_layer=setting)
         if setting == "auto":
             return cls()
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)", str(setting), re.IGNORECASE)
+        text = str(setting).strip()
+        found = re.fullmatch(r"(\d{1,9}(?:\.\d+)?)\s*([KMG]i?B)", text, re.IGNORECASE)
         if found is None:
-            raise ValueError('expected 0, auto, a number of experts per layer, or memory as "6 GB"')
-        return cls(nbytes=int(float(found[1]) * _UNITS[found[2].lower()]))
+            raise ValueError(
+                f"expected 0, auto, a number of experts per layer (at most {most}), or memory as "
+                '"6 GB", "500 MB" or "6 GiB"'
+            )
+        nbytes = int(float(found[1]) * _UNITS[found[2].lower()])
+        return cls(nbytes=nbytes) if nbytes else cls(per_layer=0)
 
     @property
     def decided(self) -> bool:

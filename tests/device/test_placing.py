@@ -16,6 +16,12 @@ from kt_sft.scheduling.residents import ResidentBudget
 Modules = dict[str, HybridExperts]
 
 
+@pytest.fixture(autouse=True)
+def accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without one nothing is placed."""
+    monkeypatch.setattr("kt_sft.experts.residents.has_accelerator", lambda: True)
+
+
 def model(**settings: Any) -> Modules:
     config = HybridExpertsConfig(threads=1, **{"schedule": "auto", **settings})
     return hybrid_experts_of(hybridize(make_model("qwen3_moe"), config))
@@ -49,6 +55,11 @@ def test_the_busiest_stay() -> None:
     size = next(iter(modules.values())).weights.share.expert_bytes
     few = model(gpu_experts=f"{2 * size / 1000} kB")
     assert sum(map(len, placement_of(few).residents.values())) == 2
+
+
+def test_without_an_accelerator_nothing_is_placed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kt_sft.experts.residents.has_accelerator", lambda: False)
+    assert residents(model(gpu_experts=2)) == {()}
 
 
 def test_where_the_host_computes_everything_nothing_is_placed() -> None:

@@ -91,6 +91,11 @@ def test_plan_explains_a_recipe(place: Path, capsys: pytest.CaptureFixture[str])
     assert "measured on a CPU and a GPU" in out and "no profile yet" in out
     assert "      256         2 " in out and "schedule: auto with 2 resident experts" in out
     assert "backward, 256 tokens:" in out
+    assert "with 3 resident experts" in run(capsys, *plan, "kt_sft.gpu_experts=3", *words)
+    assert "says schedule: device" in run(capsys, *plan, "kt_sft.schedule=device", *words)
+    assert "busy" not in run(capsys, *plan, *words[1:]) and "█" not in run(
+        capsys, *plan, *words[1:]
+    )
     # A setting of the recipe, and a profile of its run.
     (place / "run").mkdir()
     profile = RoutingProfile()
@@ -127,6 +132,18 @@ def test_what_a_plan_cannot_say(place: Path, capsys: pytest.CaptureFixture[str])
     )
     assert "has no such section" in refused(capsys, *plan, "kt_sft=false", "--explain")
     assert "no file" in refused(capsys, "plan", place / "none.yaml", "--explain")
+    assert "write kt_sft.gpu_experts=4" in refused(capsys, *plan, "gpu_experts=4")
+    assert "is no section" in refused(capsys, *plan, "stage.x=4")
+    assert "is no YAML" in refused(capsys, *plan, "stage={")
+    assert "--profile: no file" in refused(
+        capsys, *explain, "--calibration", known, "--profile", place / "nothing"
+    )
+    for damage in ('"contention": -5', '"contention": NaN', '"contention": 1e300'):
+        other.write_text(known.read_text().replace('"contention": 0.0', damage))
+        assert "is no calibration" in refused(capsys, *explain, "--calibration", other)
+    recipe.write_text("a: b: c")
+    assert "is no YAML" in refused(capsys, *explain)
+    assert "is no YAML" in refused(capsys, "profile", recipe)
     recipe.write_text("- a list")
     assert "expected a recipe's settings" in refused(capsys, *explain)
 

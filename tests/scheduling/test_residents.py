@@ -19,11 +19,15 @@ def test_budgets() -> None:
     assert ResidentBudget.of(12) == ResidentBudget(per_layer=12)
     assert ResidentBudget.of("6 GB") == ResidentBudget(nbytes=6_000_000_000)
     assert ResidentBudget.of("1.5GiB") == ResidentBudget(nbytes=3 << 29)
+    assert ResidentBudget.of("0 GB") == ResidentBudget.of(0)
+    assert ResidentBudget.of(" 6 GB ") == ResidentBudget.of("6GB")
     assert ResidentBudget.of("300 mb") == ResidentBudget(nbytes=300_000_000)
     assert ResidentBudget.of("auto") == ResidentBudget() and not ResidentBudget().decided
 
 
-@pytest.mark.parametrize("wrong", [-1, True, "", "6", "GB", "six GB", "6 TBs", 1.5, None, "-2 GB"])
+@pytest.mark.parametrize(
+    "wrong", [-1, True, 10**30, "", "6", "GB", "six GB", "6 TBs", 1.5, None, "-2 GB"]
+)
 def test_wrong_budgets_are_refused(wrong: object) -> None:
     with pytest.raises(SettingsError, match=r"gpu_experts: got .*expected 0, auto, a number"):
         HybridExpertsSettings(schedule="auto", gpu_experts=wrong)  # type: ignore[arg-type]

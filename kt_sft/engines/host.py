@@ -142,12 +142,23 @@ class HostExperts(ABC):
         """See PlacedExperts."""
         traffic = Traffic()
         with self._inputs(inputs, arriving, traffic) as staged:
-            return self._forward_staged(call, inputs, staged, keep, hold, traffic)
+            rows = rows_by_expert(staged.index_TK, self.layout.experts)
+            return self._forward_staged(call, inputs, staged, rows, keep, hold, traffic)
 
     def _forward_staged(
-        self, call: Call, inputs: Inputs, staged: Inputs, keep: bool, hold: bool, traffic: Traffic
+        self,
+        call: Call,
+        inputs: Inputs,
+        staged: Inputs,
+        rows: tuple[int, ...],
+        keep: bool,
+        hold: bool,
+        traffic: Traffic,
     ) -> Forward:
-        """From the inputs on the host; out goes to where `inputs` are."""
+        """From the inputs on the host; out goes to where `inputs` are.
+
+        rows: of all experts of the layer, of those that are left out here, too.
+        """
         hidden_TD = inputs.hidden_TD
         with _landing(hidden_TD.device, (hidden_TD.shape, hidden_TD.dtype)) as landing:
             (host_out_TD,) = landing.tensors
@@ -161,7 +172,6 @@ class HostExperts(ABC):
                 # The model may write into what it gets, and the link into its memory.
                 held = Held(staged.index_TK.clone(), host_out_TD.clone(), kept)
             context = context_of(call, inputs, staged, kept) if keep else None
-            rows = rows_by_expert(staged.index_TK, self.layout.experts)
         done = Report(report.rows, report.max_rows, seconds, finite, traffic, rows)
         return Forward(out_TD, context, held, done)
 

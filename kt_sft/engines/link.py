@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kt_sft.machine.accelerator import current_device_index, set_device_index
+
 # A tensor and the dtype in which it is wanted on the other side.
 Wanted = tuple[Tensor, torch.dtype]
 
@@ -24,13 +26,6 @@ Wanted = tuple[Tensor, torch.dtype]
 _ALIGNMENT = 64
 # Pinned buffers of each direction: one is filled while the other is read.
 BUFFERS = 2
-# Torch 2.6 has these by other names only.
-_current_index = getattr(torch.accelerator, "current_device_index", None) or (
-    torch.accelerator.current_device_idx
-)
-set_device_index = getattr(torch.accelerator, "set_device_index", None) or (
-    torch.accelerator.set_device_idx
-)
 
 
 @dataclass
@@ -257,7 +252,7 @@ class Link:
     @contextmanager
     def on(self, stream: torch.Stream) -> Iterator[None]:
         """Work for another stream of this device, which may not be the current one."""
-        former, index = self.current_stream(), _current_index()
+        former, index = self.current_stream(), current_device_index()
         torch.accelerator.set_stream(stream)
         try:
             yield

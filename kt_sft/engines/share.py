@@ -24,10 +24,11 @@ from kt_sft.device.block import (
     compute_dtype,
 )
 from kt_sft.device.packed import PackedPiece
-from kt_sft.engines.link import link_of, set_device_index
+from kt_sft.engines.link import link_of
 from kt_sft.engines.protocol import Share
 from kt_sft.engines.streaming import stream_bytes, stream_of
 from kt_sft.kernels import Call, ExpertWeights, Inputs, WeightLayout
+from kt_sft.machine.accelerator import set_device_index
 from kt_sft.scheduling.assignment import STREAM_PIECES, Assignment
 
 T = TypeVar("T")

@@ -125,21 +125,28 @@ class PartedExperts(HostExperts):
         return len(share.places.streamed) * each
 
     def _forward_staged(
-        self, call: Call, inputs: Inputs, staged: Inputs, keep: bool, hold: bool, traffic: Traffic
+        self,
+        call: Call,
+        inputs: Inputs,
+        staged: Inputs,
+        rows: tuple[int, ...],
+        keep: bool,
+        hold: bool,
+        traffic: Traffic,
     ) -> Forward:
         if self.share is None:
-            return super()._forward_staged(call, inputs, staged, keep, hold, traffic)
-        experts, rows = self.layout.experts, rows_by_expert(staged.index_TK, self.layout.experts)
+            return super()._forward_staged(call, inputs, staged, rows, keep, hold, traffic)
+        experts = self.layout.experts
         share = self._part(rows, inputs.hidden_TD.device, keep or hold)
         if not share.rows:
-            done = super()._forward_staged(call, inputs, staged, keep, hold, traffic)
+            done = super()._forward_staged(call, inputs, staged, rows, keep, hold, traffic)
             held = done.held and replace(done.held, share=share)
             context = done.context and _with_share(done.context, share, inputs, experts)
             return done._replace(context=context, held=held)
         working = self.share.forward(call, share, inputs)
         try:
             rest = _left_for_host(staged, share, experts)
-            done = super()._forward_staged(call, inputs, rest, keep, hold, traffic)
+            done = super()._forward_staged(call, inputs, rest, rows, keep, hold, traffic)
             # NaN that the accelerator makes is seen by the layer that it reaches.
             finite = done.report.finite and is_finite(staged.hidden_TD)
         finally:
@@ -151,7 +158,6 @@ class PartedExperts(HostExperts):
             rows=sum(rows),
             max_rows=max(rows),
             finite=finite,
-            expert_rows=rows,
             device_rows=sum(share.rows),
         )
         held = done.held

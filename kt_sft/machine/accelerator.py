@@ -6,6 +6,14 @@ from typing import Any
 
 import torch
 
+# Torch 2.6 has these by other names only.
+current_device_index = getattr(torch.accelerator, "current_device_index", None) or (
+    torch.accelerator.current_device_idx
+)
+set_device_index = getattr(torch.accelerator, "set_device_index", None) or (
+    torch.accelerator.set_device_idx
+)
+
 
 def _module() -> Any:
     """torch.cuda, torch.xpu or another; None without an accelerator that can be used."""
@@ -19,10 +27,7 @@ def current_accelerator() -> torch.device | None:
     if not torch.accelerator.is_available():
         return None
     found = torch.accelerator.current_accelerator()
-    index = getattr(torch.accelerator, "current_device_index", None) or (
-        torch.accelerator.current_device_idx
-    )
-    return None if found is None else torch.device(found.type, index())
+    return None if found is None else torch.device(found.type, current_device_index())
 
 
 def has_accelerator() -> bool:

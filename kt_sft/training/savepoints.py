@@ -84,10 +84,8 @@ def write_manifest(folder: Path) -> None:
         str(path.relative_to(folder)): {"size": path.stat().st_size, "digest": file_digest(path)}
         for path in _files(folder)
     }
-    partial = folder / f"{MANIFEST}.tmp"
-    partial.write_text(json.dumps({"version": _VERSION, "files": files}, indent=1))
-    durable.sync(partial)
-    durable.publish(partial, folder / MANIFEST)
+    text = json.dumps({"version": _VERSION, "files": files}, indent=1)
+    durable.write_whole(folder / MANIFEST, text.encode())
 
 
 def damage(folder: Path) -> str | None:

@@ -48,6 +48,8 @@ COMMON_FLAGS = [
 
 # Folders at the top of the repository that users of the wheel need, too.
 SHIPPED = ("recipes", "configs")
+# And what `kt-sft doctor` compares versions with.
+TESTED = "constraints.txt"
 # Some compilers take a flag and lack the header that belongs to it.
 PROBE = """
 #include <immintrin.h>
@@ -99,7 +101,7 @@ class BuildCore(build_ext):
 
 
 class BuildPackage(build_py):
-    """Puts recipes and settings into the package of a wheel."""
+    """Puts recipes, settings and the tested versions into the package of a wheel."""
 
     def run(self) -> None:
         """Copies them after the modules; an editable install finds them where they are."""
@@ -109,6 +111,7 @@ class BuildPackage(build_py):
         for folder in SHIPPED:
             target = Path(self.build_lib) / "kt_sft" / folder
             shutil.copytree(folder, target, dirs_exist_ok=True)
+        shutil.copy(TESTED, Path(self.build_lib) / "kt_sft")
 
 
 HEADERS = [str(p) for pattern in ("*.h", "*.inl") for p in Path("csrc").rglob(pattern)]

@@ -219,7 +219,7 @@ def _report(problems: list[str]) -> str:
 
 
 def shipped_folder() -> Path:
-    """Where recipes/ and configs/ are: in the package of a wheel, beside it in a clone."""
+    """Of recipes/, configs/ and constraints.txt: in a wheel the package, in a clone around it."""
     package = Path(__file__).parent
     return package if (package / "configs").is_dir() else package.parent
 

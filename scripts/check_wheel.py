@@ -16,6 +16,7 @@ from pathlib import Path
 EXPECTED = (
     "kt_sft/py.typed",
     "kt_sft/kernels/_core.pyi",
+    "kt_sft/constraints.txt",
     "kt_sft_autoload.py",
     *(
         f"kt_sft/{folder.name}/{file.name}"

@@ -22,7 +22,6 @@ import torch
 
 from kt_sft.bench.case import LayerCase, LayerData, one_expert
 from kt_sft.bench.layer import OurLayer, default_threads, measure_layer
-from kt_sft.bench.peak import ReadBandwidth
 from kt_sft.kernels import (
     Call,
     Engine,
@@ -35,6 +34,7 @@ from kt_sft.kernels import (
     isa_report,
     requested_isa,
 )
+from kt_sft.kernels.peak import ReadBandwidth
 from kt_sft.machine.report import cpu_name
 
 # Row of the table: (what, changes of the case, forward target, backward target).

@@ -55,6 +55,7 @@ COSTS = {
     "models": "model",
     "export": "model",
     "bench": "model",
+    "doctor": "model",
     "test_package.py": "process",
     "test_demo.py": "process",
     "test_cli.py": "process",

@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("experts", "export"),
     ("planning",),
     ("loading",),
-    ("training", "bench"),
+    ("training", "bench", "doctor"),
     ("plugin",),
     ("cli",),
 )

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from kt_sft.bench.case import LayerCase, LayerData, Runner, one_expert, timed
-from kt_sft.bench.peak import bf16_rate, exact_rate, int8_rate
 from kt_sft.bench.peers import PEERS, keep_freed_memory
 from kt_sft.kernels import (
     PROJECTIONS,
@@ -27,6 +26,7 @@ from kt_sft.kernels import (
     forward,
     requested_isa,
 )
+from kt_sft.kernels.peak import bf16_rate, exact_rate, int8_rate
 from kt_sft.machine.cpus import available_threads
 from kt_sft.machine.report import cpu_name
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from kt_sft.bench.case import LayerCase
 from kt_sft.bench.layer import measure_layer
-from kt_sft.bench.peak import measure_peak
+from kt_sft.kernels.peak import measure_peak
 from kt_sft.kernels.report import machine_description
 
 logger = logging.getLogger(__name__)

@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs one of the three commands."""
     if arguments.what == "peak":
         from kt_sft.bench.layer import default_threads
-        from kt_sft.bench.peak import measure_peak
+        from kt_sft.kernels.peak import measure_peak
 
         threads = arguments.threads or default_threads()
         _print(measure_peak(threads, arguments.isa), arguments.json)

@@ -1,68 +1,115 @@
-"""`kt-sft doctor`: what this machine offers, what is installed, and what is replaced in it."""
+"""`kt-sft doctor`: what this machine and this installation can do, tried out."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Iterator
-from typing import Any
+import textwrap
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import redirect_stdout
+from typing import TYPE_CHECKING, Any
 
-import kt_sft_autoload
 from kt_sft.cli.help_text import sentence
-from kt_sft.config import shipped_folder
 
-_PACKAGES = ("kt_sft", "torch", "transformers", "peft", "llamafactory", "deepspeed")
+if TYPE_CHECKING:
+    from kt_sft.doctor.findings import Finding
+
+_MARKS = {"ok": " ", "note": " ", "warning": "!", "problem": "X"}
+_CLOSING = {
+    0: "everything works",
+    1: "kt_sft works here; see the lines with !",
+    2: "kt_sft does not work here; see the lines with X",
+}
+_NAME, _WIDTH = 20, 100
 
 
 def add(commands: Any) -> None:
     """Adds the command to the parser of `kt-sft`."""
-    text = "show what this machine offers: instruction sets, threads, memory, versions, patches"
+    text = (
+        "look at this machine and this installation, try the kernels and a training step, and say "
+        "what is wrong (exit status 0: nothing, 1: it works with a warning, 2: it does not work)"
+    )
     doctor = commands.add_parser("doctor", help=text, description=sentence(text))
+    doctor.add_argument("--json", action="store_true", help="print what was found as JSON")
     doctor.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs `kt-sft doctor`; 1 where a patch does not fit what is installed."""
-    lines = [*_machine(), *_packages()]
-    lines.append(f"{'recipes':<18}{shipped_folder() / 'recipes'}")
-    off = kt_sft_autoload.plugin_disabled()
-    lines.append(f"{'plug-in hook':<18}" + ("off (KT_SFT_DISABLE)" if off else "on"))
-    sys.stdout.write("\n".join(lines) + "\n")
-    sys.stdout.flush()
-    return _write_patches()
+    """Runs `kt-sft doctor`."""
+    from kt_sft.doctor.findings import exit_status
+
+    start = time.perf_counter()
+    found: list[Finding] = []
+    out, section = sys.stdout, ""
+    with redirect_stdout(sys.stderr):  # of packages that print when they are imported
+        for finding in _examine():
+            found.append(finding)
+            if arguments.json:
+                continue
+            if finding.section != section:
+                section = finding.section
+                out.write(f"{section}\n")
+            out.writelines(f"{line}\n" for line in _lines(finding))
+            out.flush()
+    status = exit_status(found)
+    if arguments.json:
+        document = {"status": status, "findings": [f.as_dict() for f in found]}
+        out.write(json.dumps(document, indent=1) + "\n")
+    else:
+        out.write(f"\n{_CLOSING[status]} ({time.perf_counter() - start:.0f} s)\n")
+    return status
 
 
-def _machine() -> Iterator[str]:
-    from kt_sft.kernels import isa_report, kernel_rows, requested_isa
-    from kt_sft.kernels.report import machine_description
-
-    for name, value in machine_description().items():
-        yield f"{name:<18}{value}"
-    dots = {isa: f"{integer}, {floating}" for isa, integer, floating in kernel_rows()}
-    for isa, missing in isa_report():
-        usable = f"lacks {', '.join(missing)}" if missing else f"usable: {dots[isa]}"
-        yield f"isa {isa:<14}{usable}"
-    yield f"{'isa in use':<18}{requested_isa('auto')}"
-
-
-def _packages() -> Iterator[str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    for package in _PACKAGES:
-        try:
-            yield f"{package:<18}{version(package)}"
-        except PackageNotFoundError:
-            yield f"{package:<18}not installed"
+def _lines(finding: Finding) -> Iterator[str]:
+    head = f"{_MARKS[finding.level]} {finding.name:<{_NAME}} "
+    yield from textwrap.wrap(
+        f"{head}{finding.value}",
+        _WIDTH,
+        subsequent_indent=" " * (_NAME + 3),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    if finding.hint:
+        yield from textwrap.wrap(
+            f"{' ' * (_NAME + 3)}-> {finding.hint}",
+            _WIDTH,
+            subsequent_indent=" " * (_NAME + 6),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
 
 
-def _write_patches() -> int:
-    """The register, a line for each place; 1 where one does not fit."""
-    from kt_sft.patches import states
+def _examine() -> Iterator[Finding]:
+    from kt_sft.doctor import installation
 
-    wrong = 0
-    sys.stdout.write("replaced in other programs:\n")
-    for state in states():
-        wrong += not state.works
-        mark = " " if state.works else "!"
-        sys.stdout.write(f"{mark} {state.patch.place}: {state.patch.why} ({state.text})\n")
-    return min(wrong, 1)
+    yield from installation.packages()
+    yield from installation.plugin()
+    try:
+        from kt_sft.doctor import accelerators, host, trials
+    except ImportError as error:
+        from kt_sft.doctor.findings import PROBLEM, Finding
+
+        yield Finding(
+            "tried",
+            "kernels",
+            f"do not load: {error}",
+            PROBLEM,
+            "install kt_sft again with this Python: pip install --force-reinstall --no-deps kt_sft "
+            "(in a clone: make install)",
+        )
+        return
+    parts: Iterable[Callable[[], Iterator[Finding]]] = (
+        host.cpus,
+        host.memory,
+        host.disk,
+        host.speed,
+        host.instruction_sets,
+        accelerators.accelerators,
+        trials.kernels,
+        trials.training_step,
+        installation.patches,
+    )
+    for part in parts:
+        yield from part()

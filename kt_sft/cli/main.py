@@ -58,6 +58,8 @@ def _run_llamafactory(arguments: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; errors made on purpose are one message and exit status 2."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    # It says at each import which of its kernels for 4 bits on the CPU it could not download.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))

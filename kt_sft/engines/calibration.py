@@ -40,6 +40,7 @@ from kt_sft.kernels import (
     WeightLayout,
     requested_isa,
 )
+from kt_sft.machine.accelerator import device_name
 from kt_sft.machine.cpus import place_among_ranks, threads_of
 from kt_sft.machine.report import cpu_name
 from kt_sft.scheduling.assignment import Assignment
@@ -90,13 +91,11 @@ class Calibrations:
     def _setting(self, layer: MeasuredLayer, engine: ExpertsEngine) -> dict[str, Any]:
         """What a measurement is good for."""
         device, layout = layer.device, layer.host.layout
-        module = None if device.type == "cpu" else torch.get_device_module(device)
-        name = getattr(module, "get_device_name", lambda _: device.type)(device)
         return {
             "kt_sft": __version__,
             "torch": torch.__version__,
             "cpu": cpu_name(),
-            "device": name,
+            "device": device_name(device),
             "engine": type(engine).__name__,
             "disk_tier": self._settings.disk_tier,
             "threads": engine.threads,

@@ -45,3 +45,11 @@ def peak_device_memory() -> int | None:
     """The most bytes that tensors took on the current device; None as above."""
     tell = getattr(_module(), "max_memory_allocated", None)
     return None if tell is None else int(tell())
+
+
+def device_name(device: torch.device) -> str:
+    """What its maker calls it, or its type."""
+    if device.type == "cpu":
+        return device.type
+    tell = getattr(torch.get_device_module(device), "get_device_name", None)
+    return device.type if tell is None else str(tell(device))

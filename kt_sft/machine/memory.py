@@ -29,7 +29,7 @@ def available_memory_bytes(
 
     What a group uses as page cache can be taken: reading a checkpoint fills it.
     """
-    free = _named_number(meminfo, "MemAvailable:") * 1024
+    free = named_number(meminfo, "MemAvailable:") * 1024
     for folder in cgroup_folders("memory", root=cgroup_root, proc_cgroup=proc_cgroup):
         left = _left_in_group(folder)
         if left is not None:
@@ -55,14 +55,14 @@ def _left_in_group(folder: Path) -> int | None:
         if limit == "max":
             return None
         cache = sum(
-            _named_number(folder / "memory.stat", f"{prefix}{name}_file")
+            named_number(folder / "memory.stat", f"{prefix}{name}_file")
             for name in ("active", "inactive")
         )
         return max(0, int(limit) - max(0, used - cache))
     return None
 
 
-def _named_number(file: Path, name: str) -> int:
+def named_number(file: Path, name: str) -> int:
     """The number that follows a name at the start of a line; 0 without."""
     try:
         lines = file.read_text().splitlines()
@@ -77,4 +77,4 @@ def anonymous_memory_bytes() -> int:
 
 
 def _status_bytes(name: str) -> int:
-    return _named_number(Path("/proc/self/status"), f"{name}:") * 1024
+    return named_number(Path("/proc/self/status"), f"{name}:") * 1024

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from kt_sft.kernels import requested_isa
 from kt_sft.kernels._core import single
+from kt_sft.kernels.isa import requested_isa
 from kt_sft.machine.report import cpu_name
 
 _SECONDS = 0.15  # of each measurement

@@ -56,6 +56,7 @@ COSTS = {
     "export": "model",
     "bench": "model",
     "doctor": "model",
+    "forecast": "model",
     "test_package.py": "process",
     "test_demo.py": "process",
     "test_cli.py": "process",

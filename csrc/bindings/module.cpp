@@ -404,7 +404,7 @@ PYBIND11_MODULE(_core, m) {
           in.lora[i].rank = ranks[i];
           in.lora[i].shared = shared;
         }
-        const KernelTable& kernels = select_kernels(isa, detect_cpu_features());
+        const KernelTable& kernels = describe_kernels(isa);
         return unlocked([&] { return ExpertsBlock::backward_bytes(kernels, threads, in); });
       },
       py::kw_only(), py::arg("isa"), py::arg("threads"), py::arg("layout"), py::arg("compute"),

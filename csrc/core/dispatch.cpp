@@ -65,4 +65,10 @@ const KernelTable& select_kernels(const std::string& isa, const CpuFeatures& fea
   throw std::invalid_argument("isa: got '" + isa + "', expected one of " + joined(names));
 }
 
+const KernelTable& describe_kernels(const std::string& isa) {
+  for (const IsaEntry& entry : isa_entries())
+    if (isa == entry.table->name) return *entry.table;
+  return select_kernels(isa, detect_cpu_features());
+}
+
 }  // namespace kt

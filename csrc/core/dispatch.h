@@ -41,4 +41,7 @@ const std::vector<IsaEntry>& isa_entries();
 // valid names, or names the CPU flags that are missing.
 const KernelTable& select_kernels(const std::string& isa, const CpuFeatures& features);
 
+// The same whether or not it runs here, for what is counted of another machine.
+const KernelTable& describe_kernels(const std::string& isa);
+
 }  // namespace kt

@@ -43,7 +43,7 @@ class BaseModel:
     def of(cls, folder: str | Path) -> BaseModel:
         """From config.json alone. Raises UnsupportedModelError, CheckpointError."""
         file = Path(folder) / "config.json"
-        config, model_class = _described(folder)
+        config, model_class = described(folder)
         published = own_quantization(getattr(config, "quantization_config", None))
         if hasattr(config, "quantization_config"):
             del config.quantization_config
@@ -65,23 +65,29 @@ class BaseModel:
 
 def model_class_of(folder: str | Path) -> type[PreTrainedModel]:
     """The class that config.json names. Raises UnsupportedModelError, CheckpointError."""
-    return _described(folder)[1]
+    return described(folder)[1]
 
 
-def _described(folder: str | Path) -> tuple[Any, type[PreTrainedModel]]:
+def described(folder: str | Path) -> tuple[Any, type[PreTrainedModel]]:
+    """config.json and the class that it names. Raises UnsupportedModelError, CheckpointError."""
     file = Path(folder) / "config.json"
     refuse_absurd(read_json(file), str(file))
     with reading(str(file)):
         config = read_config(str(folder))
+    return config, class_named(config, str(folder))
+
+
+def class_named(config: Any, where: str) -> type[PreTrainedModel]:
+    """By a configuration's first architecture. Raises UnsupportedModelError."""
     names = getattr(config, "architectures", None)
     names = names if isinstance(names, list) and names else ["none"]
     model_class = getattr(transformers, names[0], None) if isinstance(names[0], str) else None
     if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
         raise UnsupportedModelError(
-            f"{folder}: config.json names the architecture {names[0]!r}, which the installed "
+            f"{where}: config.json names the architecture {names[0]!r}, which the installed "
             f"transformers {transformers.__version__} does not have; upgrade it"
         )
-    return config, model_class
+    return model_class
 
 
 def _vocabulary(model: PreTrainedModel) -> Iterator[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from kt_sft.checkpoint.sources import ExpertSource
 from kt_sft.errors import CheckpointError
@@ -70,3 +72,40 @@ def _published(shape: ExpertsShape, source: ExpertSource) -> tuple[str, Coding |
     if replace(coding, scales="float32") == INT8_CODING:
         return "int8", None
     return "coded", coding
+
+
+def declared_layout(found: FoundExperts, published: Mapping[str, Any]) -> WeightLayout:
+    """What `weights: checkpoint` means by the checkpoint's quantization_config alone.
+
+    For plans: what is kept is decided by the tensors. Raises CheckpointError for a method whose
+    form the configuration does not tell.
+    """
+    return own_layout(found, *_declared(published))
+
+
+def _declared(published: Mapping[str, Any]) -> tuple[str, Coding | None]:
+    method = published.get("quant_method")
+    if method is None:
+        return "bf16", None
+    if method == "mxfp4":
+        return "coded", Coding("e2m1", "e8m0", 1, 32)
+    if method in ("fp8", "fbgemm_fp8"):
+        outputs, inputs = published.get("weight_block_size") or (1, 0)
+        return "coded", Coding("e4m3", "float32", int(outputs), int(inputs))
+    if method in ("gptq", "awq", "auto-round") and published.get("bits") == 4:
+        return "coded", Coding("uint4", "float16", 1, max(0, int(published["group_size"])), True)
+    if method == "compressed-tensors":
+        groups = published.get("config_groups") or {}
+        weights = next((g.get("weights") or {} for g in groups.values()), {})
+        width = max(0, int(weights.get("group_size") or 0))
+        kind = weights.get("type"), weights.get("num_bits")
+        if kind == ("float", 8):
+            return "coded", Coding("e4m3", "bfloat16", 1, width)
+        if kind == ("int", 8) and not width:
+            return "int8", None
+        if kind == ("int", 4):
+            return "coded", Coding("uint4", "bfloat16", 1, width)
+    raise CheckpointError(
+        f"weights: checkpoint: config.json says quant_method {method!r} in a form that only the "
+        "checkpoint's tensors tell; give a folder that has them, or set weights: int8"
+    )

@@ -1,26 +1,49 @@
-"""`kt-sft plan`: how a recipe's experts would be parted between host and accelerator."""
+"""`kt-sft plan`: whether a recipe fits a machine, how long it takes, and what would be better."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import logging
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from collections.abc import Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import TYPE_CHECKING, Any
 
 from kt_sft.cli.help_text import sentence
+from kt_sft.cli.recipe_file import override, read_recipe
 from kt_sft.errors import SettingsError
+
+if TYPE_CHECKING:
+    from kt_sft.forecast.forecast import Question
+
+# What a model is planned with where no recipe is given.
+_PLAIN: dict[str, Any] = {
+    "stage": "sft",
+    "do_train": True,
+    "finetuning_type": "lora",
+    "lora_target": "all",
+    "cutoff_len": 2048,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 8,
+    "bf16": True,
+    "kt_sft": {},
+}
+# LLaMA-Factory's own default.
+_CUTOFF = 2048
 
 
 def add(commands: Any) -> None:
     """Adds the command to the parser of `kt-sft`."""
-    text = "explain how the experts of a recipe's model would be parted by `schedule: auto`"
+    text = (
+        "say whether a recipe fits, what it takes of memory and time, and which settings would be "
+        "better; from the model's configuration alone (exit status 0: it fits, 1: it does not, 2: "
+        "that cannot be told)"
+    )
     plan = commands.add_parser("plan", help=text, description=sentence(text))
     plan.set_defaults(run=run)
-    plan.add_argument("recipe", help="YAML recipe with a kt_sft section")
+    plan.add_argument("recipe", nargs="?", help="YAML recipe with a kt_sft section")
     plan.add_argument(
         "overrides",
         nargs="*",
@@ -29,168 +52,121 @@ def add(commands: Any) -> None:
         help="settings of the recipe, before any option; kt_sft.key=value for those of the section",
     )
     plan.add_argument(
+        "--model",
+        metavar="NAME",
+        help="without a recipe: a folder that holds at least a config.json, or a name of the Hub; "
+        "LoRA of rank 8 on everything, one sequence of 2,048 tokens",
+    )
+    plan.add_argument(
+        "--machine",
+        metavar="TEXT",
+        help='another machine than this one: "2x64 cores amx, 512 GB, 24 GB gpu"; as known, '
+        '"400 GB/s memory", "50 GB/s link", "300 TFLOPS"',
+    )
+    plan.add_argument("--json", action="store_true", help="print the forecast as JSON")
+    plan.add_argument(
         "--explain",
         action="store_true",
-        help="beside the table of splits, how long each place is busy in the largest one",
+        help="also how `schedule: auto` would part the experts between CPU and accelerator, which "
+        "needs one here, or --calibration",
     )
     plan.add_argument(
         "--calibration",
         type=Path,
         metavar="FILE",
-        help="the calibration.json of another machine, from its folder of stores",
+        help="for --explain: the calibration.json of another machine, from its folder of stores",
     )
     plan.add_argument(
         "--profile",
         type=Path,
         metavar="FILE",
-        help="a kt_sft_routing.json, or the folder of a run that has one (default: that of the "
-        "recipe's output_dir, if it is there)",
+        help="for --explain: a kt_sft_routing.json, or the folder of a run that has one (default: "
+        "that of the recipe's output_dir, if it is there)",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs `kt-sft plan`. Raises KtSftError, FileNotFoundError."""
-    recipe = read_recipe(arguments.recipe, arguments.overrides)
-    sys.stdout.writelines(f"{line}\n" for line in _explained(recipe, arguments))
-    return 0
+    from kt_sft.cli.split import explained
+
+    recipe = _recipe(arguments)
+    # What loading would say, once for each of the plans that are tried.
+    logging.getLogger("kt_sft").setLevel(logging.WARNING)
+    out = sys.stdout
+    with redirect_stdout(sys.stderr):  # of packages that print when they are imported
+        status, lines = _forecast(recipe, arguments)
+        out.writelines(f"{line}\n" for line in lines)
+        if arguments.explain:
+            out.write("\n")
+            out.writelines(f"{line}\n" for line in explained(recipe, arguments))
+    return status
 
 
-def read_recipe(path: str, overrides: list[str]) -> dict[str, Any]:
-    """A recipe with its overrides. Raises SettingsError, FileNotFoundError."""
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"recipe: no file {path}")
-    try:
-        recipe = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: is no YAML: {error}") from error
-    if not isinstance(recipe, dict):
-        raise SettingsError(f"{path}: got {type(recipe).__name__}, expected a recipe's settings")
-    for override in overrides:
-        _override(recipe, override)
+def _recipe(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The recipe, or the plain one for --model; notes where it lies in `arguments.folder`."""
+    given, overrides = arguments.recipe, list(arguments.overrides)
+    if arguments.model and given is not None and "=" in given:
+        overrides, given = [given, *overrides], None
+    if (given is None) == (arguments.model is None):
+        got = "neither a recipe nor --model" if given is None else "a recipe and --model"
+        raise SettingsError(f"plan: got {got}, expected one of them")
+    arguments.folder = None if given is None else Path(given).absolute().parent
+    if given is not None:
+        return read_recipe(given, overrides)
+    recipe = {**_PLAIN, "kt_sft": {}, "model_name_or_path": arguments.model}
+    for text in overrides:
+        override(recipe, text)
     return recipe
 
 
-def _override(recipe: dict[str, Any], override: str) -> None:
-    """`key=value`, or `kt_sft.key=value` for a setting of the section."""
-    from kt_sft.config import HybridExpertsSettings
+def _forecast(recipe: Mapping[str, Any], arguments: argparse.Namespace) -> tuple[int, list[str]]:
+    """Exit status and lines."""
+    from kt_sft.forecast import text
+    from kt_sft.forecast.forecast import STATUS, ask
+    from kt_sft.forecast.samples import samples_of
 
-    name, equals, text = override.partition("=")
-    if not equals:
-        raise SettingsError(f"{override}: expected key=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{override}: is no YAML: {error}") from error
-    first, dot, inner = name.partition(".")
-    if name in {field.name for field in fields(HybridExpertsSettings)}:
-        raise SettingsError(f"{name}: is a setting of the section; write kt_sft.{override}")
-    if dot:
-        section = recipe.setdefault(first, {})
-        if not isinstance(section, dict):
-            raise SettingsError(f"{name}: {first} of the recipe is no section but {section!r}")
-        section[inner] = value
-    else:
-        recipe[name] = value
+    forecast = ask(question_of(recipe, arguments.folder, arguments.machine))
+    samples = samples_of(recipe)
+    if arguments.json:
+        return STATUS[forecast.verdict], [json.dumps(text.as_dict(forecast, samples), indent=1)]
+    return STATUS[forecast.verdict], list(text.lines(forecast, samples))
 
 
-def _explained(recipe: Mapping[str, Any], arguments: argparse.Namespace) -> Iterator[str]:
-    from kt_sft.checkpoint.folder import BaseModel, checkpoint_experts
-    from kt_sft.checkpoint.layouts import layout_of, own_layout
+def question_of(recipe: Mapping[str, Any], folder: Path | None, machine: str | None) -> Question:
+    """What a recipe asks of this machine, or of one that is described. Raises KtSftError."""
+    import torch
+
     from kt_sft.config import read_section
-    from kt_sft.kernels.formats import AS_PUBLISHED
-    from kt_sft.planning.outline import top_k_of
-    from kt_sft.planning.schedule import explain, picture, table
-    from kt_sft.plugin.modes import outline_of
+    from kt_sft.forecast.forecast import Question, assumed_times, measured_times
+    from kt_sft.forecast.machines import described, this_machine
+    from kt_sft.forecast.subject import Subject
+    from kt_sft.plugin.modes import outline_of, refuse_unsupported
     from kt_sft.plugin.section import SECTION, take_section
-    from kt_sft.scheduling.residents import ResidentBudget, choose_residents
 
-    _, section = take_section(recipe)
+    rest, section = take_section(recipe)
     if section is None:
         raise SettingsError(f"{SECTION}: the recipe has no such section, or it is off")
-    settings = read_section(section, Path(arguments.recipe).absolute().parent)
-    folder = Path(str(recipe.get("model_name_or_path", "")))
-    if not (folder / "config.json").is_file():
-        raise SettingsError(
-            f"model_name_or_path: got {folder}, expected the folder of a checkpoint, or one with "
-            "its config.json"
-        )
-    model = BaseModel.of(folder)
-    found = model.layers[-1]
-    layout = (
-        layout_of(checkpoint_experts(folder).sources[found.hybrid_path], AS_PUBLISHED)
-        if settings.weights == AS_PUBLISHED
-        else own_layout(found, settings.weights)
+    settings = read_section(section, folder)
+    refuse_unsupported(rest, settings)
+    name = recipe.get("model_name_or_path")
+    if not name:
+        raise SettingsError("model_name_or_path: the recipe has none")
+    half = {"bf16": torch.bfloat16, "pure_bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = next((dtype for key, dtype in half.items() if recipe.get(key)), None)
+    subject = Subject.of(
+        str(name),
+        dtype,
+        recipe.get("quantization_bit"),
+        double=bool(recipe.get("double_quantization", True)),
     )
-    top_k = top_k_of(model.config, layout.experts)
-    costs, where = _costs(settings, layout, arguments.calibration)
-    shares, whose = _shares(recipe, arguments.profile, found.hybrid_path, layout.experts)
-    outline = outline_of(recipe)
-    most = outline.tokens if outline is not None else 4096
-    budget = ResidentBudget.of(settings.gpu_experts)
-    counts = sorted({0, layout.experts // 4, layout.experts // 2})
-    if budget.per_layer:
-        counts = [min(budget.per_layer, layout.experts)]
-    elif budget.nbytes:
-        each = layout.nbytes // layout.experts * len(model.layers)
-        counts = [min(budget.nbytes // each, layout.experts)]
-    yield (
-        f"one layer of {folder.name}: {layout.experts} experts of {layout.hidden} x "
-        f"{layout.intermediate} in {settings.weights}, {top_k} for each token, forward and backward"
+    there = this_machine(settings) if machine is None else described(machine)
+    times = measured_times(settings) if there.measured else assumed_times(there, settings)
+    return Question(
+        subject,
+        settings,
+        outline_of(rest, subject.config.model_type),
+        there,
+        int(recipe.get("cutoff_len", _CUTOFF)),
+        int(recipe.get("gradient_accumulation_steps", 1)),
+        times,
     )
-    yield f"costs: {where}; of LoRA of rank 8 in bf16, without the disk"
-    if settings.schedule != "auto":
-        yield f"the recipe says schedule: {settings.schedule}; this is what auto would do"
-    yield f"rows: {whose}"
-    yield ""
-    splits = []
-    for count in counts:
-        name = found.hybrid_path
-        resident = choose_residents({name: shares}, {name: 1}, ResidentBudget(count), {})[name]
-        for tokens in sorted({1, max(1, most // 16), max(1, most // 4), most}):
-            splits.append((count, explain(costs, shares, tokens, top_k, resident)))
-    yield from table(splits)
-    if not arguments.explain:
-        return
-    yield ""
-    count, last = splits[-1]
-    yield f"schedule: auto with {count} resident experts"
-    yield from picture(last["auto"], layout)
-
-
-def _shares(
-    recipe: Mapping[str, Any], given: Path | None, path: str, experts: int
-) -> tuple[list[float], str]:
-    """The part of its layer's rows that each expert gets, and where that is from."""
-    from kt_sft.scheduling.profile import FILE_NAME, RoutingProfile
-
-    file = given or Path(str(recipe.get("output_dir", ""))) / FILE_NAME
-    if file.is_dir():
-        file = file / FILE_NAME
-    if given is not None and not file.is_file():
-        raise FileNotFoundError(f"--profile: no file {file}")
-    if given is None and not file.is_file():
-        return [1 / experts] * experts, "as if every expert got the same; no profile yet"
-    profile, _ = RoutingProfile.load(file, {path: experts})
-    shares = profile.shares()
-    if path not in shares:
-        raise SettingsError(f"{file}: has no rows for {path} with {experts} experts")
-    return shares[path], f"by the profile {file}"
-
-
-def _costs(settings: Any, layout: Any, given: Path | None) -> tuple[Any, str]:
-    """Of the layer's form, and where they are from."""
-    from kt_sft.engines.calibration import find_costs, measured_layer
-    from kt_sft.machine.accelerator import current_accelerator
-
-    if given is not None:
-        costs, setting = find_costs(given, layout)
-        return costs, f"{given}, measured on {setting['cpu']} and {setting['device']}"
-    device = current_accelerator()
-    if device is None:
-        raise SettingsError(
-            "no accelerator here to be measured; give --calibration with the calibration.json of a "
-            "machine that has one (it is in its folder of stores)"
-        )
-    costs = measured_layer(settings, layout, device)
-    return costs, f"measured here, on {device}"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kt_sft.cli.help_text import sentence
-from kt_sft.cli.plan import read_recipe
+from kt_sft.cli.recipe_file import read_recipe
 from kt_sft.errors import SettingsError
 
 _SHADES = " ░▒▓█"

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,10 @@ _REPEATS = 5
 _RANK = 8
 _TOGETHER_SECONDS = 0.3
 _SOME_EXPERTS = 32
+# Of a plan, which is to take some seconds: experts that no cache holds, what is timed only once,
+# and when there is enough.
+_FEWEST_EXPERTS, _BEYOND_CACHES = 4, 256 << 20
+_LONG_SECONDS, _STRAIGHT, _QUICK_SECONDS = 0.1, 128, 2.0
 
 
 class Calibrations:
@@ -184,8 +189,33 @@ def measured_layer(
     settings: HybridExpertsSettings, layout: WeightLayout, device: torch.device
 ) -> LayerCosts:
     """Of a layer's form, without a model: from the file, or measured with some random experts."""
+    engine, weights = _random_experts(settings, layout, min(layout.experts, _SOME_EXPERTS))
+    layer = MeasuredLayer(engine.on(weights), weights, device)
+    return Calibrations(settings).costs(layer, engine)
+
+
+def measured_host(
+    settings: HybridExpertsSettings, layout: WeightLayout
+) -> tuple[tuple[Curve, float], tuple[Curve, float]]:
+    """Of a layer's form on the host alone, measured with random experts in a few seconds.
+
+    For forward and backward: seconds of one expert by its rows, and of a call without any.
+    """
+    each = layout.nbytes // layout.experts
+    count = min(layout.experts, _SOME_EXPERTS, max(_FEWEST_EXPERTS, _BEYOND_CACHES // each))
+    engine, weights = _random_experts(settings, layout, count)
+    layer = MeasuredLayer(engine.on(weights), weights, torch.device("cpu"))
+    bench = _Bench(layer, settings.compute, bool(settings.expert_lora), quick=True)
+    forward, backward = bench.curves(bench.on_host)
+    return forward, backward
+
+
+def _random_experts(
+    settings: HybridExpertsSettings, layout: WeightLayout, count: int
+) -> tuple[CpuEngine, ExpertWeights]:
+    """Some experts of a layer's form, packed from one matrix."""
     engine = CpuEngine(Engine(threads_of(settings.threads), requested_isa(settings.isa)))
-    some = replace(layout, experts=min(layout.experts, _SOME_EXPERTS))
+    some = replace(layout, experts=count)
     weights = ExpertWeights(some)
     if layout.coding is None:
         one = torch.randn(some.shape("up_proj"), generator=torch.Generator().manual_seed(0))
@@ -193,8 +223,7 @@ def measured_layer(
             for projection in some.projections:
                 matrix = one.T if projection == "down_proj" else one
                 weights.pack(engine.packer, expert, projection, matrix.contiguous())
-    layer = MeasuredLayer(engine.on(weights), weights, device)
-    return Calibrations(settings).costs(layer, engine)
+    return engine, weights
 
 
 def measure(layer: MeasuredLayer, compute: str, lora: bool) -> LayerCosts:
@@ -217,14 +246,21 @@ _Times = tuple[float, float]
 class _Bench:
     """Times calls of one layer. Experts take turns, so that weights come from memory."""
 
-    def __init__(self, layer: MeasuredLayer, compute: str, lora: bool) -> None:
+    def __init__(
+        self, layer: MeasuredLayer, compute: str, lora: bool, *, quick: bool = False
+    ) -> None:
         self._host, self._device, layout = layer.host, layer.device, layer.host.layout
         self._layout = layout
         self._call = Call(layout.arithmetic or compute, Gate(gated=layout.gated))
         self._ranks = _RANK if lora else 0
         self._turn = 0
-        self._share = DeviceShare(layer.weights)
-        self._share.place(range(min(layout.experts, max(n for _, n in _CASES))))
+        self._weights, self._quick = layer.weights, quick
+
+    @cached_property
+    def _share(self) -> DeviceShare:
+        share = DeviceShare(self._weights)
+        share.place(range(min(self._layout.experts, max(n for _, n in _CASES))))
+        return share
 
     def _inputs(self, rows: int, chosen: Sequence[int], device: torch.device) -> Inputs:
         layout = self._layout
@@ -284,14 +320,22 @@ class _Bench:
         most = self._layout.experts
 
         def median(rows: int, count: int) -> _Times:
-            case(rows, count)
-            times = [case(rows, count) for _ in range(_REPEATS)]
+            repeats = _REPEATS
+            if sum(case(rows, count)) > _LONG_SECONDS and self._quick:
+                repeats = 1
+            times = [case(rows, count) for _ in range(repeats)]
             forward, backward = zip(*times, strict=True)
             return statistics.median(forward), statistics.median(backward)
 
+        start = time.perf_counter()
         alone = median(1, 1)
-        cases = [(rows, min(count, most)) for rows, count in _CASES]
-        times = [median(rows, count) for rows, count in cases]
+        cases, times = [], []
+        for rows, count in _CASES:
+            cases.append((rows, min(count, most)))
+            times.append(median(*cases[-1]))
+            # From some rows on it is a straight line.
+            if self._quick and rows >= _STRAIGHT and time.perf_counter() - start > _QUICK_SECONDS:
+                break
         found = []
         for which in (0, 1):
             first, count = times[0][which], cases[0][1]

@@ -274,7 +274,8 @@ def backward_bytes(
     """Temporary memory of a backward, which takes more than a forward; the core counts it.
 
     dtype: of hidden. ranks: of the LoRA of gate, up and down, 0 without; shared: by all experts.
-    max_rows: of the call. The gradients of LoRA are not among it.
+    max_rows: of the call. isa: any there is, of this machine or not. The gradients of LoRA are not
+    among it.
     """
     return _core.backward_bytes(
         isa=isa,

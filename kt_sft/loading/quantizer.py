@@ -14,6 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from kt_sft.checkpoint.folder import CheckpointExperts, sources_of
 from kt_sft.checkpoint.keys import ModelKeys
+from kt_sft.checkpoint.layouts import layout_of
 from kt_sft.checkpoint.published import COMPANION_KEYS, PublishedCheckpoint
 from kt_sft.checkpoint.sources import CheckpointSource, Stack
 from kt_sft.checkpoint.untrusted import refuse_absurd, refuse_more_layers
@@ -27,6 +28,8 @@ from kt_sft.files.safetensors import (
     SafetensorsCheckpoint,
     checkpoint_files,
 )
+from kt_sft.kernels import WeightLayout
+from kt_sft.kernels.formats import AS_PUBLISHED
 from kt_sft.loading import peft_injection
 from kt_sft.loading.adapter_folders import identify_base
 from kt_sft.loading.config import METHOD, HybridExpertsConfig
@@ -144,7 +147,7 @@ class HybridExpertsQuantizer(HfQuantizer):
             self._rest.replace_layers(model, kwargs.get("device_map"))
             size = max((p.element_size() for p in model.parameters()), default=2)
             rest_bytes = self._rest.parameter_bytes(model, size)
-        plan = plan_of(model, self._layers, self._source, settings, outline, rest_bytes)
+        plan = plan_of(model, self._layers, self._published, settings, outline, rest_bytes)
         check_memory(plan, settings)
         runtime.adapters_on_host = plan.adapters == "host"
         if settings.gpu_experts == "auto":
@@ -167,6 +170,9 @@ class HybridExpertsQuantizer(HfQuantizer):
             _ignore(model, "_keys_to_ignore_on_load_missing", weights)
         _ignore(model, "_keys_to_ignore_on_load_unexpected", unexpected)
         return model
+
+    def _published(self, layer: FoundExperts) -> WeightLayout:
+        return layout_of(self._source(layer), AS_PUBLISHED)
 
     def _source(self, layer: FoundExperts) -> CheckpointSource:
         """How the experts of a layer are read."""

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from kt_sft.adapters.layer import HybridExpertsLinear
-from kt_sft.checkpoint.layouts import layout_of, own_layout
-from kt_sft.checkpoint.sources import ExpertSource
+from kt_sft.checkpoint.layouts import own_layout
 from kt_sft.config import HybridExpertsSettings
 from kt_sft.families.finding import FoundExperts
 from kt_sft.families.table import TOP_K_NAMES
@@ -102,6 +101,36 @@ class TrainingOutline:
         )
 
 
+@dataclass(frozen=True)
+class Surroundings:
+    """What a run finds, here or on a machine that a person has described.
+
+    isa, threads: of the experts. ranks: of this machine; ranks_everywhere: of all. host_free,
+    device_free: bytes; the latter None where a device does not tell, or there is none.
+    """
+
+    isa: str
+    threads: int
+    host_free: int
+    has_device: bool
+    device_free: int | None = None
+    ranks: int = 1
+    ranks_everywhere: int = 1
+
+    @classmethod
+    def here(cls, settings: HybridExpertsSettings) -> Surroundings:
+        """Of this process."""
+        return cls(
+            requested_isa(settings.isa),
+            threads_of(settings.threads),
+            available_memory_bytes(),
+            has_accelerator(),
+            free_device_memory(),
+            place_among_ranks()[1],
+            ranks_everywhere(),
+        )
+
+
 def top_k_of(config: Any, experts: int) -> int:
     """Experts per token, by the names that families have for it."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -120,42 +149,40 @@ def top_k_of(config: Any, experts: int) -> int:
 
 def _layouts(
     layers: Sequence[FoundExperts],
-    open_source: Callable[[FoundExperts], ExpertSource],
+    published: Callable[[FoundExperts], WeightLayout],
     weights: str,
 ) -> list[WeightLayout]:
-    """Of every layer; those of one shape are stored alike, so one of them is looked at.
-
-    The checkpoint is opened only where its own form is kept.
-    """
+    """Of every layer; those of one shape are stored alike, so one of them is looked at."""
     known: dict[Any, WeightLayout] = {}
     # A model that is being loaded is built on the meta device, where nothing can be read.
     with torch.device("cpu"):
         for layer in layers:
             if layer.shape not in known:
-                known[layer.shape] = (
-                    layout_of(open_source(layer), weights)
-                    if weights == AS_PUBLISHED
-                    else own_layout(layer, weights)
-                )
+                own = weights != AS_PUBLISHED
+                known[layer.shape] = own_layout(layer, weights) if own else published(layer)
     return [known[layer.shape] for layer in layers]
 
 
 def plan_of(
     model: Any,
     layers: Sequence[FoundExperts],
-    open_source: Callable[[FoundExperts], ExpertSource],
+    published: Callable[[FoundExperts], WeightLayout],
     settings: HybridExpertsSettings,
     outline: TrainingOutline | None,
     rest_bytes: int | None = None,
+    surroundings: Surroundings | None = None,
 ) -> MemoryPlan:
     """The plan for a model whose stock experts are gone and whose weights are not there yet.
 
+    published: the layout that the checkpoint's own form means, asked for `weights: checkpoint`.
     rest_bytes: of the weights beside the experts, where their parameters do not tell.
+    surroundings: of this process, if not given.
     With `adapters: auto` and `activations: auto` it decides what they mean.
     """
     text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else None
     config = text or model.config
-    on_host = not has_accelerator() or (outline is not None and outline.on_host)
+    around = surroundings or Surroundings.here(settings)
+    on_host = not around.has_device or (outline is not None and outline.on_host)
     parameters, embeddings = list(model.parameters()), model.get_input_embeddings().weight
     rest = RestOfModel(
         nbytes=sum(p.nbytes for p in parameters) if rest_bytes is None else rest_bytes,
@@ -174,37 +201,33 @@ def plan_of(
             settings.expert_lora == "shared",
             adapted.get(layer.hybrid_path, ()),
         )
-        for layer, layout in zip(
-            layers, _layouts(layers, open_source, settings.weights), strict=True
-        )
+        for layer, layout in zip(layers, _layouts(layers, published, settings.weights), strict=True)
     ]
     plan = functools.partial(
         plan_memory,
         needs,
         rest,
         outline.workload(model) if outline else None,
-        arithmetic=Arithmetic(
-            settings.compute, requested_isa(settings.isa), threads_of(settings.threads)
-        ),
+        arithmetic=Arithmetic(settings.compute, around.isa, around.threads),
         mapped=settings.store != "memory" and settings.resident is not True,
-        ranks=place_among_ranks()[1],
+        ranks=around.ranks,
         on_device=_on_device(settings, needs),
     )
     adapters = "device"
     if not on_host:
         adapters = settings.adapters
         if adapters == "auto":
-            free = free_device_memory()
-            may_choose = outline is not None and not outline.one_kind and ranks_everywhere() == 1
-            adapters = _place_of_adapters(plan, free if may_choose else None)
+            alone = around.ranks_everywhere == 1
+            may_choose = outline is not None and not outline.one_kind and alone
+            adapters = _place_of_adapters(plan, around.device_free if may_choose else None)
     keeps = settings.activations != "recompute"
     plan = functools.partial(plan, adapters=adapters)
     planned = plan(keeps=keeps)
-    if settings.activations == "auto" and planned.spare_host_bytes(available_memory_bytes()) < 0:
+    if settings.activations == "auto" and planned.spare_host_bytes(around.host_free) < 0:
         keeps = False
         planned = plan(keeps=keeps)
     if not on_host and settings.gpu_experts == "auto":
-        spare = planned.spare_device_bytes(free_device_memory() or 0)
+        spare = planned.spare_device_bytes(around.device_free or 0)
         part = _PART_OF_SPARE["training" if outline else "inference"]
         every = sum(layer.layout.nbytes for layer in needs)
         planned = plan(keeps=keeps, on_device=OnDevice(min(every, max(0, int(part * spare)))))

@@ -125,8 +125,9 @@ class Component:
 class MemoryPlan:
     """The components of one rank's run, and how many ranks share the machine.
 
-    adapters: where the experts' LoRA is, host or device. keeps: what the experts compute in a
-    checkpointed layer is held until backward. two_layers: bytes of the two largest layers' experts.
+    layers, work: what it is of. adapters: where the experts' LoRA is, host or device. keeps: what
+    the experts compute in a checkpointed layer is held until backward. two_layers: bytes of the two
+    largest layers' experts.
     """
 
     components: tuple[Component, ...]
@@ -134,6 +135,8 @@ class MemoryPlan:
     adapters: str = "device"
     keeps: bool = True
     two_layers: int = 0
+    layers: tuple[LayerNeeds, ...] = ()
+    work: Workload | None = None
 
     def of(self, place: str) -> int:
         """Bytes that one rank takes in a place."""
@@ -177,10 +180,10 @@ class MemoryPlan:
         rest = self.host_bytes - self.of("machine")
         return max(0, self.of("machine") - max(0, free - _margin(free) - rest))
 
-    def require(
-        self, host_free: int, device_free: int | None, enforce: bool, disk_tier: bool = False
-    ) -> None:
-        """Raises MemoryPlanError where a limit would be passed; warns where not `enforce`.
+    def shortages(
+        self, host_free: int, device_free: int | None, disk_tier: bool = False
+    ) -> list[str]:
+        """What would pass a limit, a line for each place.
 
         disk_tier: mapped experts may be read from the disk again and again.
         """
@@ -190,12 +193,21 @@ class MemoryPlan:
         limits = [("host", needed, host_free)]
         if device_free is not None:
             limits.append(("device", self.of("device"), device_free))
-        problems = [
+        return [
             f"{place}: needs {needed / 1e9:.2f} GB, free are {free / 1e9:.2f} GB less "
             f"{_margin(free) / 1e9:.2f} GB of margin"
             for place, needed, free in limits
             if needed > free - _margin(free)
         ]
+
+    def require(
+        self, host_free: int, device_free: int | None, enforce: bool, disk_tier: bool = False
+    ) -> None:
+        """Raises MemoryPlanError where a limit would be passed; warns where not `enforce`.
+
+        disk_tier: as above.
+        """
+        problems = self.shortages(host_free, device_free, disk_tier)
         if not problems:
             return
         over = self.from_disk(host_free)
@@ -361,4 +373,4 @@ def plan_memory(
             Component("tensors on the link", "device", 0 if rest.on_host else packed),
         ]
     two = sum(sorted(layer.layout.nbytes for layer in layers)[-2:])
-    return MemoryPlan(tuple(parts), ranks, adapters, keeps, two)
+    return MemoryPlan(tuple(parts), ranks, adapters, keeps, two, tuple(layers), work)

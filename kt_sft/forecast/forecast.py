@@ -1,0 +1,248 @@
+"""The forecast of a recipe: memory, time, limits, the largest that fits, what else would fit.
+
+Legend: T tokens of a micro batch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from kt_sft.config import HybridExpertsSettings
+from kt_sft.engines.calibration import measured_host
+from kt_sft.forecast.machines import Machine
+from kt_sft.forecast.subject import Subject
+from kt_sft.forecast.timing import LayerTimes, Load, StepTime, time_of_step
+from kt_sft.kernels import WeightLayout
+from kt_sft.planning.outline import TrainingOutline, plan_of
+from kt_sft.planning.plan import MemoryPlan
+
+FITS, DOES_NOT_FIT, UNKNOWN = "fits", "does not fit", "cannot tell"
+STATUS = {FITS: 0, DOES_NOT_FIT: 1, UNKNOWN: 2}
+
+
+@dataclass(frozen=True)
+class _Change:
+    """What the recipe would say, and what that means: for its section, its training, or the bits
+    of what is beside the experts."""
+
+    words: str
+    section: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    bits: int = 0
+
+
+# What costs least comes first.
+_CHANGES = (
+    _Change("use_unsloth_gc: true", training={"offloads": True}),
+    _Change("kt_sft.embeddings: host", {"embeddings": "host"}),
+    _Change("kt_sft.adapters: host", {"adapters": "host"}),
+    _Change("kt_sft.activations: recompute", {"activations": "recompute"}),
+    _Change("kt_sft.weights: int8", {"weights": "int8"}),
+    _Change("kt_sft.expert_lora: shared", {"expert_lora": "shared"}),
+    _Change("quantization_bit: 4", bits=4),
+    _Change("kt_sft.weights: int4", {"weights": "int4"}),
+    _Change("kt_sft.disk_tier: true", {"disk_tier": True}),
+)
+_LONGEST = 1 << 20
+
+
+@dataclass(frozen=True)
+class Question:
+    """A recipe's model, section and training, and a machine.
+
+    outline: None where the recipe does not train. length: of one sequence (cutoff_len). times: what
+    a layer's form takes; measured, or assumed of a described machine.
+    """
+
+    subject: Subject
+    settings: HybridExpertsSettings
+    outline: TrainingOutline | None
+    machine: Machine
+    length: int
+    micro_batches: int
+    times: Callable[[WeightLayout], LayerTimes]
+
+    def plan(self) -> MemoryPlan:
+        """Of memory."""
+        return plan_of(
+            self.subject.model,
+            self.subject.layers,
+            self.subject.published_layout,
+            self.settings,
+            self.outline,
+            self.subject.rest_bytes,
+            self.machine.surroundings(),
+        )
+
+    def shortages(self) -> list[str]:
+        """What does not fit, a line for each place."""
+        device = self.machine.device
+        free = None if device is None else device.free
+        return self.plan().shortages(self.machine.host_free, free, self.settings.disk_tier)
+
+    def with_tokens(self, tokens: int) -> Question:
+        """The same with another micro batch."""
+        assert self.outline is not None
+        return replace(self, outline=replace(self.outline, tokens=tokens))
+
+    def changed(self, section: Mapping[str, Any], training: Mapping[str, Any]) -> Question:
+        """The same with other settings of the section and of the training."""
+        outline = self.outline and replace(self.outline, **training)
+        settings = HybridExpertsSettings(**{**self.settings.as_dict(), **section})
+        return replace(self, settings=settings, outline=outline)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The answer. longest: tokens of the largest micro batch that fits, 0 where none does; changes:
+    settings with which it would fit, all of them together."""
+
+    question: Question
+    plan: MemoryPlan
+    shortages: list[str]
+    step: StepTime
+    longest: int
+    changes: list[str]
+
+    @property
+    def verdict(self) -> str:
+        """FITS, DOES_NOT_FIT or UNKNOWN."""
+        if self.shortages:
+            return DOES_NOT_FIT
+        device = self.question.machine.device
+        return UNKNOWN if device is not None and device.free is None else FITS
+
+    @property
+    def limit(self) -> str:
+        """The part of a step that takes longest, and why."""
+        name, _ = max(self.step.parts.items(), key=lambda part: part[1])
+        if name.startswith("experts"):
+            return f"{name}: {self._why_experts()}"
+        where = "the accelerator" if self.question.machine.device is not None else "the CPU"
+        reasons = {
+            "other layers": f"products of {where}",
+            "link": "copies between host and accelerator",
+            "optimizer": "memory that its states are read from and written to",
+        }
+        return f"{name}: {reasons[name]}"
+
+    def _why_experts(self) -> str:
+        """Reading weights or arithmetic, of the last layer."""
+        layer = self.plan.layers[-1]
+        tokens = self.step.tokens // self.question.micro_batches
+        rows = max(1.0, tokens * layer.top_k / layer.layout.experts)
+        curve, _ = self.question.times(layer.layout).forward
+        few, some = (float(s) for s in curve([1, round(rows)]))  # type: ignore[arg-type]
+        reading = some < 2 * few
+        return "reading their weights from memory" if reading else "the CPU's arithmetic"
+
+
+def ask(question: Question) -> Forecast:
+    """Answers a question. Raises CheckpointError, SettingsError."""
+    plan, shortages = question.plan(), question.shortages()
+    tokens = question.outline.tokens if question.outline is not None else question.length
+    load = Load(tokens, min(question.length, tokens), question.micro_batches)
+    step = time_of_step(question.subject, question.machine, plan, question.times, load)
+    longest = _longest(question) if question.outline is not None else 0
+    changes = _changes(question) if shortages else []
+    return Forecast(question, plan, shortages, step, longest, changes)
+
+
+def _longest(question: Question) -> int:
+    """Tokens of the largest micro batch that fits, in steps of 1/32; 0 where none does."""
+
+    def fits(tokens: int) -> bool:
+        return not question.with_tokens(tokens).shortages()
+
+    low, high = 0, 256
+    while high <= _LONGEST and fits(high):
+        low, high = high, 2 * high
+    if high > _LONGEST:
+        return _LONGEST
+    while high - low > max(64, low // 32):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _changes(question: Question) -> list[str]:
+    """Those of the settings with which it fits, none to spare; empty where all do not help."""
+    taken: list[_Change] = []
+    before = _excess(question)
+    for change in _CHANGES * 2:  # what moves memory helps once there is room elsewhere
+        if change in taken or not _applies(question, change) or not before:
+            continue
+        after = _excess(_with(question, [*taken, change]))
+        if after < before:
+            taken, before = [*taken, change], after
+    if before:
+        return []
+    for change in reversed(_CHANGES):  # the costliest that can be spared first
+        fewer = [one for one in taken if one != change]
+        if not _excess(_with(question, fewer)):
+            taken = fewer
+    last = {change.words.partition(":")[0]: change.words for change in taken}
+    found = _with(question, taken)
+    if found.settings.disk_tier:
+        over = found.plan().from_disk(question.machine.host_free)
+        last["kt_sft.disk_tier"] += f" (reads {over / 1e9:.0f} GB from the disk in every pass)"
+    return list(last.values())
+
+
+def _with(question: Question, changes: list[_Change]) -> Question:
+    for change in changes:
+        question = question.changed(change.section, change.training)
+        if change.bits:
+            question = replace(question, subject=question.subject.in_bits(change.bits))
+    return question
+
+
+def _applies(question: Question, change: _Change) -> bool:
+    settings, outline, section = question.settings, question.outline, change.section
+    on_device = question.machine.device is not None
+    if change.bits:
+        return on_device and question.subject.rest_bytes is None
+    if change.training:
+        return outline is not None and on_device and outline.checkpointing
+    if "embeddings" in section:
+        return on_device
+    if "adapters" in section:
+        return on_device and outline is not None and not outline.one_kind
+    if "expert_lora" in section:
+        return outline is not None and settings.expert_lora is True
+    if "activations" in section:
+        return outline is not None and outline.checkpointing
+    if "disk_tier" in section:
+        return settings.store != "memory" and settings.resident is not True
+    return settings.weights != "int4"
+
+
+def _excess(question: Question) -> int:
+    """Bytes that are missing, in all places."""
+    device, plan = question.machine.device, question.plan()
+    missing = max(0, -plan.spare_host_bytes(question.machine.host_free))
+    if question.settings.disk_tier and not plan.shortages(question.machine.host_free, None, True):
+        missing = 0
+    if device is not None and device.free is not None:
+        missing += max(0, -plan.spare_device_bytes(device.free))
+    return missing
+
+
+def measured_times(settings: HybridExpertsSettings) -> Callable[[WeightLayout], LayerTimes]:
+    """Of this machine: each form of layer is measured once."""
+
+    @functools.cache
+    def times(layout: WeightLayout) -> LayerTimes:
+        return LayerTimes(*measured_host(settings, layout))
+
+    return times
+
+
+def assumed_times(
+    machine: Machine, settings: HybridExpertsSettings
+) -> Callable[[WeightLayout], LayerTimes]:
+    """Of a machine that was described."""
+    return lambda layout: LayerTimes.assumed(machine, layout, settings.compute)

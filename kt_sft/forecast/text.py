@@ -1,0 +1,178 @@
+"""A forecast for people, line by line, and as plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from kt_sft.forecast.forecast import FITS, Forecast, Question
+from kt_sft.forecast.machines import Machine
+from kt_sft.planning.plan import MemoryPlan
+
+_NAME = 34
+
+
+def lines(forecast: Forecast, samples: int | None = None) -> Iterator[str]:
+    """Everything. samples: of one epoch, where they are known."""
+    yield from _question(forecast.question)
+    yield ""
+    yield from _memory(forecast)
+    yield ""
+    yield from _time(forecast, samples)
+    yield ""
+    yield from _verdict(forecast)
+
+
+def as_dict(forecast: Forecast, samples: int | None = None) -> dict[str, Any]:
+    """The same for programs; bytes and seconds."""
+    question, plan, step = forecast.question, forecast.plan, forecast.step
+    return {
+        "verdict": forecast.verdict,
+        "model": question.subject.name,
+        "parameters": question.subject.parameters,
+        "parameters_in_routed_experts": question.subject.in_experts,
+        "machine": question.machine.name,
+        "measured": question.machine.measured,
+        "memory": [{"name": c.name, "place": c.place, "bytes": c.nbytes} for c in plan.components],
+        "host_bytes": plan.host_bytes,
+        "device_bytes": plan.of("device"),
+        "shortages": forecast.shortages,
+        "changes": forecast.changes,
+        "largest_micro_batch_tokens": forecast.longest,
+        "adapters": plan.adapters,
+        "keeps_activations": plan.keeps,
+        "step_tokens": step.tokens,
+        "step_seconds": dict(step.parts),
+        "tokens_per_second": step.tokens_per_second,
+        "limit": forecast.limit,
+        "samples": samples,
+    }
+
+
+def _question(question: Question) -> Iterator[str]:
+    subject, layers = question.subject, question.subject.layers
+    shape = layers[-1].shape
+    top_k = question.plan().layers[-1].top_k
+    yield (
+        f"{subject.name}: {subject.parameters / 1e9:.1f} B parameters, "
+        f"{subject.in_experts / 1e9:.1f} B of them in {len(layers)} layers of {shape.experts} "
+        f"routed experts ({shape.hidden} x {shape.intermediate}), {top_k} for each token"
+    )
+    outline = question.outline
+    if outline is None:
+        yield f"no training; prompts of {question.length:,} tokens"
+    else:
+        sequences = outline.tokens // question.length
+        yield (
+            f"LoRA of rank {outline.rank} on {', '.join(sorted(outline.targets.names))}; "
+            f"micro batches of {sequences} x {question.length:,} tokens, {question.micro_batches} "
+            "a step"
+        )
+    yield _machine(question.machine)
+
+
+def _machine(machine: Machine) -> str:
+    parts = [f"{machine.threads} threads with {machine.isa}", f"{machine.host_free / 1e9:.0f} GB"]
+    device = machine.device
+    if device is None:
+        parts.append("no accelerator")
+    elif device.free is None:
+        parts.append(f"{device.name}, which does not tell its memory")
+    else:
+        parts.append(f"{device.name} with {device.free / 1e9:.0f} GB")
+    how = "free and measured now" if machine.measured else "described, rates assumed"
+    return f"on {machine.name}: {', '.join(parts)} ({how})"
+
+
+def _memory(forecast: Forecast) -> Iterator[str]:
+    plan, machine = forecast.plan, forecast.question.machine
+    on_device = machine.device is not None
+    yield f"{'memory':<{_NAME}} {'host':>11}" + (f" {'device':>11}" if on_device else "")
+    for component in plan.components:
+        if not component.nbytes:
+            continue
+        there = component.place == "device"
+        yield f"  {component.name:<{_NAME - 2}} " + _cells(
+            0 if there else component.nbytes, component.nbytes if there else 0, on_device
+        )
+    yield f"  {'together':<{_NAME - 2}} " + _cells(plan.host_bytes, plan.of("device"), on_device)
+    device = machine.device
+    free = 0 if device is None or device.free is None else device.free
+    yield f"  {'there is':<{_NAME - 2}} " + _cells(machine.host_free, free, on_device)
+    yield f"  {_choices(plan, forecast)}"
+
+
+def _cells(host: int, device: int, on_device: bool) -> str:
+    cells = (host, device) if on_device else (host,)
+    return " ".join(f"{n / 1e9:8.2f} GB" if n else " " * 11 for n in cells).rstrip()
+
+
+def _choices(plan: MemoryPlan, forecast: Forecast) -> str:
+    settings = forecast.question.settings
+    words = [f"weights: {settings.weights}"]
+    if forecast.question.outline is not None:
+        if forecast.question.machine.device is not None:
+            words.append(f"adapters on the {plan.adapters}")
+        words.append("activations kept" if plan.keeps else "activations recomputed")
+    return "with " + ", ".join(words)
+
+
+def _time(forecast: Forecast, samples: int | None) -> Iterator[str]:
+    step, question = forecast.step, forecast.question
+    what = "a step" if question.outline is not None else "reading a prompt"
+    yield f"time (estimated; {'full sequences, ' if question.outline else ''}even routing)"
+    for name, seconds in sorted(step.parts.items(), key=lambda part: -part[1]):
+        yield f"  {name:<{_NAME - 2}} {_seconds(seconds):>11} {seconds / step.seconds:5.0%}"
+    yield (
+        f"  {what:<{_NAME - 2}} {_seconds(step.seconds):>11}   "
+        f"{step.tokens:,} tokens, {step.tokens_per_second:,.0f} a second"
+    )
+    if samples and question.outline is not None:
+        epoch = samples * question.length / step.tokens * step.seconds
+        yield f"  {f'an epoch of {samples:,} samples':<{_NAME - 2}} {_seconds(epoch):>11}   at most"
+    yield f"  most of it: {forecast.limit}"
+
+
+def _seconds(seconds: float) -> str:
+    units = ((86_400, "days"), (3600, "h"), (60, "min"), (1, "s"), (1e-3, "ms"))
+    size, unit = next((u for u in units[:-1] if seconds >= 2 * u[0]), units[-1])
+    return f"{seconds / size:,.1f} {unit}"
+
+
+def _verdict(forecast: Forecast) -> Iterator[str]:
+    question = forecast.question
+    yield forecast.verdict
+    yield from (f"  {line}" for line in forecast.shortages)
+    if forecast.changes:
+        yield f"  fits with {', '.join(forecast.changes)}"
+    elif forecast.shortages:
+        yield "  no settings of kt_sft are enough; take a smaller model or a larger machine"
+    if forecast.longest:
+        many = forecast.longest // question.length
+        yield (
+            f"  largest micro batch that fits: about {forecast.longest:,} tokens"
+            + (f" ({many} sequences of {question.length:,}, or a longer one)" if many > 1 else "")
+        )
+    yield from (f"  {line}" for line in _better(forecast))
+
+
+def _better(forecast: Forecast) -> Iterator[str]:
+    """What would be as well or better where it fits."""
+    question = forecast.question
+    if forecast.verdict != FITS:
+        return
+    if question.settings.weights.startswith("int4"):
+        more = question.changed({"weights": "int8"}, {})
+        if not more.shortages():
+            yield "weights: int8 fits, too, and loses nothing that is seen (docs: which format)"
+    device = question.machine.device
+    if device is not None and device.free is not None and question.settings.schedule == "host":
+        spare = forecast.plan.spare_device_bytes(device.free)
+        layers = forecast.plan.layers
+        each = sum(layer.layout.nbytes // layer.layout.experts for layer in layers)
+        count = min(layers[-1].layout.experts, int(0.85 * spare / each))
+        if count > 0:
+            yield (
+                f"the accelerator has room for about {count} experts of each layer: look at "
+                "schedule: auto, gpu_experts: auto with --explain"
+            )

@@ -1,0 +1,180 @@
+"""How long a step takes, by part: the experts, the other layers, the link, the optimizer.
+
+The experts' part comes from a measurement of the layer's own form, or of a described machine from
+rates; the others are counted operations and bytes over measured rates. Routing is taken to be even,
+every sequence to be as long as it may be.
+
+Legend: T tokens of a micro batch, K top-k, D hidden size, F intermediate size, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kt_sft.forecast.machines import BACKWARD, Machine
+from kt_sft.forecast.subject import Subject
+from kt_sft.kernels import WeightLayout
+from kt_sft.planning.plan import MemoryPlan, lora_parameters
+from kt_sft.planning.schedule import expected_rows
+from kt_sft.scheduling.costs import Curve
+
+# Reads and writes of a tensor [T, D] within a layer's forward beside its products (norms,
+# rotations, residuals, the router, casts), and of the logits without a fused loss.
+_TENSORS = 40
+_LOGIT_TENSORS = 6
+# Bytes an optimizer of the kind of Adam moves for a parameter in fp32.
+_OPTIMIZER_BYTES = 36
+_FLOAT = 4
+# [T, D] tensors that cross the link in a step with checkpointing: down hidden and d_out, up out,
+# once more for the recompute, and d_hidden.
+_CROSSINGS = 5
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """Seconds of one expert by its rows, and of a call, forward and backward."""
+
+    forward: tuple[Curve, float]
+    backward: tuple[Curve, float]
+
+    @classmethod
+    def assumed(cls, machine: Machine, layout: WeightLayout, compute: str) -> LayerTimes:
+        """Of a described machine: arithmetic or reading the weights, whichever takes longer."""
+        assert machine.core_rates is not None
+        rate = machine.threads * machine.core_rates[layout.arithmetic or compute]
+        each = layout.nbytes / layout.experts / machine.bandwidth
+        matrices = len(layout.projections)
+        operations = 2.0 * matrices * layout.hidden * layout.intermediate / rate
+        rows = (1, 8, 32, 128, 512)
+
+        def curve(factor: float) -> Curve:
+            return Curve(rows, tuple(max(each, factor * operations * n) for n in rows))
+
+        return cls((curve(1.0), 0.0), (curve(BACKWARD), 0.0))
+
+    def seconds(self, layout: WeightLayout, tokens: int, top_k: int) -> tuple[float, float]:
+        """Of a layer's forward and backward with even routing."""
+        rows = np.asarray(expected_rows([1 / layout.experts] * layout.experts, tokens, top_k))
+        rows = rows[rows > 0]
+        (ahead, first), (back, second) = self.forward, self.backward
+        return float(ahead(rows).sum()) + first, float(back(rows).sum()) + second
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step by part, and its tokens."""
+
+    tokens: int
+    parts: dict[str, float]
+
+    @property
+    def seconds(self) -> float:
+        """All parts, one after the other."""
+        return sum(self.parts.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of one process."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What is computed how often in a micro batch: forwards of experts and of the rest."""
+
+    experts: int
+    rest: int
+    backward: bool
+
+    @classmethod
+    def of(cls, plan: MemoryPlan, trains: bool, checkpointing: bool) -> Passes:
+        """checkpointing: gradient checkpointing is on."""
+        if not trains:
+            return cls(1, 1, False)
+        again = 2 if checkpointing else 1
+        return cls(1 if plan.keeps else again, again, True)
+
+
+def rest_operations(subject: Subject, length: int) -> float:
+    """Operations of one token's forward beside the routed experts, in sequences of this length."""
+    table: Any = subject.model.get_input_embeddings()
+    embeddings = {id(table.weight)}
+    head: Any = subject.model.get_output_embeddings()
+    tied = head is not None and id(head.weight) in embeddings
+    products = sum(
+        p.numel()
+        for name, p in subject.model.named_parameters()
+        if p.dim() >= 2 and id(p) not in embeddings and not _sees_no_text(name)
+    )
+    products += head.weight.numel() if tied else 0
+    return 2.0 * products + 2.0 * length * _attention_width(subject.config.get_text_config())
+
+
+def _sees_no_text(name: str) -> bool:
+    return any(part in name for part in ("visual.", "vision_tower.", "vision_model.", "audio"))
+
+
+def _attention_width(text: Any) -> float:
+    """Channels of queries and values over all layers that look at the whole sequence."""
+    heads = int(getattr(text, "num_attention_heads", 0) or 0)
+    width = getattr(text, "head_dim", None) or text.hidden_size // max(1, heads)
+    if getattr(text, "qk_nope_head_dim", None):
+        width = (text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim) / 2
+    kinds = getattr(text, "layer_types", None)
+    layers = text.num_hidden_layers
+    if kinds:
+        layers = sum(kind == "full_attention" for kind in kinds)
+    return float(layers * heads * width)
+
+
+@dataclass(frozen=True)
+class Load:
+    """One optimizer step: micro batches of `tokens` in sequences of `length`."""
+
+    tokens: int
+    length: int
+    micro_batches: int
+
+
+def time_of_step(
+    subject: Subject,
+    machine: Machine,
+    plan: MemoryPlan,
+    times: Callable[[WeightLayout], LayerTimes],
+    load: Load,
+) -> StepTime:
+    """Of an optimizer step; without a training, of one forward."""
+    text, work, device = subject.config.get_text_config(), plan.work, machine.device
+    passes = Passes.of(plan, work is not None, work is not None and work.checkpointing)
+    ahead = back = 0.0
+    for layer in plan.layers:
+        forward, backward = times(layer.layout).seconds(layer.layout, load.tokens, layer.top_k)
+        ahead, back = ahead + forward, back + backward
+    parts = {"experts, forward": load.micro_batches * passes.experts * ahead}
+    rate, bandwidth = (
+        (machine.rate, machine.bandwidth) if device is None else (device.rate, device.bandwidth)
+    )
+    tensor = load.tokens * text.hidden_size * subject.dtype.itemsize
+    moved = _TENSORS * tensor * text.num_hidden_layers
+    if work is None or not work.fused_loss:
+        moved += _LOGIT_TENSORS * load.tokens * text.vocab_size * _FLOAT
+    other = 0 if work is None else work.other_trained
+    operations = load.tokens * (rest_operations(subject, load.length) + 2.0 * other)
+    # Backward of frozen weights is one more product: of the gradient, for the inputs.
+    rest = (passes.rest + passes.backward) * (operations / rate + moved / bandwidth)
+    crossing = (_CROSSINGS if passes.backward else 2) * tensor * len(plan.layers)
+    link = 0.0 if device is None else load.micro_batches * crossing / device.link
+    if work is not None:
+        parts["experts, backward"] = load.micro_batches * back
+        trained = sum(lora_parameters(layer, work.rank) for layer in plan.layers)
+        here = plan.adapters == "host"
+        if device is not None and not here:  # LoRA down, its gradients up
+            link += 2 * _FLOAT * trained / device.link
+        moved = trained / (machine.bandwidth if here else bandwidth) + other / bandwidth
+        parts["optimizer"] = _OPTIMIZER_BYTES * moved
+    parts |= {"other layers": load.micro_batches * rest, "link": link}
+    return StepTime(load.micro_batches * load.tokens, {k: v for k, v in parts.items() if v})

@@ -144,18 +144,23 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, list | tuple)
 
 
-def _problems(values: Mapping[str, Any]) -> list[str]:
+def choices() -> dict[str, tuple[Any, ...]]:
+    """The values of every setting that has a fixed set of them."""
     from kt_sft.kernels.formats import WEIGHTS
 
+    return {"weights": WEIGHTS, **_CHOICES}
+
+
+def _problems(values: Mapping[str, Any]) -> list[str]:
     found = []
-    for name, choices in {"weights": WEIGHTS, **_CHOICES}.items():
+    for name, offers in choices().items():
         value = values[name]
         # 1 equals True but is not what the setting offers.
-        if any(value == c and type(value) is type(c) for c in choices):
+        if any(value == c and type(value) is type(c) for c in offers):
             continue
-        near = difflib.get_close_matches(str(value), map(str, choices), n=1, cutoff=0.5)
+        near = difflib.get_close_matches(str(value), map(str, offers), n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else ""
-        offered = " or ".join(str(c).lower() if isinstance(c, bool) else c for c in choices)
+        offered = " or ".join(str(c).lower() if isinstance(c, bool) else c for c in offers)
         found.append(f"{name}: got {value!r}, expected {offered}{hint}")
     if values["weights"] == "bf16" and values["compute"] == "int8":
         found.append(

@@ -32,6 +32,7 @@ _OPTIONAL = {
     "llamafactory": "llamafactory",
     "huggingface_hub": "llamafactory",
     "matplotlib": "bench",
+    "shtab": "completion",
     "bitsandbytes": "quantized",
 }
 # In an environment of its own, made by the user for a measurement.
@@ -172,7 +173,10 @@ def test_a_wheel_from_the_sdist_holds_recipes_and_settings(sdist: Path, tmp_path
     assert files_of(tmp_path / "kt_sft", "recipes", "configs") == files_of(
         ROOT, "recipes", "configs"
     )
-    for name in ("kt_sft_autoload.py", "kt_sft/py.typed", "kt_sft/kernels/_core.pyi"):
+    for name in (
+        *("kt_sft_autoload.py", "kt_sft/py.typed", "kt_sft/kernels/_core.pyi"),
+        "kt_sft/constraints.txt",
+    ):
         assert (tmp_path / name).is_file()
 
 

@@ -8,10 +8,10 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from kt_sft.cli.help_text import sentence
+from kt_sft.cli.quiet import only_results
 
 if TYPE_CHECKING:
     from kt_sft.doctor.findings import Finding
@@ -31,7 +31,11 @@ def add(commands: Any) -> None:
         "look at this machine and this installation, try the kernels and a training step, and say "
         "what is wrong (exit status 0: nothing, 1: it works with a warning, 2: it does not work)"
     )
-    doctor = commands.add_parser("doctor", help=text, description=sentence(text))
+    doctor = commands.add_parser(
+        "doctor",
+        help="try out this machine and this installation, and say what is wrong",
+        description=sentence(text),
+    )
     doctor.add_argument("--json", action="store_true", help="print what was found as JSON")
     doctor.set_defaults(run=run)
 
@@ -43,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     start = time.perf_counter()
     found: list[Finding] = []
     out, section = sys.stdout, ""
-    with redirect_stdout(sys.stderr):  # of packages that print when they are imported
+    with only_results():
         for finding in _examine():
             found.append(finding)
             if arguments.json:

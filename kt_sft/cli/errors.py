@@ -21,7 +21,11 @@ def add(commands: Any) -> None:
         "what each weight format costs on a checkpoint: the error of the weights by layer; with "
         "--text the loss on it, bytes and speed of every format and compute mode"
     )
-    errors = commands.add_parser("errors", help=text, description=sentence(text))
+    errors = commands.add_parser(
+        "errors",
+        help="measure what each weight format costs on a checkpoint",
+        description=sentence(text),
+    )
     errors.set_defaults(run=run)
     # What the others are compared with comes first.
     formats = sorted([*OWN_FORMATS, AS_PUBLISHED], key=lambda name: name != "bf16")

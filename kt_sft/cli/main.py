@@ -8,7 +8,19 @@ import sys
 from collections.abc import Sequence
 
 from kt_sft import __version__
-from kt_sft.cli import adapter, bench, doctor, errors, export, pack, plan, profile
+from kt_sft.cli import (
+    adapter,
+    bench,
+    completion,
+    doctor,
+    errors,
+    export,
+    init,
+    pack,
+    plan,
+    profile,
+    schema,
+)
 from kt_sft.cli.help_text import sentence
 from kt_sft.cli.recipes import run_recipe
 from kt_sft.errors import KtSftError
@@ -20,7 +32,7 @@ _RECIPE_COMMANDS = {
     "webchat": "talk to a model in the browser",
 }
 
-_VERBS = (plan, profile, export, adapter, pack, errors, bench, doctor)
+_VERBS = (init, plan, profile, export, adapter, pack, errors, bench, doctor, schema)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=_run_llamafactory)
     for verb in _VERBS:
         verb.add(commands)
+    completion.add(commands, _parser)
     return parser
 
 

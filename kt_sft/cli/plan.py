@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 from collections.abc import Mapping
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kt_sft.cli.help_text import sentence
+from kt_sft.cli.quiet import only_results
 from kt_sft.cli.recipe_file import override, read_recipe
 from kt_sft.errors import SettingsError
 
@@ -41,7 +40,11 @@ def add(commands: Any) -> None:
         "better; from the model's configuration alone (exit status 0: it fits, 1: it does not, 2: "
         "that cannot be told)"
     )
-    plan = commands.add_parser("plan", help=text, description=sentence(text))
+    plan = commands.add_parser(
+        "plan",
+        help="say whether a recipe fits, how long it takes, and what would be better",
+        description=sentence(text),
+    )
     plan.set_defaults(run=run)
     plan.add_argument("recipe", nargs="?", help="YAML recipe with a kt_sft section")
     plan.add_argument(
@@ -90,10 +93,8 @@ def run(arguments: argparse.Namespace) -> int:
     from kt_sft.cli.split import explained
 
     recipe = _recipe(arguments)
-    # What loading would say, once for each of the plans that are tried.
-    logging.getLogger("kt_sft").setLevel(logging.WARNING)
     out = sys.stdout
-    with redirect_stdout(sys.stderr):  # of packages that print when they are imported
+    with only_results():
         status, lines = _forecast(recipe, arguments)
         out.writelines(f"{line}\n" for line in lines)
         if arguments.explain:

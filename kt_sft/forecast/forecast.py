@@ -24,27 +24,39 @@ STATUS = {FITS: 0, DOES_NOT_FIT: 1, UNKNOWN: 2}
 
 
 @dataclass(frozen=True)
-class _Change:
-    """What the recipe would say, and what that means: for its section, its training, or the bits
-    of what is beside the experts."""
+class Change:
+    """A setting of the recipe, `kt_sft.x` for one of the section, that takes less memory.
 
-    words: str
-    section: Mapping[str, Any] = field(default_factory=dict)
+    training: what it means for the training, where it is LLaMA-Factory's.
+    """
+
+    key: str
+    value: str | int | bool
     training: Mapping[str, Any] = field(default_factory=dict)
-    bits: int = 0
+    note: str = ""
+
+    @property
+    def inner(self) -> str:
+        """The name within the section; empty for a setting of the recipe."""
+        return self.key.partition(".")[2]
+
+    def __str__(self) -> str:
+        value = str(self.value).lower() if isinstance(self.value, bool) else self.value
+        return f"{self.key}: {value}{self.note}"
 
 
+_BITS = "quantization_bit"
 # What costs least comes first.
 _CHANGES = (
-    _Change("use_unsloth_gc: true", training={"offloads": True}),
-    _Change("kt_sft.embeddings: host", {"embeddings": "host"}),
-    _Change("kt_sft.adapters: host", {"adapters": "host"}),
-    _Change("kt_sft.activations: recompute", {"activations": "recompute"}),
-    _Change("kt_sft.weights: int8", {"weights": "int8"}),
-    _Change("kt_sft.expert_lora: shared", {"expert_lora": "shared"}),
-    _Change("quantization_bit: 4", bits=4),
-    _Change("kt_sft.weights: int4", {"weights": "int4"}),
-    _Change("kt_sft.disk_tier: true", {"disk_tier": True}),
+    Change("use_unsloth_gc", True, {"offloads": True}),
+    Change("kt_sft.embeddings", "host"),
+    Change("kt_sft.adapters", "host"),
+    Change("kt_sft.activations", "recompute"),
+    Change("kt_sft.weights", "int8"),
+    Change("kt_sft.expert_lora", "shared"),
+    Change(_BITS, 4),
+    Change("kt_sft.weights", "int4"),
+    Change("kt_sft.disk_tier", True),
 )
 _LONGEST = 1 << 20
 
@@ -105,7 +117,7 @@ class Forecast:
     shortages: list[str]
     step: StepTime
     longest: int
-    changes: list[str]
+    changes: list[Change]
 
     @property
     def verdict(self) -> str:
@@ -168,12 +180,12 @@ def _longest(question: Question) -> int:
     return low
 
 
-def _changes(question: Question) -> list[str]:
+def _changes(question: Question) -> list[Change]:
     """Those of the settings with which it fits, none to spare; empty where all do not help."""
-    taken: list[_Change] = []
+    taken: list[Change] = []
     before = _excess(question)
     for change in _CHANGES * 2:  # what moves memory helps once there is room elsewhere
-        if change in taken or not _applies(question, change) or not before:
+        if change in taken or not before or not _applies(question, change):
             continue
         after = _excess(_with(question, [*taken, change]))
         if after < before:
@@ -184,40 +196,40 @@ def _changes(question: Question) -> list[str]:
         fewer = [one for one in taken if one != change]
         if not _excess(_with(question, fewer)):
             taken = fewer
-    last = {change.words.partition(":")[0]: change.words for change in taken}
     found = _with(question, taken)
     if found.settings.disk_tier:
-        over = found.plan().from_disk(question.machine.host_free)
-        last["kt_sft.disk_tier"] += f" (reads {over / 1e9:.0f} GB from the disk in every pass)"
-    return list(last.values())
+        over = found.plan().from_disk(question.machine.host_free) / 1e9
+        note = f" (reads {over:.0f} GB from the disk in every pass)"
+        taken = [replace(c, note=note) if c.inner == "disk_tier" else c for c in taken]
+    return list({change.key: change for change in taken}.values())
 
 
-def _with(question: Question, changes: list[_Change]) -> Question:
+def _with(question: Question, changes: list[Change]) -> Question:
     for change in changes:
-        question = question.changed(change.section, change.training)
-        if change.bits:
-            question = replace(question, subject=question.subject.in_bits(change.bits))
+        if change.key == _BITS:
+            question = replace(question, subject=question.subject.in_bits(int(change.value)))
+            continue
+        section = {change.inner: change.value} if change.inner else {}
+        question = question.changed(section, change.training)
     return question
 
 
-def _applies(question: Question, change: _Change) -> bool:
-    settings, outline, section = question.settings, question.outline, change.section
+def _applies(question: Question, change: Change) -> bool:
+    settings, outline = question.settings, question.outline
     on_device = question.machine.device is not None
-    if change.bits:
-        return on_device and question.subject.rest_bytes is None
-    if change.training:
-        return outline is not None and on_device and outline.checkpointing
-    if "embeddings" in section:
-        return on_device
-    if "adapters" in section:
-        return on_device and outline is not None and not outline.one_kind
-    if "expert_lora" in section:
-        return outline is not None and settings.expert_lora is True
-    if "activations" in section:
-        return outline is not None and outline.checkpointing
-    if "disk_tier" in section:
-        return settings.store != "memory" and settings.resident is not True
-    return settings.weights != "int4"
+    trains = outline is not None
+    checkpointing = outline is not None and outline.checkpointing
+    applies = {
+        _BITS: on_device and question.subject.rest_bytes is None,
+        "use_unsloth_gc": on_device and checkpointing,
+        "kt_sft.embeddings": on_device,
+        "kt_sft.adapters": on_device and outline is not None and not outline.one_kind,
+        "kt_sft.activations": checkpointing,
+        "kt_sft.weights": not settings.weights.startswith("int4"),
+        "kt_sft.expert_lora": trains and settings.expert_lora is True,
+        "kt_sft.disk_tier": settings.store != "memory" and settings.resident is not True,
+    }
+    return applies[change.key]
 
 
 def _excess(question: Question) -> int:

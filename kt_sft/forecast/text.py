@@ -37,7 +37,7 @@ def as_dict(forecast: Forecast, samples: int | None = None) -> dict[str, Any]:
         "host_bytes": plan.host_bytes,
         "device_bytes": plan.of("device"),
         "shortages": forecast.shortages,
-        "changes": forecast.changes,
+        "changes": [str(change) for change in forecast.changes],
         "largest_micro_batch_tokens": forecast.longest,
         "adapters": plan.adapters,
         "keeps_activations": plan.keeps,
@@ -144,7 +144,7 @@ def _verdict(forecast: Forecast) -> Iterator[str]:
     yield forecast.verdict
     yield from (f"  {line}" for line in forecast.shortages)
     if forecast.changes:
-        yield f"  fits with {', '.join(forecast.changes)}"
+        yield f"  fits with {', '.join(map(str, forecast.changes))}"
     elif forecast.shortages:
         yield "  no settings of kt_sft are enough; take a smaller model or a larger machine"
     if forecast.longest:

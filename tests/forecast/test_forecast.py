@@ -17,7 +17,7 @@ from kt_sft.cli import main
 from kt_sft.cli.plan import question_of
 from kt_sft.errors import CheckpointError, SettingsError
 from kt_sft.forecast import machines
-from kt_sft.forecast.forecast import DOES_NOT_FIT, FITS, UNKNOWN, Question, ask
+from kt_sft.forecast.forecast import DOES_NOT_FIT, FITS, UNKNOWN, Change, Question, ask
 from kt_sft.forecast.machines import CORE_RATES, described
 from kt_sft.forecast.samples import samples_of
 from kt_sft.forecast.subject import Subject
@@ -132,17 +132,17 @@ def test_with_the_changes_it_fits(model: str, machine: str, folder: Path) -> Non
     forecast = ask(asked)
     assert forecast.verdict == DOES_NOT_FIT and forecast.changes
 
-    def with_changes(changes: list[str]) -> list[str]:
+    def with_changes(changes: list[Change]) -> list[str]:
         recipe: dict[str, Any] = {"kt_sft": {"weights": "int8"}}
         for change in changes:
-            key, _, value = change.partition(" (")[0].partition(": ")
-            inside = recipe["kt_sft"] if key.startswith("kt_sft.") else recipe
-            inside[key.removeprefix("kt_sft.")] = yaml.safe_load(value)
+            (recipe["kt_sft"] if change.inner else recipe)[change.inner or change.key] = (
+                change.value
+            )
         return ask(question(folder, machine, model, **recipe)).shortages
 
     assert not with_changes(forecast.changes)
     for change in forecast.changes:
-        assert with_changes([c for c in forecast.changes if c != change]), change
+        assert with_changes([c for c in forecast.changes if c != change]), str(change)
 
 
 def test_no_change_is_enough(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,6 +41,7 @@ COSTS = {
     "training/test_ranks.py": "ranks",
     "training/test_llamafactory.py": "process",
     "training/test_modes.py": "process",
+    "training/test_recipes.py": "process",
     "training/test_survival.py": "process",
     "training/test_memory_plan.py": "process",
     "training/test_real_model.py": "process",

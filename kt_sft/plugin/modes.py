@@ -238,6 +238,28 @@ def as_unquantized(stock: Callable, **given: Any) -> Callable:
     return init_adapter
 
 
+_FROM_HUB = "kernels-community/vllm-flash-attn3"
+
+
+def attending_with_sinks(stock: Callable, **given: Any) -> Callable:
+    """`configure_attn_implementation` that leaves gpt-oss to us.
+
+    Its attention has sinks. LLaMA-Factory 0.9.5 always fetches a kernel for Hopper from the Hub, by
+    a function that Transformers 5 lacks. `flash_attn: fa3` does so by Transformers' own way;
+    everything else is computed by Transformers' eager attention, which has sinks everywhere.
+    """
+
+    def configure_attn_implementation(config: Any, model_args: Any) -> None:
+        if getattr(config, "model_type", None) != "gpt_oss":
+            stock(config, model_args)
+            return
+        wanted = getattr(model_args.flash_attn, "value", model_args.flash_attn)
+        config._attn_implementation = _FROM_HUB if wanted == "fa3" else "eager"
+        logger.info("gpt-oss: attention by %s", config._attn_implementation)
+
+    return configure_attn_implementation
+
+
 def with_packed_experts(stock: Callable, **given: Any) -> Callable:
     """`count_parameters` whose total holds the packed experts, which are no parameters."""
 

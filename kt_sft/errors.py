@@ -45,6 +45,10 @@ class PeerError(KtSftError, RuntimeError):
     """A peer that a measurement should run against cannot be started or failed."""
 
 
+class ReportError(KtSftError, ValueError):
+    """A run's files are missing, damaged, or do not belong together; says which."""
+
+
 class RequestError(KtSftError, ValueError):
     """A request to the API that the model cannot serve; says what was got and expected."""
 

@@ -17,6 +17,7 @@ EXPECTED = (
     "kt_sft/py.typed",
     "kt_sft/kernels/_core.pyi",
     "kt_sft/constraints.txt",
+    "kt_sft/report/page.html.j2",
     "kt_sft_autoload.py",
     *(
         f"kt_sft/{folder.name}/{file.name}"

@@ -58,6 +58,7 @@ COSTS = {
     "bench": "model",
     "doctor": "model",
     "forecast": "model",
+    "report": "model",
     "test_package.py": "process",
     "test_demo.py": "process",
     "test_cli.py": "process",

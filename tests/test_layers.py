@@ -21,7 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("patches", "machine", "files"),
     ("kernels",),
     ("scheduling", "device"),
-    ("config", "families", "adapters", "store"),
+    ("config", "families", "adapters", "store", "report"),
     ("engines", "checkpoint"),
     ("experts", "export"),
     ("planning",),

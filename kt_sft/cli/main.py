@@ -19,6 +19,7 @@ from kt_sft.cli import (
     pack,
     plan,
     profile,
+    report,
     schema,
 )
 from kt_sft.cli.help_text import sentence
@@ -32,7 +33,7 @@ _RECIPE_COMMANDS = {
     "webchat": "talk to a model in the browser",
 }
 
-_VERBS = (init, plan, profile, export, adapter, pack, errors, bench, doctor, schema)
+_VERBS = (init, plan, report, profile, export, adapter, pack, errors, bench, doctor, schema)
 
 
 def _parser() -> argparse.ArgumentParser:

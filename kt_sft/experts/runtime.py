@@ -37,6 +37,8 @@ class ExpertsRuntime:
         self.adapters_on_host = settings.adapters == "host"
         # What the memory plan says that this process takes, and what it had when it was made.
         self.planned: tuple[int, int] | None = None
+        # (name, place, bytes) of every part of the plan.
+        self.planned_parts: tuple[tuple[str, str, int], ...] = ()
         # What tells the model from others of its shape; None until it is loaded.
         self.base_identity: dict[str, Any] | None = None
         # Folders of adapters: those that can be switched off, and those that are in the model.

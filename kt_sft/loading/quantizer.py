@@ -161,6 +161,9 @@ class HybridExpertsQuantizer(HfQuantizer):
                 spare / 1e9,
             )
         runtime.planned = plan.of("machine") + plan.of("host"), host_memory_bytes()
+        runtime.planned_parts = tuple(
+            (part.name, part.place, part.nbytes) for part in plan.components if part.nbytes
+        )
         # The experts' keys have no parameter any more; they are not an accident to warn of.
         unexpected = _expert_keys(model, self._layers)
         if self._checkpoint.quantized:

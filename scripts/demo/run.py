@@ -105,6 +105,14 @@ def answer_before(model: Path, overrides: Sequence[str]) -> None:
         (kept / "key.txt").write_text(said)
 
 
+def _report() -> None:
+    """The page of the run again, with answers before and after."""
+    from kt_sft.cli import main as kt_sft
+
+    answers = (f"--{when}={OUTPUTS / f'answers_{when}'}" for when in ("before", "after"))
+    kt_sft(["report", str(OUTPUTS / "adapter"), *answers])
+
+
 def main() -> None:
     """Runs every step and prints the summary."""
     model, overrides = chosen_model()
@@ -131,6 +139,7 @@ def main() -> None:
         llamafactory("demo_predict", f"output_dir={OUTPUTS / 'answers_after'}", *overrides),
         OUTPUTS / "logs" / "answers_after.log",
     )
+    _report()
     seconds = time.monotonic() - begin
     sys.stdout.write(summarize(model, CACHE / "data", OUTPUTS, overrides, seconds))
 

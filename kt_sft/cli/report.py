@@ -1,0 +1,53 @@
+"""`kt-sft report`: the page of a run again, or several runs side by side."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from kt_sft.cli.help_text import sentence
+from kt_sft.errors import ReportError
+
+
+def add(commands: Any) -> None:
+    """Adds the command to the parser of `kt-sft`."""
+    text = "draw the report of a run again, or compare runs side by side"
+    report = commands.add_parser("report", help=text, description=sentence(text))
+    report.set_defaults(run=run)
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output_dir of a run")
+    report.add_argument(
+        "--out", type=Path, metavar="FILE", help="default: report.html in the run, or here for more"
+    )
+    report.add_argument(
+        "--before",
+        type=Path,
+        metavar="FOLDER",
+        help="with --after: output_dir of a prediction without the adapter, to show some answers",
+    )
+    report.add_argument(
+        "--after", type=Path, metavar="FOLDER", help="output_dir of a prediction with it"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs `kt-sft report`. Raises ReportError."""
+    from kt_sft.files import durable
+    from kt_sft.report.page import FILE_NAME, render
+    from kt_sft.report.record import Run, read_samples
+
+    if (arguments.before is None) != (arguments.after is None):
+        raise ReportError("report: got one of --before and --after, expected both or none")
+    samples = (
+        read_samples(arguments.before, arguments.after) if arguments.before is not None else []
+    )
+    runs = [Run.read(folder) for folder in arguments.runs]
+    default = arguments.runs[0] / FILE_NAME if len(runs) == 1 else Path(FILE_NAME)
+    out: Path = arguments.out or default
+    try:
+        durable.write_whole(out, render(runs, samples).encode())
+    except OSError as error:
+        raise ReportError(f"--out: {out}: {error.strerror}") from error
+    sys.stdout.write(f"{out}\n")
+    return 0

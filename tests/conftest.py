@@ -50,6 +50,7 @@ COSTS = {
     "training/test_plugin.py": "process",
     "training/test_activations.py": "model",
     "training/test_gradients.py": "model",
+    "training/test_health.py": "model",
     "store/test_library.py": "process",
     "native": "process",
     "accelerator": "process",

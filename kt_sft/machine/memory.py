@@ -76,5 +76,10 @@ def anonymous_memory_bytes() -> int:
     return _status_bytes("RssAnon")
 
 
+def swapped_bytes() -> int:
+    """Memory of this process that is in swap, in bytes."""
+    return _status_bytes("VmSwap")
+
+
 def _status_bytes(name: str) -> int:
     return named_number(Path("/proc/self/status"), f"{name}:") * 1024

@@ -63,7 +63,9 @@ def _subtitle(run: Run) -> str:
 
 
 def _gb(nbytes: float | None) -> str:
-    return "" if not nbytes else f"{nbytes / 1e9:.2f} GB"
+    if not nbytes:
+        return ""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.3g} MB"
 
 
 def _time(seconds: float | None) -> str:
@@ -169,7 +171,9 @@ def _layer(path: str) -> str:
 
 
 def _memory(run: Run) -> list[tuple[str, str, str]]:
-    return [(name, place, _gb(size)) for name, place, size in run.record.memory if size >= 5e6]
+    parts = run.record.memory
+    least = 1e-3 * max((size for _, _, size in parts), default=0)
+    return [(name, place, _gb(size)) for name, place, size in parts if size >= least]
 
 
 def _totals(run: Run) -> Iterator[tuple[str, str, str]]:

@@ -13,6 +13,7 @@ from kt_sft.loading.config import HybridExpertsConfig
 from kt_sft.loading.in_memory import hybridize
 from kt_sft.training.accumulation import WaitingGradients
 from kt_sft.training.guard import RunGuard
+from kt_sft.training.health import RunHealth
 from kt_sft.training.metrics import HybridExpertsMetrics
 from kt_sft.training.report import RunReport
 from kt_sft.training.residents import ResidentExperts
@@ -28,7 +29,10 @@ def with_our_callbacks(stock: list) -> list:
 
     The list itself: PPO and others have imported it by its name.
     """
-    ours = (HybridExpertsMetrics, RunGuard, WaitingGradients, ResidentExperts, RunReport)
+    ours = (
+        *(HybridExpertsMetrics, RunGuard, RunHealth),
+        *(WaitingGradients, ResidentExperts, RunReport),
+    )
     stock += [c for c in ours if c not in stock]
     return stock
 

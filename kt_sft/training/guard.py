@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from kt_sft.errors import NonFiniteError
 from kt_sft.experts import hybrid_experts_of
 from kt_sft.experts.watch import FiniteWatch
+from kt_sft.training import wandb_run
 from kt_sft.training.stop_signals import StopSignals
 
 
@@ -97,10 +98,12 @@ def _all_finite(gradients: list[torch.Tensor]) -> bool:
 
 def _poisoned(step: int, first: str | None, otherwise: str) -> NonFiniteError:
     where = f"at {first}" if first else otherwise
-    return NonFiniteError(
+    text = (
         f"step {step}: NaN or Inf, first seen {where}; nothing was saved from it. Look at the "
         "data of this step, lower learning_rate, or resume from the last checkpoint"
     )
+    wandb_run.alert("kt_sft: NaN or Inf", text)
+    return NonFiniteError(text)
 
 
 def _largest_of_ranks(value: int, device: torch.device) -> int:

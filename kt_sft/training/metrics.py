@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from kt_sft.doctor.looking import looked_at
 from kt_sft.experts import ExpertsMeter, MeterMark, hybrid_experts_of
 from kt_sft.kernels.report import machine_description
 from kt_sft.machine.accelerator import peak_device_memory
@@ -84,7 +85,7 @@ class HybridExpertsMetrics(TrainerCallback):
         description = describe(model)
         if state.is_world_process_zero:
             logger.info("kt_sft: %s", description)
-            wandb_run.update_config({"kt_sft": description})
+            wandb_run.update_config({"kt_sft": {**description, **_surroundings(model)}})
 
     def on_evaluate(
         self,
@@ -173,4 +174,15 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "experts_per_layer": first.shape.experts,
         "experts_bytes": sum(m.weights.nbytes for m in experts.values() if m.weights),
         "machine": machine_description(),
+    }
+
+
+def _surroundings(model: nn.Module) -> dict[str, Any]:
+    """The memory plan, and what `kt-sft doctor` finds without measuring, for a tracker."""
+    runtime = next(iter(hybrid_experts_of(model).values())).runtime
+    return {
+        "memory_plan_gb": {
+            f"{name} ({place})": round(size / 1e9, 3) for name, place, size in runtime.planned_parts
+        },
+        "doctor": {f"{finding.section}: {finding.name}": finding.value for finding in looked_at()},
     }

@@ -24,6 +24,7 @@ import yaml
 from children import finish
 from llamafactory.hparams import DataArguments, FinetuningArguments, ModelArguments
 from llamafactory_runs import RECIPE, Workplace, effective_workplace, run, run_forked, serve
+from PIL import Image
 from quantized_checkpoints import QUANTIZED_FORMATS
 from safetensors.torch import load_file, save_file
 from tiny_models import (
@@ -93,8 +94,43 @@ def test_wandb_run_has_metrics_settings_and_machine(place: Workplace, trained: s
     written = file.read_bytes()
     for name in (b"loss", b"tokens_per_second", b"experts_tflops", b"experts_load_max_over_mean"):
         assert written.count(b"train/" + name) >= 8, "one for each step"
-    for text in (b'"weights":"int8"', b'"usable_threads"', b'"experts_per_layer":8'):
-        assert text in written.replace(b": ", b":")
+    for text in (
+        *(b'"weights":"int8"', b'"usable_threads"', b'"experts_per_layer":8'),
+        *(b'"memory_plan_gb"', b'"routed experts (machine)"', b'"machine:memory nodes"'),
+    ):
+        assert text in written.replace(b": ", b":"), text
+    media = file.parent / "files" / "media"
+    (page,) = media.glob("html/report_*.html")
+    (image,) = media.glob("images/expert_load_*.png")
+    assert "Loss by step" in page.read_text()
+    with Image.open(image) as found:
+        assert found.size == (8 * 6, 3 * 6), "experts by layers"
+
+
+def test_the_adapter_is_an_artifact_where_it_is_asked_for(place: Workplace, trained: str) -> None:
+    """By the usual variable; W&B keeps the files of an offline run."""
+    folder = place.folder / "artifact"
+    place.train_by_command(
+        "artifact-run",
+        env={"WANDB_MODE": "offline", "WANDB_DIR": str(folder), "WANDB_LOG_MODEL": "end",
+             "WANDB_DATA_DIR": str(folder), "WANDB_CACHE_DIR": str(folder)},
+        kt_sft=EXPERTS,
+        max_steps=1,
+        report_to="wandb",
+    )  # fmt: skip
+    written = next(folder.glob("wandb/offline-run-*/*.wandb")).read_bytes()
+    assert b"adapter_model.safetensors" in written and b"adapter_config.json" in written
+
+
+def test_a_report_lies_beside_the_adapter(place: Workplace, trained: str) -> None:
+    out = place.folder / "trained"
+    page = (out / "report.html").read_text()
+    for text in ("Loss by step", "Load of the experts by layer", "taken", "routed experts",
+                 "evaluation loss"):  # fmt: skip
+        assert text in page, text
+    record = json.loads((out / "kt_sft_run.json").read_text())
+    assert record["training"]["lora_r"] == 4 and record["base"] == str(place.folder / "model")
+    assert len([e for e in record["history"] if "loss" in e]) == 8
 
 
 def test_resume_is_bit_identical(place: Workplace, trained: str) -> None:

@@ -60,6 +60,8 @@ COSTS = {
     "doctor": "model",
     "forecast": "model",
     "report": "model",
+    "docs/test_commands.py": "process",
+    "docs": "model",
     "test_package.py": "process",
     "test_demo.py": "process",
     "test_cli.py": "process",

@@ -11,7 +11,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 12, 34
 _TICKS = 5
 # Of a heatmap: cells side by side at most, and the share over the mean that is darkest.
 _COLUMNS, _DARKEST = 128, 4.0
-_CELL, _ROW = 5, 9
+_LABELS, _ROW = 34, 10
 
 Points = Sequence[tuple[float, float]]
 
@@ -131,13 +131,12 @@ def heatmap(title: str, rows: Mapping[str, Sequence[float]]) -> str:
     most = max(len(row) for row in rows.values())
     at_once = -(-most // _COLUMNS)
     cells = -(-most // at_once)
-    labels = 64
-    width, height = labels + cells * _CELL, len(rows) * _ROW
-    parts = [_open(width, height, title)]
+    wide = (_WIDTH - _LABELS) / cells
+    parts = [_open(_WIDTH, len(rows) * _ROW, title)]
     for number, (name, row) in enumerate(rows.items()):
         top = number * _ROW
         parts.append(
-            f'<text class="small" x="{labels - 6}" y="{top + _ROW - 1.5}" text-anchor="end">'
+            f'<text class="small" x="{_LABELS - 6}" y="{top + _ROW - 2}" text-anchor="end">'
             f"{escape(name)}</text>"
         )
         for cell in range(0, len(row), at_once):
@@ -145,8 +144,8 @@ def heatmap(title: str, rows: Mapping[str, Sequence[float]]) -> str:
             over = max(group) * len(row)
             experts = f"expert {cell}" + (f" to {cell + len(group) - 1}" if len(group) > 1 else "")
             parts.append(
-                f'<rect class="heat" x="{labels + cell // at_once * _CELL}" y="{top}" '
-                f'width="{_CELL - 0.5}" height="{_ROW - 0.5}" '
+                f'<rect class="heat" x="{_LABELS + cell // at_once * wide:.2f}" y="{top}" '
+                f'width="{wide - 0.5:.2f}" height="{_ROW - 0.5}" '
                 f'fill-opacity="{min(1.0, over / _DARKEST):.3f}"><title>layer {escape(name)}, '
                 f"{experts}: {over:.2f} times the mean</title></rect>"
             )

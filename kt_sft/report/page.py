@@ -57,7 +57,7 @@ def _subtitle(run: Run) -> str:
         f"{experts.get('threads', '?')} threads with {experts.get('isa', '?')}",
         str(machine.get("cpu", "")),
         str(machine.get("accelerator") or "no accelerator"),
-        record.ended,
+        record.ended[:16].replace("T", " ") + " UTC" if record.ended else "",
     ]
     return " · ".join(word for word in words if word)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +17,9 @@ FILE_NAME = "kt_sft_run.json"
 STATE_NAME = "trainer_state.json"
 ANSWERS_NAME = "generated_predictions.jsonl"
 _VERSION = 1
-_MOST_ANSWERS = 8
+_MOST_ANSWERS, _LONGEST = 8, 400
+# Lines of a chat template that say who speaks.
+_ROLES = ("system", "user", "assistant", "model")
 
 
 @dataclass(frozen=True)
@@ -120,11 +123,18 @@ def read_samples(before: Path, after: Path) -> list[Sample]:
     first, second = (_answers(folder) for folder in (before, after))
     if [row["prompt"] for row in first] != [row["prompt"] for row in second]:
         raise ReportError(f"{before} and {after}: are answers to different questions")
-    chosen = [i for i, (a, b) in enumerate(zip(first, second, strict=True)) if a != b]
+    pairs = [(a, b) for a, b in zip(first, second, strict=True) if a != b]
     return [
-        Sample(first[i]["prompt"], first[i]["predict"], second[i]["predict"], first[i]["label"])
-        for i in chosen[:_MOST_ANSWERS]
+        Sample(_question(a["prompt"]), a["predict"], b["predict"], a["label"])
+        for a, b in pairs[:_MOST_ANSWERS]
     ]
+
+
+def _question(prompt: str) -> str:
+    """A prompt without the marks of its chat template, from its end as far as people read."""
+    lines = re.sub(r"<\|[^|>]*\|>|<s>|</s>", "\n", prompt).splitlines()
+    words = "\n".join(line for line in lines if line.strip() and line.strip() not in _ROLES)
+    return words if len(words) <= _LONGEST else f"... {words[-_LONGEST:]}"
 
 
 def _answers(folder: Path) -> list[dict[str, str]]:

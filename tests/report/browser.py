@@ -145,7 +145,7 @@ def _note(page: Page, event: dict[str, Any]) -> None:
 def open_page() -> Iterator[Page]:
     """A browser with one empty tab, ended with the block."""
     command, more = find()
-    with tempfile.TemporaryDirectory() as profile:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         browser = subprocess.Popen(
             [*command, *_FLAGS, f"--user-data-dir={profile}", "about:blank"],
             env={**os.environ, **more}, stderr=subprocess.PIPE, text=True,

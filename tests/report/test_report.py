@@ -177,7 +177,7 @@ def test_in_a_browser(
         "s.getBoundingClientRect().right, s.getBoundingClientRect().height])"
     )
     assert len(boxes) == 5
-    assert all(0 <= left < right <= width and height > 10 for left, right, height in boxes)
+    assert all(0 <= left < right <= width and height > 5 for left, right, height in boxes)
     colors = tab.evaluate(
         "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
     )

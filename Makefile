@@ -3,6 +3,7 @@
 # make test      linters, type check, tests (what CI runs)
 # make test-full adds the long sweeps, sanitizers, other versions, and fidelity on a real model
 # make mutation  plants faults, one at a time, and checks that the tests catch each (an hour)
+# make docs      the documentation as a site in site/, with no warning
 # make wheel     an sdist and, from it, a wheel for this Python in dist/, checked
 # make bench     the machine's peak, one layer against torch, and the kernels against their targets
 # VENV=path puts the virtual environment (6 GB) elsewhere; clones may take turns with one.
@@ -24,7 +25,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 # Waiting OpenMP threads of torch would spin on the cores that the experts compute on.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install demo quick test test-full mutation lint format bench wheel clean
+.PHONY: install demo quick test test-full mutation lint format bench docs wheel clean
 
 install: $(STATE)/package
 
@@ -66,6 +67,9 @@ format: install
 mutation: install
 	$(BIN)/python scripts/mutation_check.py
 
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # In an environment of its own: torch and the tested set are neither needed nor changed.
 wheel:
 	$(PYTHON) -m venv --clear $(PACKAGING)
@@ -85,4 +89,4 @@ bench: install
 	$(BIN)/python scripts/kernel_targets.py
 
 clean:
-	rm -rf build dist .cache/make outputs kt_sft.egg-info kt_sft/kernels/*.so
+	rm -rf build dist site .cache/make outputs kt_sft.egg-info kt_sft/kernels/*.so

@@ -61,6 +61,7 @@ COSTS = {
     "forecast": "model",
     "report": "model",
     "docs/test_commands.py": "process",
+    "docs/test_examples.py": "process",
     "docs": "model",
     "test_package.py": "process",
     "test_demo.py": "process",

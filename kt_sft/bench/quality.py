@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from kt_sft.checkpoint.configuration import read_config
@@ -29,6 +28,7 @@ from kt_sft.engines.protocol import PlacedExperts
 from kt_sft.errors import CheckpointError, KtSftError, SettingsError
 from kt_sft.experts import hybrid_experts_of
 from kt_sft.families.shape import ExpertsShape
+from kt_sft.files.progress import Progress
 from kt_sft.kernels import CodedMatrix, Engine, requested_isa
 from kt_sft.loading.config import HybridExpertsConfig
 from kt_sft.loading.packing import pack_one
@@ -212,15 +212,21 @@ def _readings(
 def _read(model: Any, windows_WT: Tensor, name: str) -> _Reading:
     losses, choices, seconds = [], [], []
     model(windows_WT[:1].to(model.device), use_cache=False)
-    for ids_1T in tqdm(windows_WT.split(1), desc=name, unit="window", leave=False):
-        begin = time.perf_counter()
-        logits_TV = model(ids_1T.to(model.device), use_cache=False).logits[0]
-        logits_TV[-1, 0].item()  # waits for an accelerator
-        seconds.append(time.perf_counter() - begin)
-        want_T = ids_1T[0, 1:].to(logits_TV.device)
-        for some_TV, some_T in zip(logits_TV[:-1].split(_CHUNK), want_T.split(_CHUNK), strict=True):
-            losses.append(cross_entropy(some_TV.float(), some_T, reduction="none").double().cpu())
-            choices.append(some_TV.argmax(-1).cpu())
+    with Progress(name, len(windows_WT), "window") as progress:
+        for ids_1T in windows_WT.split(1):
+            begin = time.perf_counter()
+            logits_TV = model(ids_1T.to(model.device), use_cache=False).logits[0]
+            logits_TV[-1, 0].item()  # waits for an accelerator
+            seconds.append(time.perf_counter() - begin)
+            want_T = ids_1T[0, 1:].to(logits_TV.device)
+            for some_TV, some_T in zip(
+                logits_TV[:-1].split(_CHUNK), want_T.split(_CHUNK), strict=True
+            ):
+                losses.append(
+                    cross_entropy(some_TV.float(), some_T, reduction="none").double().cpu()
+                )
+                choices.append(some_TV.argmax(-1).cpu())
+            progress.update(1)
     windows = len(windows_WT)
     return _Reading(
         torch.cat(losses).view(windows, -1),

@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from kt_sft.cli.help_text import sentence
 from kt_sft.errors import SettingsError
+from kt_sft.files.progress import Progress
 from kt_sft.kernels import Engine, requested_isa
 from kt_sft.kernels.formats import WEIGHTS
 from kt_sft.machine.cpus import available_threads
@@ -43,8 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
         sys.stdout.writelines(f"{line}\n" for line in _describe(packed))
     elif arguments.verify is not None:
         packed = PackedFile(arguments.verify, verify=False)
-        with tqdm(total=packed.nbytes, desc="Verifying", unit="B", unit_scale=True) as bar:
-            packed.verify(threads, bar.update)
+        with Progress("Verifying", packed.nbytes) as progress:
+            packed.verify(threads, progress.update)
         sys.stdout.write(f"{packed.path}: {packed.nbytes / 1e9:.3f} GB are as they were written\n")
     else:
         from kt_sft.checkpoint.folder import checkpoint_experts

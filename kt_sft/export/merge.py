@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torch import Tensor
-from tqdm import tqdm
 
 from kt_sft.errors import CheckpointError, SettingsError
 from kt_sft.export.adapter import Adapter
@@ -22,6 +21,7 @@ from kt_sft.export.base import Base
 from kt_sft.export.delta import Delta
 from kt_sft.export.texts import copy_texts
 from kt_sft.files import durable
+from kt_sft.files.progress import Progress
 from kt_sft.files.safetensors import INDEX_NAME, checkpoint_files
 from kt_sft.files.safetensors_writer import Entry, write_safetensors
 
@@ -74,7 +74,7 @@ def export_merged(
         CheckpointError,
     )
     with durable.whole_folder(out) as partial:
-        with tqdm(total=needed, desc="Merging", unit="B", unit_scale=True) as progress:
+        with Progress("Merging", needed) as progress:
             for name, entries in shards.items():
                 write_safetensors(partial / name, entries, _tensors(delta, entries, progress))
         _copy_side_files(base, partial, quantized)
@@ -99,7 +99,7 @@ def _shards(base: Base, delta: Delta) -> dict[str, dict[str, Entry]]:
 
 
 def _tensors(
-    delta: Delta, entries: dict[str, Entry], progress: tqdm
+    delta: Delta, entries: dict[str, Entry], progress: Progress
 ) -> Iterator[tuple[str, Iterator[Tensor]]]:
     for key, entry in entries.items():
         yield key, delta.pieces(key)

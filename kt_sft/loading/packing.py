@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor
-from tqdm import tqdm
 
 from kt_sft.checkpoint.layouts import layout_of
 from kt_sft.checkpoint.sources import ExpertSource
@@ -16,6 +15,7 @@ from kt_sft.engines.cpu import CpuExperts
 from kt_sft.engines.protocol import PlacedExperts
 from kt_sft.errors import CheckpointError
 from kt_sft.experts import HybridExperts
+from kt_sft.files.progress import Progress
 from kt_sft.kernels import CodedMatrix, Engine, ExpertWeights
 from kt_sft.kernels.formats import INT8_CODING
 from kt_sft.store.packed_file import StoredLayer, StoreWriter, file_bytes
@@ -69,8 +69,10 @@ def pack_in_memory(experts: Mapping[str, tuple[HybridExperts, ExpertSource]]) ->
     Beyond the packed weights this holds one tensor of the source.
     """
     start = time.perf_counter()
-    for module, source in tqdm(experts.values(), desc="Packing experts", unit="layer"):
-        module.weights = new_layer(module, source)
+    with Progress("Packing experts", len(experts), "layer") as progress:
+        for module, source in experts.values():
+            module.weights = new_layer(module, source)
+            progress.update(1)
     report({path: module for path, (module, _) in experts.items()}, "packed", start)
 
 
@@ -83,14 +85,14 @@ def write_layers(
     """Packs layer by layer into a store, through one staging buffer. Raises CheckpointError."""
     staging: ExpertWeights | None = None
     total = file_bytes(layers)
-    with tqdm(total=total, desc="Packing experts", unit="B", unit_scale=True) as bar:
+    with Progress("Packing experts", total) as progress:
         for layer in layers:
             if staging is None or staging.layout != layer.layout:
                 staging = None  # freed before the next is there
                 staging = ExpertWeights(layer.layout)
             pack_experts(CpuExperts(engine, staging), source[layer.path], layer.path)
             writer.add(layer, staging)
-            bar.update(sum(size for _, size in layer.tensors()))
+            progress.update(sum(size for _, size in layer.tensors()))
 
 
 def report(modules: Mapping[str, HybridExperts], what: str, start: float) -> None:

@@ -67,22 +67,21 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _lines(finding: Finding) -> Iterator[str]:
+    margin = " " * (_NAME + 3)
     head = f"{_MARKS[finding.level]} {finding.name:<{_NAME}} "
-    yield from textwrap.wrap(
-        f"{head}{finding.value}",
+    yield from _wrapped(head + finding.value, margin)
+    if finding.hint:
+        yield from _wrapped(f"{margin}-> {finding.hint}", f"{margin}   ")
+
+
+def _wrapped(text: str, margin: str) -> list[str]:
+    return textwrap.wrap(
+        text,
         _WIDTH,
-        subsequent_indent=" " * (_NAME + 3),
+        subsequent_indent=margin,
         break_long_words=False,
         break_on_hyphens=False,
     )
-    if finding.hint:
-        yield from textwrap.wrap(
-            f"{' ' * (_NAME + 3)}-> {finding.hint}",
-            _WIDTH,
-            subsequent_indent=" " * (_NAME + 6),
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
 
 
 def _examine() -> Iterator[Finding]:

@@ -12,7 +12,7 @@ from kt_sft.errors import StoreFolderError
 from kt_sft.kernels import isa_report, kernel_rows, requested_isa
 from kt_sft.kernels.peak import measure_peak
 from kt_sft.machine.cpus import available_threads, machine_cpus
-from kt_sft.machine.disk import read_rate
+from kt_sft.machine.disk import existing, free_bytes, read_rate
 from kt_sft.machine.memory import available_memory_bytes
 from kt_sft.machine.numa import numa_nodes
 from kt_sft.machine.pages import swap_bytes, transparent_huge_pages
@@ -143,7 +143,7 @@ def disk() -> Iterator[Finding]:
     except StoreFolderError as error:
         yield Finding(_SECTION, name, "none", WARNING, str(error))
         return
-    place = next(p for p in (folder, *folder.parents) if p.is_dir())
+    place = existing(folder)
     try:
         with tempfile.NamedTemporaryFile(dir=place, prefix=".kt-sft-doctor-") as sample:
             sample.write(os.urandom(1 << 20) * (_SAMPLE_BYTES >> 20))
@@ -160,8 +160,7 @@ def disk() -> Iterator[Finding]:
             "folder that can be written",
         )
         return
-    state = os.statvfs(place)
-    free = state.f_bavail * state.f_frsize
+    free = free_bytes(place)
     speed = "not known (no direct reads there)" if rate is None else f"{rate / 1e9:.2f} GB/s read"
     yield Finding(
         _SECTION,

@@ -18,6 +18,7 @@ from kt_sft.kernels.peak import ReadBandwidth
 from kt_sft.machine.accelerator import current_accelerator, device_name
 from kt_sft.machine.cpus import threads_of
 from kt_sft.machine.link import copy_rates
+from kt_sft.machine.numa import numa_nodes
 from kt_sft.machine.report import cpu_name
 from kt_sft.planning.outline import Surroundings
 
@@ -65,6 +66,7 @@ class Machine:
 
     core_rates: of the experts' kernels on one thread by compute mode, where the layer's own form
     was not measured. rate: of matrix products of torch on the CPU. measured: here, not by a table.
+    nodes: of memory.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Machine:
     device: Device | None
     measured: bool
     core_rates: dict[str, float] | None = None
+    nodes: int = 1
 
     def surroundings(self) -> Surroundings:
         """As the memory plan asks for them: one process."""
@@ -96,7 +99,8 @@ def this_machine(settings: HybridExpertsSettings) -> Machine:
         device = Device(device_name(found), around.device_free, rate, bandwidth, link)
     bandwidth = max(ReadBandwidth(isa, threads).measure() for _ in range(3))
     rate = _product_rate(torch.device("cpu"))
-    return Machine(cpu_name(), isa, threads, around.host_free, bandwidth, rate, device, True)
+    name, nodes = cpu_name(), len(numa_nodes())
+    return Machine(name, isa, threads, around.host_free, bandwidth, rate, device, True, nodes=nodes)
 
 
 def _product_rate(device: torch.device) -> float:
@@ -184,7 +188,7 @@ def described(text: str) -> Machine:
     rates = CORE_RATES[isa]
     # What torch makes of a core's vector units, beside a layer that is all weights.
     rate = threads * rates["bf16"] * 0.5
-    return Machine(text, isa, threads, int(host), bandwidth, rate, device, False, rates)
+    return Machine(text, isa, threads, int(host), bandwidth, rate, device, False, rates, sockets)
 
 
 def _number(found: dict[str, re.Match[str]], name: str) -> float:

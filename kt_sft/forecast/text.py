@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from kt_sft.errors import StoreFolderError
 from kt_sft.forecast.forecast import FITS, Forecast, Question
 from kt_sft.forecast.machines import Machine
+from kt_sft.machine.disk import free_bytes
 from kt_sft.planning.plan import MemoryPlan
+from kt_sft.store.library import default_folder
 
 _NAME = 34
 
@@ -100,6 +104,30 @@ def _memory(forecast: Forecast) -> Iterator[str]:
     free = 0 if device is None or device.free is None else device.free
     yield f"  {'there is':<{_NAME - 2}} " + _cells(machine.host_free, free, on_device)
     yield f"  {_choices(plan, forecast)}"
+    if machine.nodes > 1:
+        each = plan.of("machine") / machine.nodes / 1e9
+        yield f"  on each of {machine.nodes} memory nodes about {each:.1f} GB of experts"
+    yield from _disk(forecast)
+
+
+def _disk(forecast: Forecast) -> Iterator[str]:
+    """Where the packed experts go, if they are not there yet."""
+    needed, store = forecast.plan.of("machine"), forecast.question.settings.store
+    if not needed:
+        return
+    if not forecast.question.machine.measured:
+        yield f"  and {needed / 1e9:.1f} GB of disk for the packed experts"
+        return
+    try:
+        folder = default_folder() if store == "auto" else Path(store)
+    except StoreFolderError:
+        return
+    free = free_bytes(folder)
+    short = "" if free > needed else "; set store: to another folder, or to memory"
+    yield (
+        f"  and {needed / 1e9:.1f} GB of disk for the packed experts, if they are not there: "
+        f"{folder} has {free / 1e9:.0f} GB{short}"
+    )
 
 
 def _cells(host: int, device: int, on_device: bool) -> str:

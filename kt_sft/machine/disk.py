@@ -1,4 +1,4 @@
-"""How fast a file's disk reads."""
+"""A disk: how fast it reads a file, and how much room it has."""
 
 from __future__ import annotations
 
@@ -32,3 +32,14 @@ def read_rate(path: Path, nbytes: int = 256 << 20, seconds: float = 1.0) -> floa
     finally:
         os.close(file)
     return done / (time.perf_counter() - start) if done else None
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest around it that is there."""
+    return next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_dir())
+
+
+def free_bytes(folder: Path) -> int:
+    """What a person may still write where the folder is, or would be."""
+    state = os.statvfs(existing(folder))
+    return state.f_bavail * state.f_frsize

@@ -16,7 +16,7 @@ from tiny_models import make_model
 from kt_sft.cli import main
 from kt_sft.cli.plan import question_of
 from kt_sft.errors import CheckpointError, SettingsError
-from kt_sft.forecast import machines
+from kt_sft.forecast import machines, text
 from kt_sft.forecast.forecast import DOES_NOT_FIT, FITS, UNKNOWN, Change, Question, ask
 from kt_sft.forecast.machines import CORE_RATES, described
 from kt_sft.forecast.samples import samples_of
@@ -248,6 +248,24 @@ def test_a_recipe_on_this_machine(tiny: Path, capsys: pytest.CaptureFixture[str]
     said = json.loads(capsys.readouterr().out)
     assert said["verdict"] == FITS and said["measured"] and said["tokens_per_second"] > 0
     assert "experts, backward" not in said["step_seconds"]
+
+
+def test_disk_and_memory_nodes_are_said(
+    folder: Path, tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = str(golden_plans.folder_of("Qwen3-30B-A3B", folder))
+    assert main(["plan", "--model", model, "--machine", SERVER]) == 0
+    out = capsys.readouterr().out
+    assert "  on each of 2 memory nodes about 14.5 GB of experts\n" in out
+    assert "  and 29.1 GB of disk for the packed experts\n" in out
+    monkeypatch.setenv("KT_SFT_STORE", str(tiny / "stores" / "of mine"))
+    assert main(["plan", str(tiny / "recipe.yaml")]) == 0
+    assert f"{tiny / 'stores' / 'of mine'} has" in capsys.readouterr().out
+    monkeypatch.setattr(text, "free_bytes", lambda _: 1000)
+    assert main(["plan", str(tiny / "recipe.yaml")]) == 0
+    assert "set store: to another folder, or to memory" in capsys.readouterr().out
+    assert main(["plan", str(tiny / "recipe.yaml"), "kt_sft.store=memory"]) == 0
+    assert "disk" not in capsys.readouterr().out
 
 
 def test_the_plan_counts_what_is_packed(tiny: Path) -> None:

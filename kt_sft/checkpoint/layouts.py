@@ -92,8 +92,9 @@ def _declared(published: Mapping[str, Any]) -> tuple[str, Coding | None]:
     if method in ("fp8", "fbgemm_fp8"):
         outputs, inputs = published.get("weight_block_size") or (1, 0)
         return "coded", Coding("e4m3", "float32", int(outputs), int(inputs))
-    if method in ("gptq", "awq", "auto-round") and published.get("bits") == 4:
-        return "coded", Coding("uint4", "float16", 1, max(0, int(published["group_size"])), True)
+    size = published.get("group_size", published.get("q_group_size"))
+    if method in ("gptq", "awq", "auto-round") and published.get("bits") == 4 and size is not None:
+        return "coded", Coding("uint4", "float16", 1, max(0, int(size)), True)
     if method == "compressed-tensors":
         groups = published.get("config_groups") or {}
         weights = next((g.get("weights") or {} for g in groups.values()), {})

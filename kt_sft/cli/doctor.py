@@ -115,4 +115,21 @@ def _examine() -> Iterator[Finding]:
         installation.patches,
     )
     for part in parts:
+        yield from _survived(part)
+
+
+def _survived(part: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """What a part finds; what ends it is a finding, too."""
+    from kt_sft.doctor.findings import PROBLEM, Finding
+
+    try:
         yield from part()
+    except Exception as error:  # a machine that is not well is what this is asked about
+        said = (str(error).splitlines() or [""])[0]
+        yield Finding(
+            "tried",
+            part.__name__.replace("_", " "),
+            f"ended with {type(error).__name__}: {said}",
+            PROBLEM,
+            "look whether other programs hold the memory of the machine or of the accelerator",
+        )

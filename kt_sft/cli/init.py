@@ -91,5 +91,5 @@ def recipe_for(
             f"--rank {rank}" if rank != 8 else "",
         ) if option
     )  # fmt: skip
-    template = template_of(model, str(forecast.question.subject.config.model_type))
+    template = template_of(model, forecast.question.subject.model_type)
     return starter(forecast, model, goal, template, name, f"kt-sft init {model}{options}")

@@ -6,22 +6,9 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from kt_sft import __version__
-from kt_sft.cli import (
-    adapter,
-    bench,
-    completion,
-    doctor,
-    errors,
-    export,
-    init,
-    pack,
-    plan,
-    profile,
-    report,
-    schema,
-)
 from kt_sft.cli.help_text import sentence
 from kt_sft.cli.recipes import run_recipe
 from kt_sft.errors import KtSftError
@@ -33,10 +20,15 @@ _RECIPE_COMMANDS = {
     "webchat": "talk to a model in the browser",
 }
 
-_VERBS = (init, plan, report, profile, export, adapter, pack, errors, bench, doctor, schema)
+_VERBS = (
+    *("init", "plan", "report", "profile", "export", "adapter", "pack", "errors", "bench"),
+    *("doctor", "schema", "completion"),
+)
 
 
-def _parser() -> argparse.ArgumentParser:
+def whole_parser(only: str | None = None) -> argparse.ArgumentParser:
+    """Of all commands, or of one: its module alone is imported, so that `doctor` can say what is
+    wrong with an installation that does not import."""
     parser = argparse.ArgumentParser(
         prog="kt-sft",
         description="Fine-tune Mixture-of-Experts models larger than the GPU: routed experts "
@@ -47,7 +39,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"kt-sft {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, text in _RECIPE_COMMANDS.items():
+    verbs = _VERBS if only is None else (only,)
+    for name, text in _RECIPE_COMMANDS.items() if only is None else ():
         command = commands.add_parser(name, help=text, description=sentence(text))
         command.add_argument("recipe", help="YAML recipe with a kt_sft section")
         command.add_argument(
@@ -59,9 +52,8 @@ def _parser() -> argparse.ArgumentParser:
             help="override settings of the recipe",
         )
         command.set_defaults(run=_run_llamafactory)
-    for verb in _VERBS:
-        verb.add(commands)
-    completion.add(commands, _parser)
+    for verb in verbs:
+        import_module(f"kt_sft.cli.{verb}").add(commands)
     return parser
 
 
@@ -74,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     # It says at each import which of its kernels for 4 bits on the CPU it could not download.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    arguments = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    only = words[0] if words and words[0] in _VERBS else None
+    arguments = whole_parser(only).parse_args(words)
     try:
         return int(arguments.run(arguments))
     except KeyboardInterrupt:

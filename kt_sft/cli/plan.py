@@ -6,7 +6,9 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from kt_sft.cli.help_text import sentence
@@ -16,6 +18,7 @@ from kt_sft.errors import SettingsError
 
 if TYPE_CHECKING:
     from kt_sft.forecast.forecast import Question
+    from kt_sft.forecast.subject import Subject
 
 # What a model is planned with where no recipe is given.
 _PLAIN: dict[str, Any] = {
@@ -29,8 +32,11 @@ _PLAIN: dict[str, Any] = {
     "bf16": True,
     "kt_sft": {},
 }
-# LLaMA-Factory's own default.
-_CUTOFF = 2048
+# LLaMA-Factory's own defaults.
+_CUTOFF, _BATCH = 2048, 8
+_NUMBERS = (
+    *("cutoff_len", "lora_rank", "per_device_train_batch_size", "gradient_accumulation_steps"),
+)
 
 
 def add(commands: Any) -> None:
@@ -92,6 +98,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs `kt-sft plan`. Raises KtSftError, FileNotFoundError."""
     from kt_sft.cli.split import explained
 
+    if arguments.json and arguments.explain:
+        raise SettingsError("plan: got --json and --explain, expected one of them")
     recipe = _recipe(arguments)
     out = sys.stdout
     with only_results():
@@ -141,33 +149,61 @@ def question_of(recipe: Mapping[str, Any], folder: Path | None, machine: str | N
     from kt_sft.forecast.forecast import Question, assumed_times, measured_times
     from kt_sft.forecast.machines import described, this_machine
     from kt_sft.forecast.subject import Subject
-    from kt_sft.plugin.modes import outline_of, refuse_unsupported
+    from kt_sft.loading.host_embeddings import require_table
+    from kt_sft.plugin.modes import outline_of, refuse_other_loaders, refuse_unsupported
     from kt_sft.plugin.section import SECTION, take_section
 
     rest, section = take_section(recipe)
     if section is None:
         raise SettingsError(f"{SECTION}: the recipe has no such section, or it is off")
     settings = read_section(section, folder)
+    _require_numbers(rest)
     refuse_unsupported(rest, settings)
+    refuse_other_loaders(SimpleNamespace(**{str(key): value for key, value in rest.items()}))
     name = recipe.get("model_name_or_path")
     if not name:
         raise SettingsError("model_name_or_path: the recipe has none")
     half = {"bf16": torch.bfloat16, "pure_bf16": torch.bfloat16, "fp16": torch.float16}
-    dtype = next((dtype for key, dtype in half.items() if recipe.get(key)), None)
     subject = Subject.of(
         str(name),
-        dtype,
+        next((dtype for key, dtype in half.items() if recipe.get(key)), None),
         recipe.get("quantization_bit"),
         double=bool(recipe.get("double_quantization", True)),
+        expert_lora=settings.expert_lora,
     )
+    if settings.embeddings == "host":
+        require_table(subject.model)
     there = this_machine(settings) if machine is None else described(machine)
-    times = measured_times(settings) if there.measured else assumed_times(there, settings)
+    if recipe.get("use_cpu"):
+        there = replace(there, device=None)
+    outline = outline_of(rest, subject.model_type)
     return Question(
         subject,
         settings,
-        outline_of(rest, subject.config.model_type),
+        outline,
         there,
         int(recipe.get("cutoff_len", _CUTOFF)),
-        int(recipe.get("gradient_accumulation_steps", 1)),
-        times,
+        int(recipe.get("per_device_train_batch_size", _BATCH)),
+        int(recipe.get("gradient_accumulation_steps", 1)) if outline is not None else 1,
+        measured_times(settings) if there.measured else assumed_times(there, settings),
+        _fixed(rest, subject),
     )
+
+
+def _require_numbers(recipe: Mapping[str, Any]) -> None:
+    """Raises SettingsError that lists every number of the recipe that is none."""
+    wrong = [
+        f"{key}: got {recipe[key]!r}, expected a whole number from 1 on"
+        for key in _NUMBERS
+        if key in recipe and not (isinstance(recipe[key], int) and recipe[key] >= 1)
+    ]
+    if wrong:
+        raise SettingsError("\n".join(wrong))
+
+
+def _fixed(recipe: Mapping[str, Any], subject: Subject) -> frozenset[str]:
+    """Changes that the recipe or the model rules out."""
+    trained = str(recipe.get("additional_target") or "")
+    resized = any(recipe.get(key) for key in ("add_tokens", "add_special_tokens", "resize_vocab"))
+    tied = bool(subject.config.get_text_config().tie_word_embeddings)
+    return frozenset({"kt_sft.embeddings"} if tied or resized or "embed_tokens" in trained else ())

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kt_sft.cli.help_text import sentence
 from kt_sft.errors import ReportError
+
+if TYPE_CHECKING:
+    from kt_sft.report.record import Run
 
 
 def add(commands: Any) -> None:
@@ -31,6 +35,15 @@ def add(commands: Any) -> None:
     )
 
 
+def _told_apart(runs: list[Run], folders: list[Path]) -> list[Run]:
+    """Runs of folders with one name get the way to them."""
+    names = [run.name for run in runs]
+    return [
+        replace(run, name=str(folder)) if names.count(run.name) > 1 else run
+        for run, folder in zip(runs, folders, strict=True)
+    ]
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Runs `kt-sft report`. Raises ReportError."""
     from kt_sft.files import durable
@@ -42,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     samples = (
         read_samples(arguments.before, arguments.after) if arguments.before is not None else []
     )
-    runs = [Run.read(folder) for folder in arguments.runs]
+    runs = _told_apart([Run.read(folder) for folder in arguments.runs], arguments.runs)
     default = arguments.runs[0] / FILE_NAME if len(runs) == 1 else Path(FILE_NAME)
     out: Path = arguments.out or default
     try:

@@ -143,8 +143,9 @@ def disk() -> Iterator[Finding]:
     except StoreFolderError as error:
         yield Finding(_SECTION, name, "none", WARNING, str(error))
         return
-    place = existing(folder)
+    place = folder
     try:
+        place = existing(folder)
         with tempfile.NamedTemporaryFile(dir=place, prefix=".kt-sft-doctor-") as sample:
             sample.write(os.urandom(1 << 20) * (_SAMPLE_BYTES >> 20))
             sample.flush()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
 
 from packaging.requirements import Requirement
 
@@ -47,7 +47,9 @@ def packages() -> Iterator[Finding]:
             name,
             f"{found}{differs}",
             WARNING if wrong else NOTE if differs else "ok",
-            f"{'; '.join(wrong)}: pip install {name}=={known}" if wrong else "",
+            f"{'; '.join(wrong)}: pip install {name}{'==' + known if known else ''}"
+            if wrong
+            else "",
             {"installed": found, "tested": known},
         )
 
@@ -102,11 +104,10 @@ def _wanted(name: str, found: str) -> Iterator[tuple[str, str]]:
             asked = requires(program) or []
         except PackageNotFoundError:
             continue
+        extras = ["", *(metadata(program).get_all("Provides-Extra") or ())]
         for requirement in map(Requirement, asked):
-            if requirement.marker is not None and not any(
-                requirement.marker.evaluate({"extra": extra})
-                for extra in ("", name, "llamafactory")
-            ):
+            marker = requirement.marker
+            if marker is not None and not any(marker.evaluate({"extra": e}) for e in extras):
                 continue
             if requirement.name == name and not requirement.specifier.contains(found, True):
                 yield program, str(requirement.specifier)

@@ -65,8 +65,9 @@ _LONGEST = 1 << 20
 class Question:
     """A recipe's model, section and training, and a machine.
 
-    outline: None where the recipe does not train. length: of one sequence (cutoff_len). times: what
-    a layer's form takes; measured, or assumed of a described machine.
+    outline: None where the recipe does not train. length: of one sequence (cutoff_len). samples: of
+    a micro batch. times: what a layer's form takes; measured, or assumed of a described machine.
+    fixed: changes that do not go with the recipe.
     """
 
     subject: Subject
@@ -74,8 +75,10 @@ class Question:
     outline: TrainingOutline | None
     machine: Machine
     length: int
+    samples: int
     micro_batches: int
     times: Callable[[WeightLayout], LayerTimes]
+    fixed: frozenset[str] = frozenset()
 
     def plan(self) -> MemoryPlan:
         """Of memory."""
@@ -135,7 +138,7 @@ class Forecast:
             return f"{name}: {self._why_experts()}"
         where = "the accelerator" if self.question.machine.device is not None else "the CPU"
         reasons = {
-            "other layers": f"products of {where}",
+            "other layers": f"products and attention of {where}",
             "link": "copies between host and accelerator",
             "optimizer": "memory that its states are read from and written to",
         }
@@ -156,7 +159,9 @@ def ask(question: Question) -> Forecast:
     """Answers a question. Raises CheckpointError, SettingsError."""
     plan, shortages = question.plan(), question.shortages()
     tokens = question.outline.tokens if question.outline is not None else question.length
-    load = Load(tokens, min(question.length, tokens), question.micro_batches)
+    references = question.outline.references if question.outline is not None else 0
+    length = min(question.length, tokens)
+    load = Load(tokens, length, question.micro_batches, references)
     step = time_of_step(question.subject, question.machine, plan, question.times, load)
     longest = _longest(question) if question.outline is not None else 0
     changes = _changes(question) if shortages else []
@@ -229,7 +234,7 @@ def _applies(question: Question, change: Change) -> bool:
         "kt_sft.expert_lora": trains and settings.expert_lora is True,
         "kt_sft.disk_tier": settings.store != "memory" and settings.resident is not True,
     }
-    return applies[change.key]
+    return applies[change.key] and change.key not in question.fixed
 
 
 def _excess(question: Question) -> int:

@@ -5,6 +5,7 @@ Rates are per second: operations (two for a product) and bytes.
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from kt_sft.machine.numa import numa_nodes
 from kt_sft.machine.report import cpu_name
 from kt_sft.planning.outline import Surroundings
 
+logger = logging.getLogger(__name__)
+
 # What a core of a described machine makes of a layer's experts, operations a second, forward with
 # LoRA; medians of docs/measurements.md. A core with half-width units (Zen 4, many laptops) makes
 # half of the AVX-512 rows.
@@ -36,7 +39,7 @@ CORE_RATES: dict[str, dict[str, float]] = {
 # Time of a backward over that of its forward.
 BACKWARD = 1.25
 # Words for an instruction set that a person may say.
-_SETS = {"avx512": "avx512_vnni", "vnni": "avx512_vnni", "bf16": "avx512_bf16"}
+_SETS = {"vnni": "avx512_vnni", "avxvnni": "avx_vnni"}
 # Bytes a second that a socket reads, where nobody says: many cores are a server's.
 _DESKTOP, _SERVER, _MANY_CORES = 60e9, 220e9, 16
 # Of an accelerator that nobody describes further: a card of 2022 on PCI Express 4.0 with 16 lanes.
@@ -94,10 +97,15 @@ def this_machine(settings: HybridExpertsSettings) -> Machine:
     found = current_accelerator()
     device = None
     if found is not None:
-        link = min(copy_rates(found))
-        rate, bandwidth = _product_rate(found), _device_bandwidth(found)
+        try:
+            link = min(copy_rates(found))
+            rate, bandwidth = _product_rate(found), _device_bandwidth(found)
+        except RuntimeError as error:  # full, or without memory that can be pinned
+            logger.warning("%s could not be measured (%s); its rates are assumed", found, error)
+            rate, bandwidth, link = _DEVICE_RATE * _REACHED, _DEVICE_BANDWIDTH, _LINK
         device = Device(device_name(found), around.device_free, rate, bandwidth, link)
-    bandwidth = max(ReadBandwidth(isa, threads).measure() for _ in range(3))
+    reads = ReadBandwidth(isa, threads)
+    bandwidth = max(reads.measure() for _ in range(3))
     rate = _product_rate(torch.device("cpu"))
     name, nodes = cpu_name(), len(numa_nodes())
     return Machine(name, isa, threads, around.host_free, bandwidth, rate, device, True, nodes=nodes)
@@ -139,12 +147,12 @@ def _repeated(work: object, device: torch.device) -> float:
 
 # (pattern, what it sets); each part of a description is one of them.
 _PARTS = (
-    (re.compile(r"(?:(\d+)\s*x\s*)?(\d+)\s*cores?(?:\s+(\w+))?", re.I), "cores"),
-    (re.compile(r"([\d.]+)\s*(gb|tb)(?:\s+(?:ram|memory|host))?", re.I), "host"),
-    (re.compile(r"([\d.]+)\s*gb\s+(?:gpu|vram|device)", re.I), "device"),
-    (re.compile(r"([\d.]+)\s*gb/s(?:\s+(?:memory|ram))?", re.I), "bandwidth"),
-    (re.compile(r"([\d.]+)\s*gb/s\s+link", re.I), "link"),
-    (re.compile(r"([\d.]+)\s*tflops", re.I), "flops"),
+    (re.compile(r"(?:([1-9]\d*)\s*x\s*)?([1-9]\d*)\s*cores?(?:\s+(\w+))?", re.I), "cores"),
+    (re.compile(r"(\d+(?:\.\d+)?)\s*(gb|tb)(?:\s+(?:ram|memory|host))?", re.I), "host"),
+    (re.compile(r"(\d+(?:\.\d+)?)\s*gb\s+(?:gpu|vram|device)", re.I), "device"),
+    (re.compile(r"(\d+(?:\.\d+)?)\s*gb/s(?:\s+(?:memory|ram))?", re.I), "bandwidth"),
+    (re.compile(r"(\d+(?:\.\d+)?)\s*gb/s\s+link", re.I), "link"),
+    (re.compile(r"(\d+(?:\.\d+)?)\s*tflops", re.I), "flops"),
     (re.compile(r"no\s+gpu", re.I), "none"),
 )
 _EXAMPLE = '"2x64 cores amx, 512 GB, 24 GB gpu"'

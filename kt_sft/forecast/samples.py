@@ -21,10 +21,10 @@ def samples_of(recipe: Mapping[str, Any]) -> int | None:
     try:
         known = json.loads((folder / _INFO).read_text())
         counts = [_count(folder / known[str(name).strip()]["file_name"]) for name in names]
+        most = int(recipe.get("max_samples") or max(counts))
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    most = recipe.get("max_samples")
-    return sum(min(count, int(most)) if most else count for count in counts)
+    return sum(min(count, most) for count in counts)
 
 
 def _count(file: Path) -> int:

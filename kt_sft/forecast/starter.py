@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
+
 from kt_sft.forecast.forecast import Forecast
 
 
@@ -53,7 +55,6 @@ def starter(
     question = forecast.question
     outline, plan = question.outline, forecast.plan
     assert outline is not None
-    sequences = outline.tokens // question.length
     subject = question.subject
     memory = f"host {plan.host_bytes / 1e9:.0f} GB"
     if question.machine.device is not None:
@@ -74,7 +75,7 @@ def starter(
         f"#           {question.machine.name}",
         "",
         "### model",
-        f"model_name_or_path: {model}",
+        yaml.safe_dump({"model_name_or_path": model}, width=10_000).strip(),
         "flash_attn: sdpa",
     ]
     if subject.rest_bytes is not None:
@@ -109,7 +110,7 @@ def starter(
         _line("report_to", "none", "or wandb, tensorboard, swanlab, mlflow"),
         "",
         "### train",
-        f"per_device_train_batch_size: {sequences}",
+        f"per_device_train_batch_size: {question.samples}",
         f"gradient_accumulation_steps: {question.micro_batches}",
         f"learning_rate: {goal.learning_rate}",
         "num_train_epochs: 1.0",

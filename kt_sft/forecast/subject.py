@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from kt_sft.checkpoint.configuration import read_config
 from kt_sft.checkpoint.folder import checkpoint_experts, class_named, described
-from kt_sft.checkpoint.layouts import declared_layout, layout_of, own_layout
+from kt_sft.checkpoint.layouts import declared_layout, layout_of
 from kt_sft.checkpoint.published import own_quantization
 from kt_sft.checkpoint.untrusted import reading, refuse_absurd
 from kt_sft.config import HybridExpertsSettings
@@ -44,6 +44,7 @@ class Subject:
     rest_bytes: int | None
     folder: Path | None
     source: str | Path
+    model_type: str
 
     @classmethod
     def of(
@@ -53,15 +54,20 @@ class Subject:
         bits: int | None = None,
         *,
         double: bool = True,
+        expert_lora: bool | str = True,
     ) -> Subject:
         """From a folder with a config.json, such a file, or a name of the Hub.
 
         dtype: that of the checkpoint, if not given. bits: quantization_bit of the recipe; double:
-        double_quantization. Raises UnsupportedModelError, CheckpointError, SettingsError.
+        double_quantization. expert_lora: of the section. Raises UnsupportedModelError,
+        CheckpointError, SettingsError.
         """
         path = Path(name)
         path = path.parent if path.name == "config.json" else path
         config, model_class = _from_hub(name) if not path.is_dir() else _from_folder(path)
+        source = str(path) if path.is_dir() else name
+        written, _ = PretrainedConfig.get_config_dict(source)
+        model_type = str(written.get("model_type", config.model_type))
         published = own_quantization(getattr(config, "quantization_config", None))
         if hasattr(config, "quantization_config"):
             del config.quantization_config
@@ -70,7 +76,8 @@ class Subject:
             model = model_class._from_config(config, dtype=dtype)
         parameters = sum(p.numel() for p in model.parameters())
         layers = find_experts(model)
-        swap_experts(model, layers, ExpertsRuntime(HybridExpertsSettings()))
+        settings = HybridExpertsSettings(expert_lora=expert_lora)
+        swap_experts(model, layers, ExpertsRuntime(settings))
         here = any((path / file).is_file() for file in (INDEX_NAME, SINGLE_NAME))
         subject = cls(
             path.resolve().name if path.is_dir() else name,
@@ -82,6 +89,7 @@ class Subject:
             None,
             path if here else None,
             path if path.is_dir() else name,
+            model_type,
         )
         return subject if bits is None else subject.in_bits(bits, double=double)
 
@@ -115,11 +123,6 @@ class Subject:
         with torch.device("cpu"):
             source = checkpoint_experts(self.folder).sources[layer.hybrid_path]
             return layout_of(source, AS_PUBLISHED)
-
-    def layout(self, weights: str) -> WeightLayout:
-        """The packed form of the last layer of experts. Raises CheckpointError."""
-        last = self.layers[-1]
-        return self.published_layout(last) if weights == AS_PUBLISHED else own_layout(last, weights)
 
 
 def _bits(bits: int, double: bool) -> BitsAndBytesConfig:

@@ -67,10 +67,13 @@ def _question(question: Question) -> Iterator[str]:
         yield f"no training; prompts of {question.length:,} tokens"
     else:
         sequences = outline.tokens // question.length
+        pairs = f" ({question.samples} pairs)" if sequences > question.samples else ""
+        without = "" if question.settings.expert_lora else ", but no routed experts"
+        names = ", ".join(sorted(outline.targets.names))
         yield (
-            f"LoRA of rank {outline.rank} on {', '.join(sorted(outline.targets.names))}; "
-            f"micro batches of {sequences} x {question.length:,} tokens, {question.micro_batches} "
-            "a step"
+            f"LoRA of rank {outline.rank} on {names}{without}; "
+            f"micro batches of {sequences} x {question.length:,} tokens{pairs}, "
+            f"{question.micro_batches} a step; one process"
         )
     yield _machine(question.machine)
 
@@ -156,9 +159,11 @@ def _time(forecast: Forecast, samples: int | None) -> Iterator[str]:
         f"{step.tokens:,} tokens, {step.tokens_per_second:,.0f} a second"
     )
     if samples and question.outline is not None:
-        epoch = samples * question.length / step.tokens * step.seconds
-        yield f"  {f'an epoch of {samples:,} samples':<{_NAME - 2}} {_seconds(epoch):>11}   at most"
+        epoch = samples / (question.samples * question.micro_batches) * step.seconds
+        yield f"  {f'an epoch of {samples:,} samples':<{_NAME - 2}} {_seconds(epoch):>11}"
     yield f"  most of it: {forecast.limit}"
+    if question.settings.schedule != "host":
+        yield f"  this is of schedule: host; --explain says what {question.settings.schedule} gives"
 
 
 def _seconds(seconds: float) -> str:
@@ -179,7 +184,7 @@ def _verdict(forecast: Forecast) -> Iterator[str]:
         many = forecast.longest // question.length
         yield (
             f"  largest micro batch that fits: about {forecast.longest:,} tokens"
-            + (f" ({many} sequences of {question.length:,}, or a longer one)" if many > 1 else "")
+            + (f" ({many} sequences of {question.length:,})" if many > 1 else "")
         )
     yield from (f"  {line}" for line in _better(forecast))
 

@@ -29,9 +29,6 @@ _LOGIT_TENSORS = 6
 # Bytes an optimizer of the kind of Adam moves for a parameter in fp32.
 _OPTIMIZER_BYTES = 36
 _FLOAT = 4
-# [T, D] tensors that cross the link in a step with checkpointing: down hidden and d_out, up out,
-# once more for the recompute, and d_hidden.
-_CROSSINGS = 5
 
 
 @dataclass(frozen=True)
@@ -84,23 +81,29 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Passes:
-    """What is computed how often in a micro batch: forwards of experts and of the rest."""
+    """What is computed how often in a micro batch: forwards of experts and of the rest; crossings:
+    tensors [T, D] of a layer that cross the link."""
 
     experts: int
     rest: int
     backward: bool
+    crossings: int
 
     @classmethod
-    def of(cls, plan: MemoryPlan, trains: bool, checkpointing: bool) -> Passes:
-        """checkpointing: gradient checkpointing is on."""
-        if not trains:
-            return cls(1, 1, False)
-        again = 2 if checkpointing else 1
-        return cls(1 if plan.keeps else again, again, True)
+    def of(cls, plan: MemoryPlan, references: int) -> Passes:
+        """references: forwards without backward beside those that train."""
+        if plan.work is None:
+            return cls(1, 1, False, 2)
+        again = int(plan.work.checkpointing)
+        experts = 1 + again * (not plan.keeps) + references
+        # Down and up in each forward and in backward; kept results only come up again.
+        crossings = 2 * experts + again * plan.keeps + 2
+        return cls(experts, 1 + again + references, True, crossings)
 
 
-def rest_operations(subject: Subject, length: int) -> float:
-    """Operations of one token's forward beside the routed experts, in sequences of this length."""
+def rest_operations(subject: Subject, length: int) -> tuple[float, float]:
+    """Of one token's forward beside the routed experts, in sequences of this length: operations of
+    products with weights, and of attention between tokens."""
     table: Any = subject.model.get_input_embeddings()
     embeddings = {id(table.weight)}
     head: Any = subject.model.get_output_embeddings()
@@ -111,7 +114,7 @@ def rest_operations(subject: Subject, length: int) -> float:
         if p.dim() >= 2 and id(p) not in embeddings and not _sees_no_text(name)
     )
     products += head.weight.numel() if tied else 0
-    return 2.0 * products + 2.0 * length * _attention_width(subject.config.get_text_config())
+    return 2.0 * products, 2.0 * length * _attention_width(subject.config.get_text_config())
 
 
 def _sees_no_text(name: str) -> bool:
@@ -133,11 +136,13 @@ def _attention_width(text: Any) -> float:
 
 @dataclass(frozen=True)
 class Load:
-    """One optimizer step: micro batches of `tokens` in sequences of `length`."""
+    """One optimizer step: micro batches of `tokens` in sequences of `length`; references: as of
+    TrainingOutline."""
 
     tokens: int
     length: int
     micro_batches: int
+    references: int = 0
 
 
 def time_of_step(
@@ -149,7 +154,7 @@ def time_of_step(
 ) -> StepTime:
     """Of an optimizer step; without a training, of one forward."""
     text, work, device = subject.config.get_text_config(), plan.work, machine.device
-    passes = Passes.of(plan, work is not None, work is not None and work.checkpointing)
+    passes = Passes.of(plan, load.references)
     ahead = back = 0.0
     for layer in plan.layers:
         forward, backward = times(layer.layout).seconds(layer.layout, load.tokens, layer.top_k)
@@ -163,10 +168,14 @@ def time_of_step(
     if work is None or not work.fused_loss:
         moved += _LOGIT_TENSORS * load.tokens * text.vocab_size * _FLOAT
     other = 0 if work is None else work.other_trained
-    operations = load.tokens * (rest_operations(subject, load.length) + 2.0 * other)
-    # Backward of frozen weights is one more product: of the gradient, for the inputs.
-    rest = (passes.rest + passes.backward) * (operations / rate + moved / bandwidth)
-    crossing = (_CROSSINGS if passes.backward else 2) * tensor * len(plan.layers)
+    products, attention = rest_operations(subject, load.length)
+    # Backward of frozen weights is one product more, for the inputs; of attention and of what
+    # trains two, for the gradients of both operands.
+    again = passes.rest + passes.backward
+    operations = again * products
+    operations += (passes.rest + 2 * passes.backward) * (attention + 2.0 * other)
+    rest = load.tokens * operations / rate + again * moved / bandwidth
+    crossing = passes.crossings * tensor * len(plan.layers)
     link = 0.0 if device is None else load.micro_batches * crossing / device.link
     if work is not None:
         parts["experts, backward"] = load.micro_batches * back

@@ -49,8 +49,9 @@ class TrainingOutline:
 
     tokens: of one micro batch at most. targets: the layers that get LoRA; trained: names of
     modules that train in full. on_host: the training runs without an accelerator. frozen_models:
-    reference and reward models that are loaded after this one. accumulates, offloads, fused_loss:
-    as of Workload. one_kind: DeepSpeed or FSDP trains, which want parameters of one kind of device.
+    reference and reward models that are loaded after this one. accumulates, offloads, fused_loss,
+    length, eager: as of Workload. one_kind: DeepSpeed or FSDP trains, which want parameters of one
+    kind of device. references: forwards of the base without its adapter in each micro batch.
     """
 
     tokens: int
@@ -64,6 +65,9 @@ class TrainingOutline:
     offloads: bool = False
     fused_loss: bool = False
     one_kind: bool = False
+    length: int = 0
+    eager: bool = False
+    references: int = 0
 
     def adapted(self, model: nn.Module) -> dict[str, tuple[str, ...]]:
         """Path of a block of experts -> its projections that get LoRA."""
@@ -98,6 +102,8 @@ class TrainingOutline:
             accumulates=self.accumulates,
             offloads=self.offloads,
             fused_loss=self.fused_loss,
+            length=min(self.length, self.tokens),
+            eager=self.eager,
         )
 
 
@@ -192,6 +198,7 @@ def plan_of(
         element_bytes=embeddings.element_size(),
         on_host=on_host,
         host_bytes=embeddings.nbytes if settings.embeddings == "host" else 0,
+        heads=int(getattr(config, "num_attention_heads", 0) or 0),
     )
     adapted = outline.adapted(model) if outline else {}
     needs = [

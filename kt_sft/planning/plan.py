@@ -31,6 +31,8 @@ _STATES = 4  # of a trained parameter in fp32: itself, its gradient, two of Adam
 # that come and go within its backward; and fp32 copies of the logits. By scripts/memory_plan.py.
 _HELD_TENSORS, _PASSING_TENSORS = 13, 11
 _LOGIT_COPIES = 2
+# Of scores, with sinks, softmax and its result, and their gradients, by reading what computes them.
+_SQUARES = 6
 _RESIDENT = "resident experts"
 # Without a training nobody says how long a prompt is.
 _FORWARD_TOKENS = 4096
@@ -48,7 +50,7 @@ class Workload:
     frozen_models: reference and reward models that are loaded too, taken to be as large.
     accumulates: a step has several micro batches. offloads: checkpointing holds the layers' inputs
     in host memory (use_unsloth_gc). fused_loss: logits are made and used in pieces
-    (enable_liger_kernel).
+    (enable_liger_kernel). eager: attention makes matrices of `length` by `length` tokens.
     """
 
     tokens: int
@@ -59,6 +61,8 @@ class Workload:
     accumulates: bool = False
     offloads: bool = False
     fused_loss: bool = False
+    length: int = 0
+    eager: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ class LayerNeeds:
 class RestOfModel:
     """The parameters beside the routed experts, in bytes, and what its activations depend on.
 
-    host_bytes: of those that are on the host by a setting.
+    host_bytes: of those that are on the host by a setting. heads: of the attention.
     """
 
     nbytes: int
@@ -94,6 +98,7 @@ class RestOfModel:
     element_bytes: int
     on_host: bool
     host_bytes: int = 0
+    heads: int = 0
 
 
 @dataclass(frozen=True)
@@ -359,6 +364,9 @@ def plan_memory(
         # In pieces they are as large as the hidden states.
         width = rest.hidden if work.fused_loss else rest.vocabulary
         logits = _LOGIT_COPIES * work.tokens * width * _FLOAT
+        # Of one layer with checkpointing, else of all; the softmax is computed in fp32.
+        squares = work.tokens * work.length * rest.heads * rest.element_bytes
+        squares *= _SQUARES * (1 if work.checkpointing else rest.layers) if work.eager else 0
         parts += [
             Component("frozen models' experts", shared, work.frozen_models * experts),
             Component("frozen models' other weights", there, work.frozen_models * rest.nbytes),
@@ -369,6 +377,7 @@ def plan_memory(
             Component("pinned memory of the link", "host", 0 if rest.on_host else pinned),
             Component("kernels' workspace", "host", max(workspaces, default=0)),
             Component("other activations (estimate)", there, tensor * tensors + logits),
+            Component("eager attention (estimate)", there, squares),
             Component("inputs of the layers", "host", tensor * away),
             Component("tensors on the link", "device", 0 if rest.on_host else packed),
         ]

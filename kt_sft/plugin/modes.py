@@ -69,10 +69,13 @@ def _names(value: Any) -> list[str]:
 
 
 def _targets(recipe: Mapping[str, Any], model_type: str = "") -> LoraTargets:
-    """As LLaMA-Factory's `patch_target_modules` settles them for a type of model."""
-    from llamafactory.model.model_utils.visual import COMPOSITE_MODELS
-
+    """As LLaMA-Factory's `patch_target_modules` settles them for a type of model; for plans also
+    where it is not installed, then without its list of models of several parts."""
     names = frozenset(_names(recipe.get("lora_target", "all")))
+    try:
+        from llamafactory.model.model_utils.visual import COMPOSITE_MODELS
+    except ImportError:
+        return LoraTargets(names)
     composite = COMPOSITE_MODELS.get(model_type)
     if composite is None:
         return LoraTargets(names)
@@ -144,6 +147,27 @@ def outline_of(recipe: Mapping[str, Any], model_type: str = "") -> TrainingOutli
         offloads=bool(recipe.get("use_unsloth_gc")),
         fused_loss=bool(recipe.get("enable_liger_kernel")) and model_type in _FUSED_LOSS,
         one_kind=bool(recipe.get("deepspeed") or recipe.get("fsdp")),
+        length=int(recipe.get("cutoff_len", 2048)),
+        eager=_eager(recipe, model_type),
+        references=int(_asks_a_reference(recipe)),
+    )
+
+
+def _eager(recipe: Mapping[str, Any], model_type: str) -> bool:
+    """Whether attention makes a matrix of all pairs of tokens."""
+    wanted = recipe.get("flash_attn", "auto")
+    return wanted == "disabled" or (model_type == "gpt_oss" and wanted != "fa3")
+
+
+# Losses of DPO that compare with nothing.
+_WITHOUT_REFERENCE = ("orpo", "simpo")
+
+
+def _asks_a_reference(recipe: Mapping[str, Any]) -> bool:
+    """Whether each micro batch goes through the base, or a reference model, too."""
+    stage = recipe.get("stage", "sft")
+    return stage == "kto" or (
+        stage == "dpo" and recipe.get("pref_loss", "sigmoid") not in _WITHOUT_REFERENCE
     )
 
 

@@ -32,8 +32,10 @@ def template_of(name: str, model_type: str) -> str | None:
 
     A base model has none: LLaMA-Factory then takes `default`.
     """
-    from llamafactory.extras.constants import DEFAULT_TEMPLATE, SUPPORTED_MODELS
-
+    try:
+        from llamafactory.extras.constants import DEFAULT_TEMPLATE, SUPPORTED_MODELS
+    except ImportError:
+        return _BY_TYPE.get(model_type)
     wanted = Path(name).name.lower()
     for known, places in SUPPORTED_MODELS.items():
         if any(str(place).rpartition("/")[2].lower() == wanted for place in places.values()):

@@ -9,6 +9,10 @@ from html import escape
 _WIDTH, _HEIGHT = 720, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 12, 34
 _TICKS = 5
+# Of the page's colours; more series begin again.
+_COLORS = 5
+# What is beyond is no number of a training.
+_ABSURD = 1e100
 # Of a heatmap: cells side by side at most, and the share over the mean that is darkest.
 _COLUMNS, _DARKEST = 128, 4.0
 _LABELS, _ROW = 34, 10
@@ -46,7 +50,7 @@ def smooth(points: Points, part: float = 0.1) -> list[tuple[float, float]]:
 def lines(title: str, series: Mapping[str, Points], unit: str = "step") -> str:
     """A chart of curves; the names are its legend, and a class of each is `series-N`."""
     drawn = {
-        name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in series.items()
+        name: [(x, y) for x, y in points if abs(y) < _ABSURD] for name, points in series.items()
     }
     drawn = {name: points for name, points in drawn.items() if points}
     if not drawn:
@@ -79,12 +83,12 @@ def lines(title: str, series: Mapping[str, Points], unit: str = "step") -> str:
         )
     parts.append(f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 4}" text-anchor="end">{unit}</text>')
     for number, (name, points) in enumerate(drawn.items()):
-        spots = [place(x, y) for x, y in points]
+        spots, color = [place(x, y) for x, y in points], f"series-{number % _COLORS}"
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
-        parts.append(f'<polyline class="line series-{number}" points="{path}"/>')
+        parts.append(f'<polyline class="line {color}" points="{path}"/>')
         if len(points) <= 40:
             parts += [
-                f'<circle class="dot series-{number}" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>'
+                f'<circle class="dot {color}" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>'
                 f"{escape(name)}, {unit} {_number(px)}: {_number(py)}</title></circle>"
                 for (x, y), (px, py) in zip(spots, points, strict=True)
             ]
@@ -101,7 +105,7 @@ def _open(width: float, height: float, title: str) -> str:
 
 def _legend(names: Sequence[str]) -> str:
     marks = "".join(
-        f'<span><i class="mark series-{i}"></i>{escape(name)}</span>'
+        f'<span><i class="mark series-{i % _COLORS}"></i>{escape(name)}</span>'
         for i, name in enumerate(names)
     )
     return f'<p class="legend">{marks}</p>'
@@ -116,7 +120,7 @@ def bar(title: str, parts: Mapping[str, float], unit: str) -> str:
     for number, (name, value) in enumerate(parts.items()):
         width = value / total * _WIDTH
         pieces.append(
-            f'<rect class="fill series-{number}" x="{at:.1f}" y="4" width="{width:.1f}" '
+            f'<rect class="fill series-{number % _COLORS}" x="{at:.1f}" y="4" width="{width:.1f}" '
             f'height="26"><title>{escape(name)}: {_number(value)} {unit}</title></rect>'
         )
         at += width
@@ -126,6 +130,7 @@ def bar(title: str, parts: Mapping[str, float], unit: str) -> str:
 
 def heatmap(title: str, rows: Mapping[str, Sequence[float]]) -> str:
     """Shares of each row's experts over their mean; many experts are drawn some to a cell."""
+    rows = {name: row for name, row in rows.items() if row}
     if not rows:
         return ""
     most = max(len(row) for row in rows.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -34,9 +35,7 @@ def render(runs: Sequence[Run], samples: Sequence[Sample] = ()) -> str:
     return _template().render(
         title=f"{base}: {first.name}" if one else f"{len(runs)} runs",
         subtitle=_subtitle(first) if one else ", ".join(run.name for run in runs),
-        cards=[
-            (show(run), what) for run in runs[:1] for what, show in _NUMBERS.items() if show(run)
-        ],
+        cards=[(show(first), what) for what, show in _NUMBERS.items() if one and show(first)],
         compared=None if one else _compared(runs),
         charts=[(h, note, markupsafe.Markup(chart)) for h, note, chart in _charts(runs)],
         memory=_memory(first) if one else [],
@@ -184,7 +183,7 @@ def _totals(run: Run) -> Iterator[tuple[str, str, str]]:
 
 
 def _serving(run: Run) -> list[tuple[str, str]]:
-    folder, base = run.name, run.record.base
+    folder, base = shlex.quote(run.name), shlex.quote(run.record.base)
     return [
         (
             "PEFT, as it is: attention and experts in one adapter that this package reads",

@@ -17,6 +17,7 @@ FILE_NAME = "kt_sft_run.json"
 STATE_NAME = "trainer_state.json"
 ANSWERS_NAME = "generated_predictions.jsonl"
 _VERSION = 1
+_MAPPINGS = ("training", "experts", "taken", "versions")
 _MOST_ANSWERS, _LONGEST = 8, 400
 # Lines of a chat template that say who speaks.
 _ROLES = ("system", "user", "assistant", "model")
@@ -55,6 +56,10 @@ class RunRecord:
             raise ReportError(f"{folder / FILE_NAME}: is of another release; train again")
         try:
             found["memory"] = [(str(n), str(p), int(b)) for n, p, b in found.get("memory", ())]
+            found["seconds"] = float(found.get("seconds", 0.0))
+            mappings = *(found.get(n, {}) for n in _MAPPINGS), *found.get("history", ())
+            if not all(isinstance(value, dict) for value in mappings):
+                raise ValueError(f"expected objects in {', '.join((*_MAPPINGS, 'history'))}")
             return cls(**found)
         except (TypeError, ValueError) as error:
             raise ReportError(f"{folder / FILE_NAME}: is damaged: {error}") from error
@@ -140,7 +145,9 @@ def _question(prompt: str) -> str:
 def _answers(folder: Path) -> list[dict[str, str]]:
     file = folder / ANSWERS_NAME if folder.is_dir() else folder
     try:
-        rows = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+        # Not splitlines: answers may hold what else ends a line of text.
+        lines = file.read_text("utf-8").split("\n")
+        rows = [json.loads(line) for line in lines if line.strip()]
         return [{key: str(row[key]) for key in ("prompt", "predict", "label")} for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ReportError(
@@ -151,7 +158,7 @@ def _answers(folder: Path) -> list[dict[str, str]]:
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text("utf-8"))
     except FileNotFoundError as error:
         raise ReportError(
             f"{file}: not there; a training with hybrid experts writes it when it ends"

@@ -49,8 +49,10 @@ class RunHealth(TrainerCallback):
         self._experts = hybrid_experts_of(model) if model is not None else {}
         self._said, self._uneven = set(), 0
         first = next(iter(self._experts.values()), None)
-        if first is not None and model is not None:
-            self._top_k = top_k_of(model.config, first.shape.experts)
+        config = getattr(model, "config", None)
+        self._top_k = 0
+        if first is not None and config is not None:
+            self._top_k = top_k_of(config, first.shape.experts)
         self._since = (time.monotonic(), throttled_seconds())
 
     def on_log(
@@ -78,14 +80,16 @@ class RunHealth(TrainerCallback):
                     wandb_run.alert(f"kt_sft: {title}", f"step {state.global_step}: {text}")
 
     def _collapse(self, logs: Mapping[str, float]) -> str:
+        if not self._top_k:
+            return ""
         most = next(iter(self._experts.values())).shape.experts / self._top_k
         uneven = logs.get("experts_load_max_over_mean", 0.0) >= _COLLAPSED * most > 1
         self._uneven = self._uneven + 1 if uneven else 0
         if self._uneven < _LOGS:
             return ""
         return (
-            "one expert of a layer gets nearly every token. Lower learning_rate, do not train the "
-            "router (additional_target: gate), or set moe_aux_loss_coef"
+            "in most layers one expert gets nearly every token. Lower learning_rate, do not train "
+            "the router (additional_target: gate), or set moe_aux_loss_coef"
         )
 
     def _swap(self, logs: Mapping[str, float]) -> str:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kt_sft.experts import hybrid_experts_of
+from kt_sft.files import durable
 from kt_sft.machine.accelerator import peak_device_memory
 from kt_sft.machine.memory import peak_memory_bytes
 from kt_sft.report.page import FILE_NAME, render
@@ -54,22 +55,28 @@ class RunReport(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Writes both files."""
-        experts = hybrid_experts_of(model) if model is not None else {}
-        if not experts or model is None or not state.is_world_process_zero:
+        """Writes both files; whatever goes wrong with them, the adapter is still to be saved."""
+        if not state.is_world_process_zero or model is None or not hybrid_experts_of(model):
             return
-        folder = Path(str(args.output_dir))
-        record = self._record(args, state, model)
-        runtime = next(iter(experts.values())).runtime
-        run = Run(folder.resolve().name, record, record.history, runtime.routing.shares())
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            record.save(folder)
-            page = render([run])
-            (folder / FILE_NAME).write_text(page)
-        except OSError as error:
-            logger.warning("%s: %s; there is no report of this run", folder, error)
-            return
+            self._write(args, state, model)
+        except Exception as error:
+            logger.warning(
+                "%s: there is no report of this run: %s: %s",
+                args.output_dir,
+                type(error).__name__,
+                error,
+            )
+
+    def _write(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
+        folder = Path(str(args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        record = self._record(args, state, model)
+        record.save(folder)
+        runtime = next(iter(hybrid_experts_of(model).values())).runtime
+        run = Run(folder.resolve().name, record, record.history, runtime.routing.shares())
+        page = render([run])
+        durable.write_whole(folder / FILE_NAME, page.encode())
         logger.info("report: %s", folder / FILE_NAME)
         wandb_run.log_page("report", page)
         wandb_run.log_heatmap("expert_load", list(run.shares.values()))

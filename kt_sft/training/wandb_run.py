@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -22,18 +23,29 @@ def _run() -> Any:
     return getattr(sys.modules.get("wandb"), "run", None)
 
 
+@contextmanager
+def _not_fatal(what: str) -> Iterator[None]:
+    """Of a service that is not reached, or a missing package: the training matters more."""
+    try:
+        yield
+    except Exception as error:
+        logger.warning("wandb: %s was not sent: %s", what, error)
+
+
 def update_config(values: dict[str, Any]) -> None:
     """Adds to the configuration of the current run."""
     run = _run()
     if run is not None:
-        run.config.update(values, allow_val_change=True)
+        with _not_fatal("the configuration"):
+            run.config.update(values, allow_val_change=True)
 
 
 def log_page(name: str, page: str) -> None:
     """Adds an HTML page."""
     run = _run()
     if run is not None:
-        run.log({name: sys.modules["wandb"].Html(page, inject=False)})
+        with _not_fatal(name):
+            run.log({name: sys.modules["wandb"].Html(page, inject=False)})
 
 
 def log_heatmap(name: str, shares: Sequence[Sequence[float]]) -> None:
@@ -47,15 +59,13 @@ def log_heatmap(name: str, shares: Sequence[Sequence[float]]) -> None:
         row[: len(values)] = np.asarray(values) * len(values)
     grey = 255 - np.clip(over / _DARKEST, 0, 1) * 255
     image = np.kron(grey, np.ones((_PIXELS, _PIXELS))).astype(np.uint8)
-    run.log({name: sys.modules["wandb"].Image(image, caption="layers by experts")})
+    with _not_fatal(name):
+        run.log({name: sys.modules["wandb"].Image(image, caption="layers by experts")})
 
 
 def alert(title: str, text: str) -> None:
     """Tells the person who owns the run, by the way that they have chosen."""
     run = _run()
-    if run is None:
-        return
-    try:
-        run.alert(title=title, text=text)
-    except Exception as error:  # of a service that is not reached: the training matters more
-        logger.warning("wandb: the alert %r was not sent: %s", title, error)
+    if run is not None:
+        with _not_fatal(f"the alert {title!r}"):
+            run.alert(title=title, text=text)

@@ -20,7 +20,7 @@ from llamafactory.hparams import (
 )
 
 from kt_sft import errors
-from kt_sft.cli.main import _parser
+from kt_sft.cli.main import whole_parser
 from kt_sft.config import HybridExpertsSettings, shipped_folder
 
 DOCS = pages.ROOT / "docs"
@@ -108,9 +108,9 @@ def parsed(command: str) -> None:
     words = [_PLACEHOLDERS.get(word, word) for word in shlex.split(plain)[1:]]
     if all(re.fullmatch(r"[a-z]+", word) for word in words):
         with pytest.raises(SystemExit, match="0"):  # named, not given
-            _parser().parse_args([*words, "--help"])
+            whole_parser().parse_args([*words, "--help"])
     else:
-        _parser().parse_args(words)
+        whole_parser().parse_args(words)
 
 
 @pytest.mark.parametrize("page", pages.PAGES, ids=name_of)

@@ -17,9 +17,9 @@ from kt_sft.forecast.text import as_dict
 
 HERE = Path(__file__).parent
 MACHINES = {
-    "workstation": "16 cores avx512, 128 GB, 24 GB gpu",
+    "workstation": "16 cores avx512_vnni, 128 GB, 24 GB gpu",
     "server": "2x64 cores amx, 1 TB, 48 GB gpu",
-    "without a GPU": "2x32 cores avx512, 256 GB, no gpu",
+    "without a GPU": "2x32 cores avx512_vnni, 256 GB, no gpu",
 }
 RECIPE = {
     "stage": "sft", "do_train": True, "finetuning_type": "lora", "lora_target": "all",

@@ -39,7 +39,7 @@ def test_a_recipe_fits_what_it_was_made_for(
     if model == "Kimi-K2-Instruct":  # a terabyte: no settings are enough
         folder = golden_plans.folder_of(model, tmp_path)
         out = str(tmp_path / "made.yaml")
-        smaller = "16 cores avx512, 32 GB, 8 GB gpu"
+        smaller = "16 cores avx512_vnni, 32 GB, 8 GB gpu"
         assert main(["init", str(folder), "--out", out, "--machine", smaller]) == 2
         assert "does not fit '16 cores avx512" in capsys.readouterr().err
         assert not Path(out).exists()
@@ -64,11 +64,15 @@ def test_what_a_small_machine_needs_is_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("goal", ["sft", "dpo", "kto", "pt"])
-def test_goals(goal: str, tmp_path: Path) -> None:
+def test_goals(goal: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text, recipe = made(tmp_path, "Qwen3-30B-A3B", "--goal", goal, "--rank", "4", "--length", "512")
     assert (recipe["stage"], recipe["lora_rank"], recipe["cutoff_len"]) == (goal, 4, 512)
     assert ("template" in recipe) == (goal != "pt")
     assert "--rank 4" in text.splitlines()[2], "the header says how it was made"
+    assert recipe["per_device_train_batch_size"] == 1, "of pairs, where there are pairs"
+    assert main(["plan", str(tmp_path / "Qwen3-30B-A3B.yaml"), "--machine", SMALL, "--json"]) == 0
+    host = json.loads(capsys.readouterr().out.partition("{")[2].join(["{", ""]))["host_bytes"]
+    assert f"planned: host {host / 1e9:.0f} GB" in text
 
 
 def test_a_file_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,6 +92,17 @@ def test_templates_are_those_of_llamafactory() -> None:
     assert template_of("/models/mine", "kimi_k2") == "moonlight"
     assert template_of("mistralai/Mixtral-8x7B-v0.1", "mixtral") is None
     assert template_of("/models/mine", "unheard_of") is None
+
+
+def test_kimi_gets_its_own_template(tmp_path: Path) -> None:
+    """Its type is read as DeepSeek-V3's, whose template is another one."""
+    (tmp_path / "mine").mkdir()
+    published = golden_plans.HERE / "published" / "Kimi-K2-Instruct.json"
+    (tmp_path / "mine" / "config.json").write_text(published.read_text())
+    out = tmp_path / "kimi.yaml"
+    machine = "2x64 cores amx, 2 TB, 80 GB gpu"
+    assert main(["init", str(tmp_path / "mine"), "--out", str(out), "--machine", machine]) == 0
+    assert yaml.safe_load(out.read_text())["template"] == "moonlight"
 
 
 def test_the_schema_describes_every_setting(capsys: pytest.CaptureFixture[str]) -> None:

@@ -194,3 +194,45 @@ def test_a_page_without_a_log() -> None:
     run = Run("run", record(history=(), memory=(), taken={}), (), {})
     page = render([run])
     assert "Loss by step" not in page and "Memory" not in page
+
+
+def test_runs_of_one_name_are_told_apart(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    twin = folder.parent / "other" / "run"
+    twin.mkdir(parents=True)
+    record().save(twin)
+    page = page_of(folder, str(twin), "--out", str(folder / "x.html"), capsys=capsys)
+    loss = page.partition("<h2>Loss</h2>")[2].partition("<h2>")[0]
+    assert loss.count("<polyline") == 2
+
+
+def test_many_runs_have_colours(folder: Path) -> None:
+    runs = [Run(f"run {i}", record(), HISTORY, {}) for i in range(7)]
+    assert set(re.findall(r"series-(\d+)", render(runs))) == set("01234")
+
+
+def test_absurd_numbers_are_left_out() -> None:
+    drawn = charts.lines("loss", {"a": [(1.0, 1e308), (2.0, -1e308), (3.0, 1.0), (4.0, 2.0)]})
+    assert drawn.count("<circle") == 2
+
+
+def test_answers_may_hold_any_character(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, answer in (("before", "a\u2028b"), ("after", "c\u0085d")):
+        (folder.parent / name).mkdir()
+        row = json.dumps({"prompt": "q", "predict": answer, "label": "w"}, ensure_ascii=False)
+        (folder.parent / name / ANSWERS_NAME).write_text(row + "\n", "utf-8")
+    before, after = (str(folder.parent / name) for name in ("before", "after"))
+    assert "wanted: w" in page_of(folder, "--before", before, "--after", after, capsys=capsys)
+
+
+@pytest.mark.parametrize("name", ["history", "experts", "taken", "seconds", "memory"])
+def test_a_damaged_record_is_named(name: str, folder: Path) -> None:
+    found = json.loads((folder / "kt_sft_run.json").read_text())
+    (folder / "kt_sft_run.json").write_text(json.dumps({**found, name: [1, "x"]}))
+    with pytest.raises(ReportError, match="is damaged"):
+        Run.read(folder)
+
+
+def test_commands_can_be_copied_whatever_the_names() -> None:
+    run = Run("my run", record(base="a; rm -rf b"), HISTORY, {})
+    page = render([run])
+    assert "kt-sft export &#39;my run&#39;" in page and "serve &#39;a; rm -rf b&#39;" in page

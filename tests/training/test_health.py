@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny_models import make_model
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from kt_sft import HybridExpertsSettings, hybridize
 from kt_sft.machine.throttling import throttled_seconds
-from kt_sft.training import health, wandb_run
+from kt_sft.training import health, report, wandb_run
 from kt_sft.training.health import RunHealth
+from kt_sft.training.report import RunReport
 
 
 class Recorder:
@@ -74,7 +76,9 @@ def test_routing_that_collapses(
     for _ in range(3):
         watched(experts_load_max_over_mean=3.8)
     ((title, text),) = run.alerts
-    assert title == "kt_sft: routing collapses" and text.startswith("step 6: one expert")
+    assert title == "kt_sft: routing collapses" and text.startswith(
+        "step 6: in most layers one expert"
+    )
     assert len(caplog.records) == 1, "once"
     watched.begin()
     watched(experts_load_max_over_mean=3.9)
@@ -153,3 +157,35 @@ def test_throttling_is_read(
     (tmp_path / "proc").write_text(proc + "\n")
     found = throttled_seconds(cgroup_root=tmp_path, proc_cgroup=tmp_path / "proc")
     assert found == pytest.approx(seconds)
+
+
+def test_a_report_that_fails_ends_nothing(
+    tmp_path: Path, run: Recorder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A tracker that is gone, a page that cannot be drawn: warnings, and the adapter is saved."""
+    model = hybridize(make_model("qwen3_moe"), HybridExpertsSettings(threads=1))
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    state = TrainerState(is_world_process_zero=True)
+
+    def gone(values: dict[str, Any]) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(run, "log", gone)
+    callback = RunReport()
+    callback.on_train_begin(arguments, state, TrainerControl())
+    callback.on_train_end(arguments, state, TrainerControl(), model=model)
+    assert "report was not sent: no network" in caplog.text
+    assert (tmp_path / "report.html").is_file()
+    monkeypatch.setattr(report, "render", lambda runs: 1 / 0)
+    callback.on_train_end(arguments, state, TrainerControl(), model=model)
+    assert "there is no report of this run: ZeroDivisionError" in caplog.text
+
+
+def test_a_model_without_a_configuration_is_watched(tmp_path: Path) -> None:
+    inner = hybridize(make_model("qwen3_moe"), HybridExpertsSettings(threads=1))
+    model = torch.nn.Sequential(inner)
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    callback, state = RunHealth(), TrainerState()
+    callback.on_train_begin(arguments, state, TrainerControl(), model=model)
+    logs = {"loss": 1.0, "experts_load_max_over_mean": 9.0}
+    callback.on_log(arguments, state, TrainerControl(), logs=logs)

@@ -67,6 +67,7 @@ class HuggingfaceEngine:
 """,
     "model/patcher.py": """
 def configure_quantization(config, tokenizer, model_args, is_trainable, init_kwargs): ...
+def configure_attn_implementation(config, model_args): ...
 def resize_embedding_layer(model, tokenizer, new_tokens=None, new_special_tokens_config=None,
                            init_special_tokens="noise_init"): ...
 """,
@@ -292,7 +293,8 @@ print([c.__name__ for c in DEFAULT_CALLBACKS])
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    ours = ["HybridExpertsMetrics", "RunGuard", "WaitingGradients", "ResidentExperts"]
+    ours = ["HybridExpertsMetrics", "RunGuard", "RunHealth"]
+    ours += ["WaitingGradients", "ResidentExperts", "RunReport"]
     names = ["DefaultFlowCallback", *ours]
     assert done.stdout.splitlines()[-1] == str(names)
 

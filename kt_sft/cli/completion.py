@@ -14,7 +14,7 @@ _SHELLS = ("bash", "zsh", "tcsh")
 
 def add(commands: Any) -> None:
     """Adds the command to the parser of `kt-sft`."""
-    text = "print completions for a shell, as kt-sft completion bash > ~/.bash_completion"
+    text = "print completions for a shell"
     completion = commands.add_parser("completion", help=text, description=sentence(text))
     completion.add_argument("shell", choices=_SHELLS)
     completion.set_defaults(run=run)

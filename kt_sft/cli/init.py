@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kt_sft.cli.help_text import sentence
 from kt_sft.cli.quiet import only_results
-from kt_sft.errors import KtSftError, SettingsError
+from kt_sft.errors import CheckpointError, KtSftError, SettingsError
+
+if TYPE_CHECKING:
+    from kt_sft.forecast.forecast import Question
 
 _GOALS = ("sft", "dpo", "kto", "pt")
 
@@ -49,6 +52,11 @@ def run(arguments: argparse.Namespace) -> int:
         out.write_text(text)
     except OSError as error:
         raise SettingsError(f"--out: {out}: {error.strerror}") from error
+    if "disk_tier: true" in text:
+        sys.stderr.write(
+            "init: the experts do not fit memory and come from the disk in every pass, which is "
+            "slow; --machine plans for a larger machine\n"
+        )
     sys.stdout.write(
         f"{out}: name your data in it, then\n  kt-sft plan {out}\n  llamafactory-cli train {out}\n"
     )
@@ -62,6 +70,7 @@ def recipe_for(
     from kt_sft.cli.plan import question_of
     from kt_sft.forecast.forecast import DOES_NOT_FIT, ask
     from kt_sft.forecast.starter import GOALS, starter
+    from kt_sft.kernels.formats import AS_PUBLISHED
     from kt_sft.plugin.templates import template_of
 
     goal = GOALS[goal_name]
@@ -71,7 +80,12 @@ def recipe_for(
         "per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "bf16": True,
         "kt_sft": {},
     }  # fmt: skip
-    forecast = ask(question_of(recipe, None, machine))
+    asked = question_of(recipe, None, machine)
+    if _kept_as_published(asked):
+        # Codes that are there already lose nothing more.
+        recipe["kt_sft"] = {"weights": AS_PUBLISHED}
+        asked = question_of(recipe, None, machine)
+    forecast = ask(asked)
     if forecast.shortages:
         for change in forecast.changes:
             place = recipe["kt_sft"] if change.inner else recipe
@@ -93,3 +107,13 @@ def recipe_for(
     )  # fmt: skip
     template = template_of(model, forecast.question.subject.model_type)
     return starter(forecast, model, goal, template, name, f"kt-sft init {model}{options}")
+
+
+def _kept_as_published(question: Question) -> bool:
+    """Whether the experts are quantized in a form that can be kept."""
+    if not question.subject.published:
+        return False
+    try:
+        return question.subject.published_layout(question.subject.layers[-1]).weights != "bf16"
+    except CheckpointError:
+        return False

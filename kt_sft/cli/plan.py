@@ -100,6 +100,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.json and arguments.explain:
         raise SettingsError("plan: got --json and --explain, expected one of them")
+    if (arguments.calibration or arguments.profile) and not arguments.explain:
+        raise SettingsError("plan: --calibration and --profile are of --explain")
     recipe = _recipe(arguments)
     out = sys.stdout
     with only_results():
@@ -151,13 +153,18 @@ def question_of(recipe: Mapping[str, Any], folder: Path | None, machine: str | N
     from kt_sft.forecast.subject import Subject
     from kt_sft.loading.host_embeddings import require_table
     from kt_sft.plugin.modes import outline_of, refuse_other_loaders, refuse_unsupported
+    from kt_sft.plugin.recipe_keys import refuse_unknown
     from kt_sft.plugin.section import SECTION, take_section
 
     rest, section = take_section(recipe)
     if section is None:
-        raise SettingsError(f"{SECTION}: the recipe has no such section, or it is off")
+        raise SettingsError(
+            f"{SECTION}: the recipe has no such section, or it is off; `{SECTION}: {{}}` means "
+            "every default"
+        )
     settings = read_section(section, folder)
     _require_numbers(rest)
+    refuse_unknown(rest)
     refuse_unsupported(rest, settings)
     refuse_other_loaders(SimpleNamespace(**{str(key): value for key, value in rest.items()}))
     name = recipe.get("model_name_or_path")

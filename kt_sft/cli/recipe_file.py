@@ -21,7 +21,8 @@ def read_recipe(path: str, overrides: list[str]) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path}: is no YAML: {error}") from error
     if not isinstance(recipe, dict):
-        raise SettingsError(f"{path}: got {type(recipe).__name__}, expected a recipe's settings")
+        what = "an empty file" if recipe is None else f"a {type(recipe).__name__}"
+        raise SettingsError(f"{path}: got {what}, expected a recipe's settings, key: value")
     for text in overrides:
         override(recipe, text)
     return recipe

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import kt_sft_autoload
+from kt_sft.cli.recipe_file import read_recipe
 
 
 def run_recipe(command: str, recipe: str, overrides: Sequence[str]) -> int:
-    """Runs `llamafactory-cli <command> <recipe> <overrides>` with our hooks. FileNotFoundError."""
-    if not Path(recipe).is_file():
-        raise FileNotFoundError(f"recipe: no file {recipe}")
+    """Runs `llamafactory-cli <command> <recipe> <overrides>` with our hooks.
+
+    Raises SettingsError, FileNotFoundError.
+    """
+    read_recipe(recipe, [])  # what is no recipe ends here, in one message
     # The hooks are installed here whatever the environment says, in torchrun's workers too.
     os.environ.pop("KT_SFT_DISABLE", None)
     kt_sft_autoload.install()

@@ -55,8 +55,9 @@ def run(arguments: argparse.Namespace) -> int:
     samples = (
         read_samples(arguments.before, arguments.after) if arguments.before is not None else []
     )
-    runs = _told_apart([Run.read(folder) for folder in arguments.runs], arguments.runs)
-    default = arguments.runs[0] / FILE_NAME if len(runs) == 1 else Path(FILE_NAME)
+    folders = [run.parent if run.is_file() else run for run in arguments.runs]
+    runs = _told_apart([Run.read(folder) for folder in folders], folders)
+    default = folders[0] / FILE_NAME if len(runs) == 1 else Path(FILE_NAME)
     out: Path = arguments.out or default
     try:
         durable.write_whole(out, render(runs, samples).encode())

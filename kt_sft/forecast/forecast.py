@@ -58,7 +58,8 @@ _CHANGES = (
     Change("kt_sft.weights", "int4"),
     Change("kt_sft.disk_tier", True),
 )
-_LONGEST = 1 << 20
+# Tokens; more are not looked for.
+MOST = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -175,10 +176,10 @@ def _longest(question: Question) -> int:
         return not question.with_tokens(tokens).shortages()
 
     low, high = 0, 256
-    while high <= _LONGEST and fits(high):
+    while high <= MOST and fits(high):
         low, high = high, 2 * high
-    if high > _LONGEST:
-        return _LONGEST
+    if high > MOST:
+        return MOST
     while high - low > max(64, low // 32):
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
@@ -199,6 +200,8 @@ def _changes(question: Question) -> list[Change]:
         return []
     for change in reversed(_CHANGES):  # the costliest that can be spared first
         fewer = [one for one in taken if one != change]
+        if change.inner == "weights" and any(one.inner == "disk_tier" for one in taken):
+            continue  # fewer bytes in every pass
         if not _excess(_with(question, fewer)):
             taken = fewer
     found = _with(question, taken)

@@ -148,8 +148,8 @@ def _repeated(work: object, device: torch.device) -> float:
 # (pattern, what it sets); each part of a description is one of them.
 _PARTS = (
     (re.compile(r"(?:([1-9]\d*)\s*x\s*)?([1-9]\d*)\s*cores?(?:\s+(\w+))?", re.I), "cores"),
-    (re.compile(r"(\d+(?:\.\d+)?)\s*(gb|tb)(?:\s+(?:ram|memory|host))?", re.I), "host"),
-    (re.compile(r"(\d+(?:\.\d+)?)\s*gb\s+(?:gpu|vram|device)", re.I), "device"),
+    (re.compile(r"(\d+(?:\.\d+)?)\s*(gi?b|ti?b)(?:\s+(?:ram|memory|host))?", re.I), "host"),
+    (re.compile(r"(\d+(?:\.\d+)?)\s*gi?b\s+(?:gpu|vram|device)", re.I), "device"),
     (re.compile(r"(\d+(?:\.\d+)?)\s*gb/s(?:\s+(?:memory|ram))?", re.I), "bandwidth"),
     (re.compile(r"(\d+(?:\.\d+)?)\s*gb/s\s+link", re.I), "link"),
     (re.compile(r"(\d+(?:\.\d+)?)\s*tflops", re.I), "flops"),
@@ -173,7 +173,15 @@ def described(text: str) -> Machine:
             wrong.append(f"{part!r}: " + ("said twice" if matches else "not understood"))
         else:
             found[matches[0][0]] = matches[0][1]
-    missing = [f"no {name}" for name in ("cores", "host") if name not in found]
+    needed = {"cores": "cores", "host": "host memory"}
+    missing = [f"no {what}" for name, what in needed.items() if name not in found]
+    wrong += [
+        f"{m[0]!r}: expected more than 0"
+        for name, m in found.items()
+        if name not in ("cores", "none") and float(m[1]) <= 0
+    ]
+    if "device" not in found:
+        wrong += [f"{found[name][0]!r}: of no gpu" for name in ("link", "flops") if name in found]
     if "device" in found and "none" in found:
         wrong.append("'no gpu' and a gpu")
     if wrong or missing:
@@ -185,7 +193,7 @@ def described(text: str) -> Machine:
     isa = _isa_of(found["cores"][3])
     each = _SERVER if cores >= _MANY_CORES else _DESKTOP
     bandwidth = _number(found, "bandwidth") * _GB or sockets * each
-    host = float(found["host"][1]) * (1e12 if found["host"][2].lower() == "tb" else 1e9)
+    host = float(found["host"][1]) * (1e12 if found["host"][2].lower().startswith("t") else 1e9)
     device = None
     if "device" in found:
         rate = _number(found, "flops") * 1e12 * _REACHED or _DEVICE_RATE * _REACHED

@@ -36,7 +36,7 @@ GOALS = {
 
 # What the section says of a setting that is not the default's.
 _WHY = {
-    "weights": "of the routed experts: int8, or int4 where memory is short",
+    "weights": "of the routed experts: int8, int4, bf16, or checkpoint: as published",
     "adapters": "LoRA of the experts and its optimizer in host memory",
     "embeddings": "the table of input embeddings in host memory",
     "activations": "the experts' forward is computed twice, for less memory",

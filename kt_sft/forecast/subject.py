@@ -140,6 +140,8 @@ def _from_folder(folder: Path) -> tuple[Any, type[PreTrainedModel]]:
 
 
 def _from_hub(name: str) -> tuple[Any, type[PreTrainedModel]]:
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise SettingsError(f"model: got {name!r}, there is no such folder")
     try:
         config = read_config(name)
     except OSError as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kt_sft.errors import StoreFolderError
-from kt_sft.forecast.forecast import FITS, Forecast, Question
+from kt_sft.forecast.forecast import FITS, MOST, Forecast, Question
 from kt_sft.forecast.machines import Machine
 from kt_sft.machine.disk import free_bytes
 from kt_sft.planning.plan import MemoryPlan
@@ -182,8 +182,9 @@ def _verdict(forecast: Forecast) -> Iterator[str]:
         yield "  no settings of kt_sft are enough; take a smaller model or a larger machine"
     if forecast.longest:
         many = forecast.longest // question.length
+        about = "at least" if forecast.longest >= MOST else "about"
         yield (
-            f"  largest micro batch that fits: about {forecast.longest:,} tokens"
+            f"  largest micro batch that fits: {about} {forecast.longest:,} tokens"
             + (f" ({many} sequences of {question.length:,})" if many > 1 else "")
         )
     yield from (f"  {line}" for line in _better(forecast))
@@ -206,6 +207,6 @@ def _better(forecast: Forecast) -> Iterator[str]:
         count = min(layers[-1].layout.experts, int(0.85 * spare / each))
         if count > 0:
             yield (
-                f"the accelerator has room for about {count} experts of each layer: look at "
-                "schedule: auto, gpu_experts: auto with --explain"
+                f"the accelerator has room for about {count} experts of each layer: schedule: auto "
+                "with gpu_experts: auto (not yet run on a GPU)"
             )

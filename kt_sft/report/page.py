@@ -83,8 +83,7 @@ def _value(name: str, pattern: str = "{:.4g}") -> Callable[[Run], str]:
 
 
 def _steps(run: Run) -> str:
-    found = run.series("loss")
-    return f"{int(found[-1][0])}" if found else ""
+    return f"{run.record.steps:,}" if run.record.steps else ""
 
 
 def _speed(run: Run) -> str:
@@ -108,8 +107,9 @@ _SETTINGS = ("weights", "compute", "expert_lora", "adapters", "activations", "sc
 def _compared(runs: Sequence[Run]) -> dict[str, Any]:
     rows = [(what, [show(run) or "-" for run in runs]) for what, show in _NUMBERS.items()]
     rows += [(key, [str(run.record.experts.get(key, "-")) for run in runs]) for key in _SETTINGS]
-    for key in sorted({key for run in runs for key in run.record.training}):
-        values = [str(run.record.training.get(key, "-")) for run in runs]
+    told = [{**run.record.recipe, **run.record.training} for run in runs]
+    for key in sorted({key for one in told for key in one} - {"output_dir"}):
+        values = [str(one.get(key, "-")) for one in told]
         if len(set(values)) > 1:
             rows.append((key, values))
     return {"names": [run.name for run in runs], "rows": [r for r in rows if set(r[1]) != {"-"}]}
@@ -183,7 +183,8 @@ def _totals(run: Run) -> Iterator[tuple[str, str, str]]:
 
 
 def _serving(run: Run) -> list[tuple[str, str]]:
-    folder, base = shlex.quote(run.name), shlex.quote(run.record.base)
+    folder = shlex.quote(str(run.record.training.get("output_dir") or run.name))
+    base = shlex.quote(run.record.base)
     return [
         (
             "PEFT, as it is: attention and experts in one adapter that this package reads",
@@ -204,6 +205,7 @@ def _tables(run: Run) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     section = {k: v for k, v in record.experts.items() if k != "machine"}
     for heading, values in (
         ("Settings of the experts", section),
+        ("Recipe", record.recipe),
         ("Training", record.training),
         ("Machine", machine),
         ("Versions", record.versions),

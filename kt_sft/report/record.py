@@ -17,7 +17,7 @@ FILE_NAME = "kt_sft_run.json"
 STATE_NAME = "trainer_state.json"
 ANSWERS_NAME = "generated_predictions.jsonl"
 _VERSION = 1
-_MAPPINGS = ("training", "experts", "taken", "versions")
+_MAPPINGS = ("training", "experts", "taken", "versions", "recipe")
 _MOST_ANSWERS, _LONGEST = 8, 400
 # Lines of a chat template that say who speaks.
 _ROLES = ("system", "user", "assistant", "model")
@@ -30,7 +30,8 @@ class RunRecord:
     base: path or name of the model. training: the Trainer's arguments that matter. experts: the
     resolved section, the engine and the machine. memory: (name, place, bytes) of the plan. taken:
     bytes at most, "host" beyond what the process had before the model, and "device". versions: of
-    packages. seconds: of the training. history: the Trainer's log.
+    packages. seconds: of the training. history: the Trainer's log. steps: that were taken. recipe:
+    of LLaMA-Factory, if one was run.
     """
 
     base: str
@@ -42,6 +43,8 @@ class RunRecord:
     seconds: float = 0.0
     ended: str = ""
     history: Sequence[Mapping[str, Any]] = ()
+    steps: int = 0
+    recipe: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Beside the adapter. Raises OSError."""

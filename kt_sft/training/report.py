@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import yaml
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -24,9 +26,10 @@ from kt_sft.training.metrics import describe
 logger = logging.getLogger(__name__)
 
 _ARGUMENTS = (
+    "output_dir",
     "learning_rate", "lr_scheduler_type", "warmup_ratio", "num_train_epochs", "max_steps",
     "per_device_train_batch_size", "gradient_accumulation_steps", "weight_decay", "max_grad_norm",
-    "optim", "bf16", "fp16", "gradient_checkpointing", "seed", "world_size",
+    "optim", "bf16", "fp16", "seed", "world_size",
 )  # fmt: skip
 _LORA = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
 _PACKAGES = ("kt_sft", "torch", "transformers", "peft", "accelerate", "llamafactory", "trl")
@@ -90,7 +93,12 @@ class RunReport(TrainerCallback):
             taken["device"] = device
         return RunRecord(
             base=str(getattr(getattr(model, "config", None), "_name_or_path", "") or "model"),
-            training={**_chosen(args, _ARGUMENTS), **_lora(model)},
+            training={
+                **_chosen(args, _ARGUMENTS),
+                # LLaMA-Factory switches it on by itself.
+                "gradient_checkpointing": bool(getattr(model, "is_gradient_checkpointing", False)),
+                **_lora(model),
+            },
             experts=describe(model),
             memory=runtime.planned_parts,
             taken=taken,
@@ -98,7 +106,18 @@ class RunReport(TrainerCallback):
             seconds=time.monotonic() - self._start,
             ended=datetime.now(UTC).isoformat(timespec="seconds"),
             history=list(state.log_history),
+            steps=state.global_step,
+            recipe=_recipe(),
         )
+
+
+def _recipe() -> dict[str, Any]:
+    """The one that the command line names; empty without, and where it cannot be read."""
+    file = Path(sys.argv[1]) if len(sys.argv) > 1 else Path()
+    if file.suffix not in (".yaml", ".yml") or not file.is_file():
+        return {}
+    found = yaml.safe_load(file.read_text("utf-8"))
+    return {str(k): v for k, v in found.items()} if isinstance(found, dict) else {}
 
 
 def _chosen(owner: Any, names: tuple[str, ...]) -> dict[str, Any]:

@@ -60,7 +60,7 @@ COSTS = {
     "doctor": "model",
     "forecast": "model",
     "report": "model",
-    "docs/test_commands.py": "process",
+    "docs/test_page_commands.py": "process",
     "docs/test_examples.py": "process",
     "docs": "model",
     "test_package.py": "process",

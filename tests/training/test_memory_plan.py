@@ -245,7 +245,7 @@ def test_loading_asks_before_it_reads(
 def test_outline_of_a_recipe() -> None:
     assert outline_of({"do_train": False}) is None
     recipe = {"do_train": True, "per_device_train_batch_size": 2, "cutoff_len": 512}
-    assert outline_of(recipe) == TrainingOutline(1024, 8, LoraTargets.of("all"))
+    assert outline_of(recipe) == TrainingOutline(1024, 8, LoraTargets.of("all"), length=512)
     more = {
         **recipe, "gradient_accumulation_steps": 4, "use_unsloth_gc": True, "deepspeed": "z2.json",
         "enable_liger_kernel": True,
@@ -259,11 +259,23 @@ def test_outline_of_a_recipe() -> None:
         offloads=True,
         fused_loss=True,
         one_kind=True,
+        length=512,
     )
     # LLaMA-Factory has no fused loss for it.
     assert not outline_of(more, "deepseek_v3").fused_loss
     preference = outline_of({**recipe, "stage": "dpo", "lora_target": "q_proj, experts.up_proj"})
-    assert preference == TrainingOutline(2048, 8, LoraTargets.of("q_proj", "experts.up_proj"))
+    assert preference == TrainingOutline(
+        2048, 8, LoraTargets.of("q_proj", "experts.up_proj"), length=512, references=1
+    )
+    for stage, loss, references in (("dpo", "orpo", 0), ("dpo", "ipo", 1), ("kto", None, 1)):
+        asked = outline_of({**recipe, "stage": stage, **({"pref_loss": loss} if loss else {})})
+        assert asked is not None and asked.references == references
+    for kind, attention, eager in (
+        ("qwen3_moe", "sdpa", False), ("qwen3_moe", "disabled", True), ("gpt_oss", "auto", True),
+        ("gpt_oss", "fa3", False),
+    ):  # fmt: skip
+        asked = outline_of({**recipe, "flash_attn": attention}, kind)
+        assert asked is not None and asked.eager == eager
     reference = outline_of({**recipe, "stage": "dpo", "ref_model": "other"})
     assert reference is not None and reference.frozen_models == 1
     other = outline_of(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pages
 import pytest
@@ -131,7 +132,13 @@ def stands_for(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("command", given())
+def _marked(command: str) -> Any:
+    """Exports and measurements have tests of their own; with those of the pages CI takes longer."""
+    often = command.startswith(("kt-sft export", "kt-sft bench", "kt-sft errors", "kt-sft pack"))
+    return pytest.param(command, marks=pytest.mark.slow) if often else command
+
+
+@pytest.mark.parametrize("command", map(_marked, given()))
 def test_a_command_of_the_pages(
     command: str, stands_for: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,7 +67,7 @@ def recipe_for(
     model: str, goal_name: str, machine: str | None, length: int, rank: int, name: str
 ) -> str:
     """The text of a recipe. Raises KtSftError where nothing fits."""
-    from kt_sft.cli.plan import question_of
+    from kt_sft.cli.plan import PLAIN, question_of
     from kt_sft.forecast.forecast import DOES_NOT_FIT, ask
     from kt_sft.forecast.starter import GOALS, starter
     from kt_sft.kernels.formats import AS_PUBLISHED
@@ -75,10 +75,8 @@ def recipe_for(
 
     goal = GOALS[goal_name]
     recipe: dict[str, Any] = {
-        "model_name_or_path": model, "stage": goal.stage, "do_train": True,
-        "finetuning_type": "lora", "lora_target": "all", "lora_rank": rank, "cutoff_len": length,
-        "per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "bf16": True,
-        "kt_sft": {},
+        **PLAIN, "model_name_or_path": model, "stage": goal.stage, "lora_rank": rank,
+        "cutoff_len": length, "kt_sft": {},
     }  # fmt: skip
     asked = question_of(recipe, None, machine)
     if _kept_as_published(asked):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kt_sft.forecast.subject import Subject
 
 # What a model is planned with where no recipe is given.
-_PLAIN: dict[str, Any] = {
+PLAIN: dict[str, Any] = {
     "stage": "sft",
     "do_train": True,
     "finetuning_type": "lora",
@@ -97,6 +97,9 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs `kt-sft plan`. Raises KtSftError, FileNotFoundError."""
     from kt_sft.cli.split import explained
+    from kt_sft.forecast import text
+    from kt_sft.forecast.forecast import STATUS, ask
+    from kt_sft.forecast.samples import samples_of
 
     if arguments.json and arguments.explain:
         raise SettingsError("plan: got --json and --explain, expected one of them")
@@ -105,12 +108,16 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = _recipe(arguments)
     out = sys.stdout
     with only_results():
-        status, lines = _forecast(recipe, arguments)
-        out.writelines(f"{line}\n" for line in lines)
+        forecast = ask(question_of(recipe, arguments.folder, arguments.machine))
+        samples = samples_of(recipe)
+        if arguments.json:
+            out.write(json.dumps(text.as_dict(forecast, samples), indent=1) + "\n")
+        else:
+            out.writelines(f"{line}\n" for line in text.lines(forecast, samples))
         if arguments.explain:
             out.write("\n")
-            out.writelines(f"{line}\n" for line in explained(recipe, arguments))
-    return status
+            out.writelines(f"{line}\n" for line in explained(forecast, recipe, arguments))
+    return STATUS[forecast.verdict]
 
 
 def _recipe(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -124,23 +131,10 @@ def _recipe(arguments: argparse.Namespace) -> dict[str, Any]:
     arguments.folder = None if given is None else Path(given).absolute().parent
     if given is not None:
         return read_recipe(given, overrides)
-    recipe = {**_PLAIN, "kt_sft": {}, "model_name_or_path": arguments.model}
+    recipe = {**PLAIN, "kt_sft": {}, "model_name_or_path": arguments.model}
     for text in overrides:
         override(recipe, text)
     return recipe
-
-
-def _forecast(recipe: Mapping[str, Any], arguments: argparse.Namespace) -> tuple[int, list[str]]:
-    """Exit status and lines."""
-    from kt_sft.forecast import text
-    from kt_sft.forecast.forecast import STATUS, ask
-    from kt_sft.forecast.samples import samples_of
-
-    forecast = ask(question_of(recipe, arguments.folder, arguments.machine))
-    samples = samples_of(recipe)
-    if arguments.json:
-        return STATUS[forecast.verdict], [json.dumps(text.as_dict(forecast, samples), indent=1)]
-    return STATUS[forecast.verdict], list(text.lines(forecast, samples))
 
 
 def question_of(recipe: Mapping[str, Any], folder: Path | None, machine: str | None) -> Question:
@@ -210,7 +204,8 @@ def _require_numbers(recipe: Mapping[str, Any]) -> None:
 
 def _fixed(recipe: Mapping[str, Any], subject: Subject) -> frozenset[str]:
     """Changes that the recipe or the model rules out."""
-    trained = str(recipe.get("additional_target") or "")
-    resized = any(recipe.get(key) for key in ("add_tokens", "add_special_tokens", "resize_vocab"))
+    from kt_sft.plugin.modes import changes_embeddings
+
     tied = bool(subject.config.get_text_config().tie_word_embeddings)
-    return frozenset({"kt_sft.embeddings"} if tied or resized or "embed_tokens" in trained else ())
+    moved = tied or changes_embeddings(recipe)
+    return frozenset({"kt_sft.embeddings"} if moved else ())

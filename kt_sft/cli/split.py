@@ -5,57 +5,40 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kt_sft.errors import SettingsError
 
+if TYPE_CHECKING:
+    from kt_sft.forecast.forecast import Forecast
 
-def explained(recipe: Mapping[str, Any], arguments: argparse.Namespace) -> Iterator[str]:
+
+def explained(
+    forecast: Forecast, recipe: Mapping[str, Any], arguments: argparse.Namespace
+) -> Iterator[str]:
     """Lines of a table of splits, and how long each place is busy in the largest one.
 
-    Raises SettingsError, CheckpointError, FileNotFoundError.
+    Raises SettingsError, FileNotFoundError.
     """
-    from kt_sft.checkpoint.folder import BaseModel, checkpoint_experts
-    from kt_sft.checkpoint.layouts import layout_of, own_layout
-    from kt_sft.config import read_section
-    from kt_sft.kernels.formats import AS_PUBLISHED
-    from kt_sft.planning.outline import top_k_of
     from kt_sft.planning.schedule import explain, picture, table
-    from kt_sft.plugin.modes import outline_of
-    from kt_sft.plugin.section import SECTION, take_section
     from kt_sft.scheduling.residents import ResidentBudget, choose_residents
 
-    _, section = take_section(recipe)
-    if section is None:
-        raise SettingsError(f"{SECTION}: the recipe has no such section, or it is off")
-    settings = read_section(section, arguments.folder)
-    folder = Path(str(recipe.get("model_name_or_path", "")))
-    if not (folder / "config.json").is_file():
-        raise SettingsError(
-            f"model_name_or_path: got {folder}, expected the folder of a checkpoint, or one with "
-            "its config.json"
-        )
-    model = BaseModel.of(folder)
-    found = model.layers[-1]
-    layout = (
-        layout_of(checkpoint_experts(folder).sources[found.hybrid_path], AS_PUBLISHED)
-        if settings.weights == AS_PUBLISHED
-        else own_layout(found, settings.weights)
-    )
-    top_k = top_k_of(model.config, layout.experts)
+    question = forecast.question
+    subject, settings, outline = question.subject, question.settings, question.outline
+    found, needs = subject.layers[-1], forecast.plan.layers[-1]
+    layout, top_k = needs.layout, needs.top_k
     costs, where = _costs(settings, layout, arguments.calibration)
     shares, whose = _shares(recipe, arguments.profile, found.hybrid_path, layout.experts)
-    outline = outline_of(recipe)
     most = outline.tokens if outline is not None else 4096
     budget = ResidentBudget.of(settings.gpu_experts)
     counts = sorted({0, layout.experts // 4, layout.experts // 2})
     if budget.per_layer:
         counts = [min(budget.per_layer, layout.experts)]
     elif budget.nbytes:
-        each = layout.nbytes // layout.experts * len(model.layers)
+        each = layout.nbytes // layout.experts * len(subject.layers)
         counts = [min(budget.nbytes // each, layout.experts)]
     yield (
-        f"one layer of {folder.name}: {layout.experts} experts of {layout.hidden} x "
+        f"one layer of {subject.name}: {layout.experts} experts of {layout.hidden} x "
         f"{layout.intermediate} in {settings.weights}, {top_k} for each token, forward and backward"
     )
     yield f"costs: {where}; of LoRA of rank 8 in bf16, without the disk"

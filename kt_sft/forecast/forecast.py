@@ -1,7 +1,4 @@
-"""The forecast of a recipe: memory, time, limits, the largest that fits, what else would fit.
-
-Legend: T tokens of a micro batch.
-"""
+"""The forecast of a recipe: memory, time, limits, the largest that fits, what else would fit."""
 
 from __future__ import annotations
 
@@ -93,11 +90,12 @@ class Question:
             self.machine.surroundings(),
         )
 
-    def shortages(self) -> list[str]:
-        """What does not fit, a line for each place."""
+    def shortages(self, plan: MemoryPlan | None = None) -> list[str]:
+        """What does not fit, a line for each place. plan: ours, where it is made already."""
         device = self.machine.device
         free = None if device is None else device.free
-        return self.plan().shortages(self.machine.host_free, free, self.settings.disk_tier)
+        plan = plan or self.plan()
+        return plan.shortages(self.machine.host_free, free, self.settings.disk_tier)
 
     def with_tokens(self, tokens: int) -> Question:
         """The same with another micro batch."""
@@ -158,7 +156,8 @@ class Forecast:
 
 def ask(question: Question) -> Forecast:
     """Answers a question. Raises CheckpointError, SettingsError."""
-    plan, shortages = question.plan(), question.shortages()
+    plan = question.plan()
+    shortages = question.shortages(plan)
     tokens = question.outline.tokens if question.outline is not None else question.length
     references = question.outline.references if question.outline is not None else 0
     length = min(question.length, tokens)
@@ -215,7 +214,7 @@ def _changes(question: Question) -> list[Change]:
 def _with(question: Question, changes: list[Change]) -> Question:
     for change in changes:
         if change.key == _BITS:
-            question = replace(question, subject=question.subject.in_bits(int(change.value)))
+            question = replace(question, subject=question.subject.in_four_bits)
             continue
         section = {change.inner: change.value} if change.inner else {}
         question = question.changed(section, change.training)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,11 @@ class Subject:
         quantized = QuantizedRest(_bits(bits, double))
         quantized.replace_layers(model, {"": 0})
         return replace(self, rest_bytes=quantized.parameter_bytes(model, self.dtype.itemsize))
+
+    @cached_property
+    def in_four_bits(self) -> Subject:
+        """`in_bits(4)`, made once: many settings are tried with it."""
+        return self.in_bits(4)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from kt_sft.errors import StoreFolderError
-from kt_sft.forecast.forecast import FITS, MOST, Forecast, Question
+from kt_sft.forecast.forecast import FITS, MOST, Forecast
 from kt_sft.forecast.machines import Machine
 from kt_sft.machine.disk import free_bytes
+from kt_sft.planning.outline import PART_OF_SPARE
 from kt_sft.planning.plan import MemoryPlan
 from kt_sft.store.library import default_folder
 
@@ -18,7 +19,7 @@ _NAME = 34
 
 def lines(forecast: Forecast, samples: int | None = None) -> Iterator[str]:
     """Everything. samples: of one epoch, where they are known."""
-    yield from _question(forecast.question)
+    yield from _question(forecast)
     yield ""
     yield from _memory(forecast)
     yield ""
@@ -53,10 +54,11 @@ def as_dict(forecast: Forecast, samples: int | None = None) -> dict[str, Any]:
     }
 
 
-def _question(question: Question) -> Iterator[str]:
+def _question(forecast: Forecast) -> Iterator[str]:
+    question = forecast.question
     subject, layers = question.subject, question.subject.layers
     shape = layers[-1].shape
-    top_k = question.plan().layers[-1].top_k
+    top_k = forecast.plan.layers[-1].top_k
     yield (
         f"{subject.name}: {subject.parameters / 1e9:.1f} B parameters, "
         f"{subject.in_experts / 1e9:.1f} B of them in {len(layers)} layers of {shape.experts} "
@@ -204,7 +206,7 @@ def _better(forecast: Forecast) -> Iterator[str]:
         spare = forecast.plan.spare_device_bytes(device.free)
         layers = forecast.plan.layers
         each = sum(layer.layout.nbytes // layer.layout.experts for layer in layers)
-        count = min(layers[-1].layout.experts, int(0.85 * spare / each))
+        count = min(layers[-1].layout.experts, int(PART_OF_SPARE["training"] * spare / each))
         if count > 0:
             yield (
                 f"the accelerator has room for about {count} experts of each layer: schedule: auto "

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 # Of the device memory that nothing else is planned for, resident experts take so much: activations
 # are estimates, and of prompts and their caches nothing is known.
-_PART_OF_SPARE = {"training": 0.85, "inference": 0.6}
+PART_OF_SPARE = {"training": 0.85, "inference": 0.6}
 # Experts per token where a configuration does not tell; what most families have.
 _GUESSED_TOP_K = 8
 
@@ -235,7 +235,7 @@ def plan_of(
         planned = plan(keeps=keeps)
     if not on_host and settings.gpu_experts == "auto":
         spare = planned.spare_device_bytes(around.device_free or 0)
-        part = _PART_OF_SPARE["training" if outline else "inference"]
+        part = PART_OF_SPARE["training" if outline else "inference"]
         every = sum(layer.layout.nbytes for layer in needs)
         planned = plan(keeps=keeps, on_device=OnDevice(min(every, max(0, int(part * spare)))))
     return planned

@@ -88,6 +88,13 @@ def _targets(recipe: Mapping[str, Any], model_type: str = "") -> LoraTargets:
     return LoraTargets(names, frozenset({*frozen, *composite.lora_conflict_keys}), anywhere=True)
 
 
+def changes_embeddings(recipe: Mapping[str, Any]) -> str:
+    """The settings by which a training changes the table of input embeddings; empty without."""
+    changed = [n for n in ("add_tokens", "add_special_tokens", "resize_vocab") if recipe.get(n)]
+    trained = "embed_tokens" in _names(recipe.get("additional_target"))
+    return ", ".join(changed) or ("additional_target: embed_tokens" if trained else "")
+
+
 def refuse_unsupported(recipe: Mapping[str, Any], settings: HybridExpertsSettings) -> None:
     """Raises SettingsError that lists what cannot train, before any weight is read."""
     if recipe.get("use_kt") or os.environ.get("USE_KT", "0").lower() in ("1", "true", "y", "yes"):
@@ -98,13 +105,10 @@ def refuse_unsupported(recipe: Mapping[str, Any], settings: HybridExpertsSetting
         )
     if not recipe.get("do_train"):
         return
-    trained = _names(recipe.get("additional_target"))
-    changed = [n for n in ("add_tokens", "add_special_tokens", "resize_vocab") if recipe.get(n)]
-    if settings.embeddings == "host" and ("embed_tokens" in trained or changed):
+    changed = changes_embeddings(recipe)
+    if settings.embeddings == "host" and changed:
         raise SettingsError(
-            "embeddings: got host with "
-            f"{', '.join(changed) or 'additional_target: embed_tokens'}, expected device; a table "
-            "on the host is frozen"
+            f"embeddings: got host with {changed}, expected device; a table on the host is frozen"
         )
     on_experts = bool(settings.expert_lora) and _targets(recipe).may_mean_experts()
     problems = [

@@ -16,6 +16,7 @@ import multiprocessing
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -174,6 +175,18 @@ def make(name: str, folder: str) -> None:
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
 
 
+def each_in_a_process(script: str, names: Iterable[str]) -> Iterator[tuple[str, dict[str, float]]]:
+    """What `script --shape NAME` prints last, for each name."""
+    for name in names:
+        done = subprocess.run(
+            [sys.executable, script, "--shape", name],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        yield name, json.loads(done.stdout.splitlines()[-1])
+
+
 def main() -> None:
     """All shapes, or one."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -183,14 +196,7 @@ def main() -> None:
         print(json.dumps(measure(options.shape)))
         return
     print("| shape | planned MB | measured MB | measured / planned |\n|---|---|---|---|")
-    for name in SHAPES:
-        done = subprocess.run(
-            [sys.executable, __file__, "--shape", name],
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-        got = json.loads(done.stdout.splitlines()[-1])
+    for name, got in each_in_a_process(__file__, SHAPES):
         planned, measured = got["planned"], got["measured"]
         print(
             f"| {name} | {planned / 1e6:.0f} | {measured / 1e6:.0f} | {measured / planned:.2f} |",

@@ -13,15 +13,12 @@ import argparse
 import json
 import multiprocessing
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from pathlib import Path
 
 import memory_plan
 import torch
-from memory_plan import Shape
+from memory_plan import Shape, each_in_a_process
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -105,14 +102,7 @@ def main() -> None:
         print(json.dumps(measure(options.shape)))
         return
     print("| shape | predicted ms | measured ms | measured / predicted |\n|---|---|---|---|")
-    for name in SHAPES:
-        done = subprocess.run(
-            [sys.executable, str(Path(__file__)), "--shape", name],
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-        found = json.loads(done.stdout.splitlines()[-1])
+    for name, found in each_in_a_process(__file__, SHAPES):
         predicted, measured = 1e3 * found["predicted"], 1e3 * found["measured"]
         ratio = measured / predicted
         print(f"| {name} | {predicted:.0f} | {measured:.0f} | {ratio:.2f} |", flush=True)

@@ -13,7 +13,7 @@ from kt_sft.kernels import isa_report, kernel_rows, requested_isa
 from kt_sft.kernels.peak import measure_peak
 from kt_sft.machine.cpus import available_threads, machine_cpus
 from kt_sft.machine.disk import existing, free_bytes, read_rate
-from kt_sft.machine.memory import available_memory_bytes
+from kt_sft.machine.memory import available_memory_bytes, total_memory_bytes
 from kt_sft.machine.numa import numa_nodes
 from kt_sft.machine.pages import swap_bytes, transparent_huge_pages
 from kt_sft.machine.report import cpu_name
@@ -80,7 +80,7 @@ def cpus() -> Iterator[Finding]:
 
 def memory() -> Iterator[Finding]:
     """Its size, huge pages and swap."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    total = total_memory_bytes()
     free = available_memory_bytes()
     few = free < _LITTLE_MEMORY
     yield Finding(

@@ -30,10 +30,10 @@ _ASKING = ("kt_sft", "llamafactory")
 def packages() -> Iterator[Finding]:
     """Every package that matters: its version, what asks for another, and the tested one."""
     yield Finding(_SECTION, "python", platform.python_version())
-    yield Finding(_SECTION, "kt_sft", _installed("kt_sft") or "not installed, run from its folder")
+    yield Finding(_SECTION, "kt_sft", installed("kt_sft") or "not installed, run from its folder")
     tested = _tested()
     for name in (*_NEEDED, *_OPTIONAL):
-        found = _installed(name)
+        found = installed(name)
         if found is None:
             needed = name in _NEEDED
             hint = f"pip install {name}" if needed else _OPTIONAL[name]
@@ -82,7 +82,8 @@ def patches() -> Iterator[Finding]:
         )
 
 
-def _installed(name: str) -> str | None:
+def installed(name: str) -> str | None:
+    """The version of a package; None where it is not there."""
     try:
         return version(name)
     except PackageNotFoundError:

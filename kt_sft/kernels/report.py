@@ -8,12 +8,13 @@ from typing import Any
 from kt_sft.kernels.isa import isa_report
 from kt_sft.machine.accelerator import current_accelerator, device_name
 from kt_sft.machine.cpus import available_threads
+from kt_sft.machine.memory import total_memory_bytes
 from kt_sft.machine.report import cpu_name
 
 
 def machine_description() -> dict[str, Any]:
     """Processor, logical CPUs, usable threads, instruction sets and memory."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = total_memory_bytes()
     device = current_accelerator()
     return {
         "cpu": cpu_name(),

@@ -8,6 +8,11 @@ from pathlib import Path
 from kt_sft.machine.cgroups import OF_PROCESS, ROOT, cgroup_folders
 
 
+def total_memory_bytes() -> int:
+    """Memory of the machine, whatever the container may take of it."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def host_memory_bytes() -> int:
     """Resident memory of this process, in bytes."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])

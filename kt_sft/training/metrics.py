@@ -85,7 +85,7 @@ class HybridExpertsMetrics(TrainerCallback):
         description = describe(model)
         if state.is_world_process_zero:
             logger.info("kt_sft: %s", description)
-            wandb_run.update_config({"kt_sft": {**description, **_surroundings(model)}})
+            wandb_run.update_config(lambda: {"kt_sft": {**description, **_surroundings(model)}})
 
     def on_evaluate(
         self,

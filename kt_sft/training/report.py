@@ -6,7 +6,6 @@ import logging
 import sys
 import time
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import yaml
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from kt_sft.doctor.installation import installed
 from kt_sft.experts import hybrid_experts_of
 from kt_sft.files import durable
 from kt_sft.machine.accelerator import peak_device_memory
@@ -102,7 +102,7 @@ class RunReport(TrainerCallback):
             experts=describe(model),
             memory=runtime.planned_parts,
             taken=taken,
-            versions=dict(_versions()),
+            versions={name: found for name in _PACKAGES if (found := installed(name))},
             seconds=time.monotonic() - self._start,
             ended=datetime.now(UTC).isoformat(timespec="seconds"),
             history=list(state.log_history),
@@ -132,13 +132,3 @@ def _lora(model: Any) -> dict[str, Any]:
     if isinstance(found.get("target_modules"), set):
         found["target_modules"] = sorted(found["target_modules"])
     return {f"lora_{key.removeprefix('lora_')}": value for key, value in found.items()}
-
-
-def _versions() -> list[tuple[str, str]]:
-    found = []
-    for package in _PACKAGES:
-        try:
-            found.append((package, version(package)))
-        except PackageNotFoundError:
-            continue
-    return found

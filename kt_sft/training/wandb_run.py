@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,12 +32,12 @@ def _not_fatal(what: str) -> Iterator[None]:
         logger.warning("wandb: %s was not sent: %s", what, error)
 
 
-def update_config(values: dict[str, Any]) -> None:
-    """Adds to the configuration of the current run."""
+def update_config(values: Callable[[], dict[str, Any]]) -> None:
+    """Adds to the configuration of the current run what is looked up for it."""
     run = _run()
     if run is not None:
         with _not_fatal("the configuration"):
-            run.config.update(values, allow_val_change=True)
+            run.config.update(values(), allow_val_change=True)
 
 
 def log_page(name: str, page: str) -> None:

@@ -96,9 +96,9 @@ def test_a_step_that_fails_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_package_outside_of_a_range_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = installation._installed
+    real = installation.installed
     monkeypatch.setattr(
-        installation, "_installed", lambda name: "4.57.1" if name == "transformers" else real(name)
+        installation, "installed", lambda name: "4.57.1" if name == "transformers" else real(name)
     )
     found = one(installation.packages(), "transformers")
     assert found.level == WARNING
@@ -108,23 +108,23 @@ def test_a_package_outside_of_a_range_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_an_untested_version_in_range_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = installation._installed
+    real = installation.installed
     monkeypatch.setattr(
-        installation, "_installed", lambda name: "9.9.9" if name == "safetensors" else real(name)
+        installation, "installed", lambda name: "9.9.9" if name == "safetensors" else real(name)
     )
     found = one(installation.packages(), "safetensors")
     assert (found.level, found.value, found.hint) == (NOTE, "9.9.9 (tested: 0.8.0)", "")
 
 
 def test_a_package_that_is_not_there_says_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(installation, "_installed", lambda name: None)
+    monkeypatch.setattr(installation, "installed", lambda name: None)
     found = one(installation.packages(), "wandb")
     assert (found.level, found.value) == (NOTE, "not installed")
     assert "pip install 'kt_sft[wandb]'" in found.hint
 
 
 def test_a_package_that_is_needed_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(installation, "_installed", lambda name: None)
+    monkeypatch.setattr(installation, "installed", lambda name: None)
     assert one(installation.packages(), "peft").level == PROBLEM
 
 
@@ -263,9 +263,9 @@ def test_a_part_that_ends_early_is_a_finding(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_packages_of_extras_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = installation._installed
+    real = installation.installed
     monkeypatch.setattr(
-        installation, "_installed", lambda name: "0.40" if name == "bitsandbytes" else real(name)
+        installation, "installed", lambda name: "0.40" if name == "bitsandbytes" else real(name)
     )
     found = one(installation.packages(), "bitsandbytes")
     assert found.level == WARNING and "kt_sft wants bitsandbytes >=0.48" in found.hint

@@ -124,7 +124,7 @@ def test_without_a_run_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
         wandb_run.alert("a", "b")
         wandb_run.log_page("a", "b")
         wandb_run.log_heatmap("a", [[1.0]])
-        wandb_run.update_config({})
+        wandb_run.update_config(dict)
 
 
 def test_the_image_of_the_load(run: Recorder) -> None:

@@ -137,6 +137,7 @@ def summarize(
     lines += [
         "",
         f"  Adapter    {adapter}/adapter_model.safetensors",
+        f"  Report     {adapter}/report.html",
         f"  Plots      {outputs}/demo.png, {adapter}/training_loss.png",
         f"  Answers    {outputs}/answers_before, {outputs}/answers_after",
         f"  W&B run    {runs[-1] if runs else 'none'} (wandb sync uploads it)",

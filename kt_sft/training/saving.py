@@ -32,6 +32,7 @@ from kt_sft.training.savepoints import (
     rotate,
     sweep,
 )
+from kt_sft.training.stop_signals import ignore_termination
 
 # The order in which torch asks what restores a location; its own go up to 30.
 _AFTER_TORCH = 97
@@ -224,10 +225,18 @@ def careful_train(stock: Callable) -> Callable:
                     callback.close()
         for guard in guards:
             if guard.stopped_by:
+                _end_together()
                 raise SystemExit(128 + guard.stopped_by)
         return result
 
     return train
+
+
+def _end_together() -> None:
+    """A rank that ends makes the launcher send SIGTERM to the others, whose work is done, too."""
+    if _ranks() > 1:
+        _everywhere(None)
+        ignore_termination()
 
 
 def _restored_on_cpu(storage: Any, location: str) -> Any:

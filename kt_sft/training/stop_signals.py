@@ -53,3 +53,9 @@ class StopSignals:
         logger.warning(
             "%s: finishing this step, then saving and stopping; once more stops at once", name
         )
+
+
+def ignore_termination() -> None:
+    """For a process that is about to end; launchers that lose patience send SIGKILL."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)

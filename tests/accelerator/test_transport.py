@@ -7,6 +7,7 @@ import copy
 import sys
 import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ FLOAT, INDEX = 4, 8
 # Of one layer: A and B of gate, up and down.
 LORA = 3 * EXPERTS * RANK * (HIDDEN + CHANNELS) * FLOAT
 UP, BACK = TOKENS * HIDDEN * FLOAT, TOKENS * TOP_K * FLOAT
+PATIENCE = 0.5
 DOWN = UP + TOKENS * TOP_K * INDEX + BACK
 
 
@@ -333,15 +335,25 @@ def test_adapters_that_stay_on_the_host() -> None:
     on_device(_on_host)
 
 
-def _watch_meanwhile(device: SimulatedDevice, name: str) -> list[list[str]]:
-    """What the device computes while the host does, for each call of an engine's function."""
+def _watch_meanwhile(
+    device: SimulatedDevice, name: str, enough: Callable[[list[str]], bool]
+) -> list[list[str]]:
+    """What the device computes between a call's way down and its arithmetic, for each call.
+
+    The host's arithmetic begins when that is enough, at the latest after `PATIENCE` seconds.
+    """
     stock, seen = getattr(CpuExperts, name), []
 
+    def ran() -> list[str]:
+        trace = device.observed().trace
+        down = max(i for i, job in enumerate(trace) if job.kind == "down")
+        return [job.name for job in trace[down:] if job.kind == "compute"]
+
     def watched(*args: Any) -> Any:
-        before = len(device.observed().trace)
-        time.sleep(0.03)  # the host's arithmetic takes long
-        ran = device.observed().trace[before:]
-        seen.append([job.name for job in ran if job.kind == "compute"])
+        end = time.monotonic() + PATIENCE
+        while not enough(ran()) and time.monotonic() < end:
+            time.sleep(0.005)
+        seen.append(ran())
         return stock(*args)
 
     setattr(CpuExperts, name, watched)
@@ -355,7 +367,8 @@ def _overlapping(device: SimulatedDevice, family: str, ahead: bool) -> None:
 
     want = step(made())
     model = placed(made(), DEVICE)
-    forward, backward = (_watch_meanwhile(device, name) for name in ("_forward", "_backward"))
+    forward = _watch_meanwhile(device, "_forward", bool)
+    backward = _watch_meanwhile(device, "_backward", lambda names: names.count("aten::mm") >= 3)
     layers = len(hybrid_experts_of(model))
     for checkpointed in (False, True):
         if checkpointed:

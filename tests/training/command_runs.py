@@ -24,6 +24,7 @@ from children import output, own_folder, start
 from transformers import Trainer
 
 from kt_sft.cli import main as kt_sft_main
+from kt_sft.training.report import RunReport
 
 
 def _rank() -> None:
@@ -151,3 +152,26 @@ class FaultAtStep:
             return stock(trainer, *args, **kwargs)
 
         Trainer.training_step = training_step  # type: ignore[method-assign]
+
+
+@dataclass
+class SlowAtItsEnd:
+    """A rank that is late with its report, and once more with what follows the training."""
+
+    seconds: float
+
+    def __call__(self) -> None:
+        write, run_exp = RunReport._write, tuner.run_exp
+
+        def late_report(*args: object) -> None:
+            time.sleep(self.seconds)
+            write(*args)
+
+        def late_exit() -> None:
+            try:
+                run_exp()
+            finally:
+                time.sleep(self.seconds)
+
+        RunReport._write = late_report  # type: ignore[method-assign]
+        tuner.run_exp = late_exit

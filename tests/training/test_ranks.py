@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_runs import FaultAtStep, free_port, ranks_of, run_together
+from command_runs import FaultAtStep, SlowAtItsEnd, free_port, ranks_of, run_together
 from llamafactory_runs import BIN, Workplace, effective_workplace, environment
 from safetensors.torch import load_file
 
@@ -206,11 +206,13 @@ def test_a_killed_run_of_two_ranks_resumes_to_the_bit(mode: str, place: Workplac
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(place: Workplace) -> None:
     name = "one-signalled"
     settings = {**SETTINGS, **SAVES, "save_steps": 1000, "max_steps": 5000}
-    faults = {1: FaultAtStep(3, signal.SIGTERM)}
+    # The launcher ends who is still there when the first one has ended.
+    faults = {0: SlowAtItsEnd(1.0), 1: FaultAtStep(3, signal.SIGTERM)}
     codes, text = train(place, name, faults=faults, **settings)
     assert codes == [128 + signal.SIGTERM] * 2, text[-6000:]
     assert "finishing this step, then saving and stopping" in text
     assert newest_valid(place.folder / name) == str(place.folder / name / "checkpoint-3")
+    assert (place.folder / name / "report.html").is_file()
 
 
 def test_a_signal_to_the_launcher_saves_and_stops(place: Workplace) -> None:

@@ -98,10 +98,12 @@ def ranks_of(
     ]  # fmt: skip
 
 
-def run_together(commands: Sequence[Command], seconds: float = 120) -> tuple[list[int], str]:
+def run_together(
+    commands: Sequence[Command], seconds: float = 120, patience: float = 30
+) -> tuple[list[int], str]:
     """(exit codes, output) of the ranks of a run; when one fails, torchrun's way ends the others.
 
-    They get SIGTERM and, half a minute later, SIGKILL.
+    They get SIGTERM and, `patience` seconds later, SIGKILL.
     """
     processes = [start(command) for command in commands]
     try:
@@ -112,7 +114,7 @@ def run_together(commands: Sequence[Command], seconds: float = 120) -> tuple[lis
             if failed is None and any(p.exitcode for p in processes):
                 failed = now
                 _signal(processes, signal.SIGTERM)
-            elif failed is not None and now > failed + 30:
+            elif failed is not None and now > failed + patience:
                 _signal(processes, signal.SIGKILL)
             assert now < deadline, "the ranks hang:\n" + _texts(commands)
             time.sleep(0.02)
@@ -158,20 +160,21 @@ class FaultAtStep:
 class SlowAtItsEnd:
     """A rank that is late with its report, and once more with what follows the training."""
 
-    seconds: float
+    report: float  # seconds
+    exit: float
 
     def __call__(self) -> None:
         write, run_exp = RunReport._write, tuner.run_exp
 
         def late_report(*args: object) -> None:
-            time.sleep(self.seconds)
+            time.sleep(self.report)
             write(*args)
 
         def late_exit() -> None:
             try:
                 run_exp()
             finally:
-                time.sleep(self.seconds)
+                time.sleep(self.exit)
 
         RunReport._write = late_report  # type: ignore[method-assign]
         tuner.run_exp = late_exit

@@ -67,11 +67,12 @@ def train(
     ranks: int = 2,
     faults: dict[int, Callable[[], None]] | None = None,
     seconds: float = 120,
+    patience: float = 30,
     **settings: Any,
 ) -> tuple[list[int], str]:
     """(exit codes, output) of a run of several ranks, some of them with a fault."""
     recipe = place.recipe(name, per_device_train_batch_size=4 // ranks, **settings)
-    return run_together(ranks_of([str(recipe)] * ranks, ranks, faults or {}), seconds)
+    return run_together(ranks_of([str(recipe)] * ranks, ranks, faults or {}), seconds, patience)
 
 
 def train_whole(place: Workplace, name: str, ranks: int = 2, **settings: Any) -> str:
@@ -207,8 +208,8 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(place: Workplace) ->
     name = "one-signalled"
     settings = {**SETTINGS, **SAVES, "save_steps": 1000, "max_steps": 5000}
     # The launcher ends who is still there when the first one has ended.
-    faults = {0: SlowAtItsEnd(1.0), 1: FaultAtStep(3, signal.SIGTERM)}
-    codes, text = train(place, name, faults=faults, **settings)
+    faults = {0: SlowAtItsEnd(report=5.0, exit=1.0), 1: FaultAtStep(3, signal.SIGTERM)}
+    codes, text = train(place, name, faults=faults, patience=3, **settings)
     assert codes == [128 + signal.SIGTERM] * 2, text[-6000:]
     assert "finishing this step, then saving and stopping" in text
     assert newest_valid(place.folder / name) == str(place.folder / name / "checkpoint-3")

@@ -43,6 +43,7 @@ COSTS = {
     "training/test_modes.py": "process",
     "training/test_recipes.py": "process",
     "training/test_survival.py": "process",
+    "training/test_trackers.py": "process",
     "training/test_memory_plan.py": "process",
     "training/test_real_model.py": "process",
     "training/test_ppo.py": "process",

@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -175,7 +176,7 @@ def make(name: str, folder: str) -> None:
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
 
 
-def each_in_a_process(script: str, names: Iterable[str]) -> Iterator[tuple[str, dict[str, float]]]:
+def each_in_a_process(script: str, names: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """What `script --shape NAME` prints last, for each name."""
     for name in names:
         done = subprocess.run(

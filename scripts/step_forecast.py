@@ -4,7 +4,7 @@
     python scripts/step_forecast.py --shape wide
 
 Each shape trains in a process of its own on the CPU, LoRA of rank 8 on everything, gradient
-checkpointing, AdamW; the median of the steps after the first.
+checkpointing, AdamW. Forecasts and steps take turns; cells are medians, predicted / measured.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from kt_sft import HybridExpertsConfig
 from kt_sft.cli.plan import question_of
+from kt_sft.experts import hybrid_experts_of
 from kt_sft.forecast.forecast import ask
 
 SHAPES = {
@@ -42,11 +43,13 @@ SHAPES = {
         hidden=2048, intermediate=1024, experts=64, layers=3, top_k=8, length=64, vocabulary=8192
     ),
 }  # fmt: skip
-STEPS = 5
+ROUNDS, STEPS = 5, 4
+PARTS = ("experts", "other layers", "optimizer")
+Seconds = dict[str, float]
 
 
-def measure(name: str) -> dict[str, float]:
-    """Seconds of a step, predicted and measured, in this process."""
+def measure(name: str) -> list[tuple[Seconds, Seconds]]:
+    """(predicted, measured) seconds of a step by part, in this process, once for each round."""
     shape = SHAPES[name]
     memory_plan.SHAPES[name] = shape
     with tempfile.TemporaryDirectory() as folder:
@@ -55,33 +58,56 @@ def measure(name: str) -> dict[str, float]:
         )
         maker.start()
         maker.join()
-        predicted = _predicted(shape, folder)
+        training = Training(shape, folder)
+        training.step()
+        found = []
+        for _ in range(ROUNDS):
+            predicted = _predicted(shape, folder)
+            steps = [training.step() for _ in range(STEPS)]
+            found.append((predicted, {p: statistics.median(s[p] for s in steps) for p in PARTS}))
+    return found
+
+
+class Training:
+    """A plain loop as the Trainer has it: autocast, clipped gradients, AdamW."""
+
+    def __init__(self, shape: Shape, folder: str) -> None:
         config = HybridExpertsConfig(
             store="memory", weights=shape.weights, activations=shape.activations
         )
         model = AutoModelForCausalLM.from_pretrained(
             folder, config=shape.config(), quantization_config=config, dtype=torch.bfloat16
         )
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model = get_peft_model(model, LoraConfig(r=8, target_modules=list(shape.targets))).train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for parameter in trained:
-        parameter.data = parameter.data.float()
-    optimizer = torch.optim.AdamW(trained)
-    seconds = []
-    for _ in range(STEPS):
+        self.meter = next(iter(hybrid_experts_of(model).values())).runtime.meter
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        lora = LoraConfig(r=8, target_modules=list(shape.targets))
+        self.model, self.shape = get_peft_model(model, lora).train(), shape
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        for parameter in self.trained:
+            parameter.data = parameter.data.float()
+        self.optimizer = torch.optim.AdamW(self.trained)
+
+    def step(self) -> Seconds:
+        """Of one, by part."""
+        shape = self.shape
         ids = torch.randint(0, shape.vocabulary, (shape.sequences, shape.length))
+        self.meter.read()
         start = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model(input_ids=ids, labels=ids).loss
+            loss = self.model(input_ids=ids, labels=ids).loss
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        seconds.append(time.perf_counter() - start)
-    return {"predicted": predicted, "measured": statistics.median(seconds[1:])}
+        middle = time.perf_counter()
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        end = time.perf_counter()
+        reading = self.meter.read()
+        experts = reading.forward + reading.backward
+        times = (experts, middle - start - experts, end - middle)
+        return dict(zip(PARTS, times, strict=True))
 
 
-def _predicted(shape: Shape, folder: str) -> float:
+def _predicted(shape: Shape, folder: str) -> Seconds:
     recipe = {
         "model_name_or_path": folder,
         "do_train": True,
@@ -90,7 +116,8 @@ def _predicted(shape: Shape, folder: str) -> float:
         "per_device_train_batch_size": shape.sequences,
         "kt_sft": {"weights": shape.weights, "activations": shape.activations},
     }
-    return ask(question_of(recipe, None, None)).step.seconds
+    parts = ask(question_of(recipe, None, None)).step.parts
+    return {name: sum(s for p, s in parts.items() if p.startswith(name)) for name in PARTS}
 
 
 def main() -> None:
@@ -99,13 +126,21 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES)
     options = parser.parse_args()
     if options.shape:
-        print(json.dumps(measure(options.shape)))
+        print(json.dumps({"rounds": measure(options.shape)}))
         return
-    print("| shape | predicted ms | measured ms | measured / predicted |\n|---|---|---|---|")
+    parts = " | ".join(f"{part}, ms" for part in PARTS)
+    print(f"| shape | {parts} | a step, ms | measured / predicted |")
+    print("|---|" + "---|" * (len(PARTS) + 2))
     for name, found in each_in_a_process(__file__, SHAPES):
-        predicted, measured = 1e3 * found["predicted"], 1e3 * found["measured"]
-        ratio = measured / predicted
-        print(f"| {name} | {predicted:.0f} | {measured:.0f} | {ratio:.2f} |", flush=True)
+        cells, totals = [], [[sum(s.values()) for s in pair] for pair in found["rounds"]]
+        for part in PARTS:
+            both = zip(*((pair[0][part], pair[1][part]) for pair in found["rounds"]), strict=True)
+            cells.append(" / ".join(f"{1e3 * statistics.median(times):.0f}" for times in both))
+        predicted, measured = map(statistics.median, zip(*totals, strict=True))
+        ratios = sorted(after / before for before, after in totals)
+        ratio = f"{measured / predicted:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        whole = f"{1e3 * predicted:.0f} / {1e3 * measured:.0f}"
+        print(f"| {name} | {' | '.join(cells)} | {whole} | {ratio} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -187,6 +187,7 @@ def question_of(recipe: Mapping[str, Any], folder: Path | None, machine: str | N
         int(recipe.get("per_device_train_batch_size", _BATCH)),
         int(recipe.get("gradient_accumulation_steps", 1)) if outline is not None else 1,
         measured_times(settings) if there.measured else assumed_times(there, settings),
+        there.measured,
         _fixed(rest, subject),
     )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import math
 import statistics
 import threading
 import time
@@ -51,8 +52,9 @@ from kt_sft.store.library import default_folder
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "calibration.json"
-# Rows of one expert, and of how many experts together, that are timed.
-_CASES = ((1, 16), (8, 16), (32, 16), (128, 4), (512, 2))
+# Rows of one expert, and of how many experts together, that are timed: with few experts the threads
+# wait for each other more than in a layer.
+_CASES = ((1, 32), (8, 32), (32, 32), (128, 16), (512, 8))
 _REPEATS = 5
 _RANK = 8
 _TOGETHER_SECONDS = 0.3
@@ -195,17 +197,19 @@ def measured_layer(
 
 
 def measured_host(
-    settings: HybridExpertsSettings, layout: WeightLayout
+    settings: HybridExpertsSettings, layout: WeightLayout, top_k: int
 ) -> tuple[tuple[Curve, float], tuple[Curve, float]]:
     """Of a layer's form on the host alone, measured with random experts in a few seconds.
 
-    For forward and backward: seconds of one expert by its rows, and of a call without any.
+    top_k: experts of a token. For forward and backward: seconds of one expert by its rows, and of a
+    call without any.
     """
     each = layout.nbytes // layout.experts
     count = min(layout.experts, _SOME_EXPERTS, max(_FEWEST_EXPERTS, _BEYOND_CACHES // each))
     engine, weights = _random_experts(settings, layout, count)
     layer = MeasuredLayer(engine.on(weights), weights, torch.device("cpu"))
-    bench = _Bench(layer, settings.compute, bool(settings.expert_lora), quick=True)
+    lora = bool(settings.expert_lora)
+    bench = _Bench(layer, settings.compute, lora, top_k=min(top_k, count), quick=True)
     forward, backward = bench.curves(bench.on_host)
     return forward, backward
 
@@ -247,14 +251,20 @@ class _Bench:
     """Times calls of one layer. Experts take turns, so that weights come from memory."""
 
     def __init__(
-        self, layer: MeasuredLayer, compute: str, lora: bool, *, quick: bool = False
+        self,
+        layer: MeasuredLayer,
+        compute: str,
+        lora: bool,
+        *,
+        top_k: int = 1,
+        quick: bool = False,
     ) -> None:
         self._host, self._device, layout = layer.host, layer.device, layer.host.layout
         self._layout = layout
         self._call = Call(layout.arithmetic or compute, Gate(gated=layout.gated))
         self._ranks = _RANK if lora else 0
         self._turn = 0
-        self._weights, self._quick = layer.weights, quick
+        self._weights, self._quick, self._top_k = layer.weights, quick, top_k
 
     @cached_property
     def _share(self) -> DeviceShare:
@@ -264,7 +274,8 @@ class _Bench:
 
     def _inputs(self, rows: int, chosen: Sequence[int], device: torch.device) -> Inputs:
         layout = self._layout
-        index = torch.tensor(chosen).repeat(rows)[:, None]
+        each = math.gcd(self._top_k, len(chosen))
+        index = torch.tensor(chosen).repeat(rows).reshape(-1, each)
         lora: list[LoraFactors | None] = [None, None, None]
         if self._ranks:  # one pair for all costs what pairs cost, and takes no memory
             for i, projection in enumerate(PROJECTIONS):
@@ -278,7 +289,7 @@ class _Bench:
         return Inputs(
             hidden_TD.to(device),
             index.to(device),
-            torch.ones(len(index), 1, device=device),
+            torch.ones(index.shape, device=device),
             (lora[0], lora[1], lora[2]),
         )
 
@@ -322,10 +333,11 @@ class _Bench:
         def median(rows: int, count: int) -> _Times:
             repeats = _REPEATS
             if sum(case(rows, count)) > _LONG_SECONDS and self._quick:
-                repeats = 1
+                repeats = 2
             times = [case(rows, count) for _ in range(repeats)]
             forward, backward = zip(*times, strict=True)
-            return statistics.median(forward), statistics.median(backward)
+            # Of two, the one that nothing else on the machine has delayed.
+            return statistics.median_low(forward), statistics.median_low(backward)
 
         start = time.perf_counter()
         alone = median(1, 1)

@@ -7,14 +7,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from kt_sft.config import HybridExpertsSettings
 from kt_sft.engines.calibration import measured_host
 from kt_sft.forecast.machines import Machine
+from kt_sft.forecast.probe import RestTimes, Sample, measured_rest
 from kt_sft.forecast.subject import Subject
-from kt_sft.forecast.timing import LayerTimes, Load, StepTime, time_of_step
+from kt_sft.forecast.timing import LayerTimes, Load, StepTime, attention_width, time_of_step
 from kt_sft.kernels import WeightLayout
 from kt_sft.planning.outline import TrainingOutline, plan_of
-from kt_sft.planning.plan import MemoryPlan
+from kt_sft.planning.plan import LayerNeeds, MemoryPlan
 
 FITS, DOES_NOT_FIT, UNKNOWN = "fits", "does not fit", "cannot tell"
 STATUS = {FITS: 0, DOES_NOT_FIT: 1, UNKNOWN: 2}
@@ -65,6 +68,7 @@ class Question:
 
     outline: None where the recipe does not train. length: of one sequence (cutoff_len). samples: of
     a micro batch. times: what a layer's form takes; measured, or assumed of a described machine.
+    measures_rest: whether the other layers are run here to see what they take.
     fixed: changes that do not go with the recipe.
     """
 
@@ -75,7 +79,8 @@ class Question:
     length: int
     samples: int
     micro_batches: int
-    times: Callable[[WeightLayout], LayerTimes]
+    times: Callable[[LayerNeeds], LayerTimes]
+    measures_rest: bool = False
     fixed: frozenset[str] = frozenset()
 
     def plan(self) -> MemoryPlan:
@@ -88,6 +93,22 @@ class Question:
             self.outline,
             self.subject.rest_bytes,
             self.machine.surroundings(),
+        )
+
+    def rest(self, plan: MemoryPlan, load: Load) -> RestTimes | None:
+        """What is beside the experts, measured; None where it is to be counted."""
+        if not self.measures_rest:
+            return None
+        device = torch.device("cpu")
+        if self.machine.device is not None:
+            device = torch.accelerator.current_accelerator() or device
+        return measured_rest(
+            self.subject,
+            plan.work,
+            None if self.outline is None else self.outline.targets,
+            Sample(load.tokens, load.length),
+            attention_width(self.subject.config.get_text_config()),
+            device,
         )
 
     def shortages(self, plan: MemoryPlan | None = None) -> list[str]:
@@ -148,7 +169,7 @@ class Forecast:
         layer = self.plan.layers[-1]
         tokens = self.step.tokens // self.question.micro_batches
         rows = max(1.0, tokens * layer.top_k / layer.layout.experts)
-        curve, _ = self.question.times(layer.layout).forward
+        curve, _ = self.question.times(layer).forward
         few, some = (float(s) for s in curve([1, round(rows)]))  # type: ignore[arg-type]
         reading = some < 2 * few
         return "reading their weights from memory" if reading else "the CPU's arithmetic"
@@ -162,7 +183,8 @@ def ask(question: Question) -> Forecast:
     references = question.outline.references if question.outline is not None else 0
     length = min(question.length, tokens)
     load = Load(tokens, length, question.micro_batches, references)
-    step = time_of_step(question.subject, question.machine, plan, question.times, load)
+    rest = question.rest(plan, load)
+    step = time_of_step(question.subject, question.machine, plan, question.times, load, rest)
     longest = _longest(question) if question.outline is not None else 0
     changes = _changes(question) if shortages else []
     return Forecast(question, plan, shortages, step, longest, changes)
@@ -250,18 +272,18 @@ def _excess(question: Question) -> int:
     return missing
 
 
-def measured_times(settings: HybridExpertsSettings) -> Callable[[WeightLayout], LayerTimes]:
+def measured_times(settings: HybridExpertsSettings) -> Callable[[LayerNeeds], LayerTimes]:
     """Of this machine: each form of layer is measured once."""
 
     @functools.cache
-    def times(layout: WeightLayout) -> LayerTimes:
-        return LayerTimes(*measured_host(settings, layout))
+    def of(layout: WeightLayout, top_k: int) -> LayerTimes:
+        return LayerTimes(*measured_host(settings, layout, top_k))
 
-    return times
+    return lambda layer: of(layer.layout, layer.top_k)
 
 
 def assumed_times(
     machine: Machine, settings: HybridExpertsSettings
-) -> Callable[[WeightLayout], LayerTimes]:
+) -> Callable[[LayerNeeds], LayerTimes]:
     """Of a machine that was described."""
-    return lambda layout: LayerTimes.assumed(machine, layout, settings.compute)
+    return lambda layer: LayerTimes.assumed(machine, layer.layout, settings.compute)

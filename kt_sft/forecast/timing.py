@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from kt_sft.forecast.machines import BACKWARD, Machine
+from kt_sft.forecast.probe import RestTimes
 from kt_sft.forecast.subject import Subject
 from kt_sft.kernels import WeightLayout
-from kt_sft.planning.plan import MemoryPlan, lora_parameters
+from kt_sft.planning.plan import LayerNeeds, MemoryPlan, lora_parameters
 from kt_sft.planning.schedule import expected_rows
 from kt_sft.scheduling.costs import Curve
 
@@ -114,14 +115,14 @@ def rest_operations(subject: Subject, length: int) -> tuple[float, float]:
         if p.dim() >= 2 and id(p) not in embeddings and not _sees_no_text(name)
     )
     products += head.weight.numel() if tied else 0
-    return 2.0 * products, 2.0 * length * _attention_width(subject.config.get_text_config())
+    return 2.0 * products, 2.0 * length * attention_width(subject.config.get_text_config())
 
 
 def _sees_no_text(name: str) -> bool:
     return any(part in name for part in ("visual.", "vision_tower.", "vision_model.", "audio"))
 
 
-def _attention_width(text: Any) -> float:
+def attention_width(text: Any) -> float:
     """Channels of queries and values over all layers that look at the whole sequence."""
     heads = int(getattr(text, "num_attention_heads", 0) or 0)
     width = getattr(text, "head_dim", None) or text.hidden_size // max(1, heads)
@@ -149,32 +150,22 @@ def time_of_step(
     subject: Subject,
     machine: Machine,
     plan: MemoryPlan,
-    times: Callable[[WeightLayout], LayerTimes],
+    times: Callable[[LayerNeeds], LayerTimes],
     load: Load,
+    rest: RestTimes | None = None,
 ) -> StepTime:
-    """Of an optimizer step; without a training, of one forward."""
+    """Of an optimizer step; without a training, of one forward. rest: where it is measured."""
     text, work, device = subject.config.get_text_config(), plan.work, machine.device
     passes = Passes.of(plan, load.references)
     ahead = back = 0.0
     for layer in plan.layers:
-        forward, backward = times(layer.layout).seconds(layer.layout, load.tokens, layer.top_k)
+        forward, backward = times(layer).seconds(layer.layout, load.tokens, layer.top_k)
         ahead, back = ahead + forward, back + backward
     parts = {"experts, forward": load.micro_batches * passes.experts * ahead}
-    rate, bandwidth = (
-        (machine.rate, machine.bandwidth) if device is None else (device.rate, device.bandwidth)
-    )
     tensor = load.tokens * text.hidden_size * subject.dtype.itemsize
-    moved = _TENSORS * tensor * text.num_hidden_layers
-    if work is None or not work.fused_loss:
-        moved += _LOGIT_TENSORS * load.tokens * text.vocab_size * _FLOAT
     other = 0 if work is None else work.other_trained
-    products, attention = rest_operations(subject, load.length)
-    # Backward of frozen weights is one product more, for the inputs; of attention and of what
-    # trains two, for the gradients of both operands.
-    again = passes.rest + passes.backward
-    operations = again * products
-    operations += (passes.rest + 2 * passes.backward) * (attention + 2.0 * other)
-    rest = load.tokens * operations / rate + again * moved / bandwidth
+    if rest is None:
+        rest = _counted_rest(subject, machine, plan, load, passes)
     crossing = passes.crossings * tensor * len(plan.layers)
     link = 0.0 if device is None else load.micro_batches * crossing / device.link
     if work is not None:
@@ -183,7 +174,35 @@ def time_of_step(
         here = plan.adapters == "host"
         if device is not None and not here:  # LoRA down, its gradients up
             link += 2 * _FLOAT * trained / device.link
-        moved = trained / (machine.bandwidth if here else bandwidth) + other / bandwidth
-        parts["optimizer"] = _OPTIMIZER_BYTES * moved
-    parts |= {"other layers": load.micro_batches * rest, "link": link}
+        each = rest.optimizer_host if here else rest.optimizer_device
+        parts["optimizer"] = trained * each + other * rest.optimizer_device
+    layers = rest.forward
+    if work is not None:
+        layers = rest.training + load.references * rest.forward
+    parts |= {"other layers": load.micro_batches * layers, "link": link}
     return StepTime(load.micro_batches * load.tokens, {k: v for k, v in parts.items() if v})
+
+
+def _counted_rest(
+    subject: Subject, machine: Machine, plan: MemoryPlan, load: Load, passes: Passes
+) -> RestTimes:
+    """Counted operations and bytes over rates."""
+    text, work, device = subject.config.get_text_config(), plan.work, machine.device
+    rate, bandwidth = (
+        (machine.rate, machine.bandwidth) if device is None else (device.rate, device.bandwidth)
+    )
+    moved = _TENSORS * load.tokens * text.hidden_size * subject.dtype.itemsize
+    moved *= text.num_hidden_layers
+    if work is None or not work.fused_loss:
+        moved += _LOGIT_TENSORS * load.tokens * text.vocab_size * _FLOAT
+    other = 0 if work is None else work.other_trained
+    products, attention = rest_operations(subject, load.length)
+    forward = load.tokens * (products + attention + 2.0 * other) / rate + moved / bandwidth
+    # Backward of frozen weights is one product more, for the inputs; of attention and of what
+    # trains two, for the gradients of both operands.
+    ahead = passes.rest - load.references
+    operations = (ahead + 1) * products + (ahead + 2) * (attention + 2.0 * other)
+    training = load.tokens * operations / rate + (ahead + 1) * moved / bandwidth
+    return RestTimes(
+        forward, training, _OPTIMIZER_BYTES / machine.bandwidth, _OPTIMIZER_BYTES / bandwidth
+    )

@@ -63,6 +63,7 @@ COSTS = {
     "report": "model",
     "docs/test_page_commands.py": "process",
     "docs/test_examples.py": "process",
+    "docs/test_page_scripts.py": "process",
     "docs": "model",
     "test_package.py": "process",
     "test_demo.py": "process",

@@ -115,7 +115,7 @@ def starter(
         f"learning_rate: {goal.learning_rate}",
         "num_train_epochs: 1.0",
         "lr_scheduler_type: cosine",
-        "warmup_ratio: 0.05",
+        _line("warmup_steps", 0.05, "of all steps"),
         "bf16: true",
     ]
     if question.machine.device is None:

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 _ARGUMENTS = (
     "output_dir",
-    "learning_rate", "lr_scheduler_type", "warmup_ratio", "num_train_epochs", "max_steps",
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps",
     "per_device_train_batch_size", "gradient_accumulation_steps", "weight_decay", "max_grad_norm",
     "optim", "bf16", "fp16", "seed", "world_size",
 )  # fmt: skip

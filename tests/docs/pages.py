@@ -35,7 +35,7 @@ def commands(page: Path) -> Iterator[str]:
     for line in lines:
         words = re.sub(r"\s#.*$", "", line.strip().removeprefix("$ "))
         words = re.sub(r"^(?:[A-Z_]+=\S+ )+", "", words)
-        if re.match(r"(?:kt-sft|llamafactory-cli|make|python scripts/\S+) ", words):
+        if re.match(r"(?:kt-sft|llamafactory-cli|make) |python scripts/\S+", words):
             yield words
 
 

@@ -69,6 +69,14 @@ def test_an_adapter_in_stock_peft(model: str, adapter: Path, tmp_path: Path) -> 
     assert apart and float(apart[1]) < 2
 
 
+def test_a_prefix_is_read_once(model: str, adapter: Path, tmp_path: Path) -> None:
+    prefix = tmp_path / "prefix.txt"
+    prefix.write_text("the quick brown fox jumps over the lazy dog " * 4)
+    words = ["--prefix", str(prefix), "--prompt", "the fox", "--prompt", "a dog", "--tokens", "8"]
+    said = run("prefix_cache", model, "--adapter", str(adapter), *words)
+    assert said.count("whose answer is the same") == 2, said
+
+
 def test_an_adapter_for_vllm(model: str, adapter: Path, tmp_path: Path) -> None:
     said = run("serve_with_vllm", model, str(adapter), "--out", str(tmp_path / "vllm"))
     assert "vllm serve" in said

@@ -15,6 +15,7 @@ from kt_sft.planning.plan import MemoryPlan
 from kt_sft.store.library import default_folder
 
 _NAME = 34
+_SMALL_BYTES, _SMALL_PARAMETERS = 10_000_000, 100_000_000
 
 
 def lines(forecast: Forecast, samples: int | None = None) -> Iterator[str]:
@@ -60,8 +61,8 @@ def _question(forecast: Forecast) -> Iterator[str]:
     shape = layers[-1].shape
     top_k = forecast.plan.layers[-1].top_k
     yield (
-        f"{subject.name}: {subject.parameters / 1e9:.1f} B parameters, "
-        f"{subject.in_experts / 1e9:.1f} B of them in {len(layers)} layers of {shape.experts} "
+        f"{subject.name}: {_parameters(subject.parameters)} parameters, "
+        f"{_parameters(subject.in_experts)} of them in {len(layers)} layers of {shape.experts} "
         f"routed experts ({shape.hidden} x {shape.intermediate}), {top_k} for each token"
     )
     outline = question.outline
@@ -137,7 +138,18 @@ def _disk(forecast: Forecast) -> Iterator[str]:
 
 def _cells(host: int, device: int, on_device: bool) -> str:
     cells = (host, device) if on_device else (host,)
-    return " ".join(f"{n / 1e9:8.2f} GB" if n else " " * 11 for n in cells).rstrip()
+    return " ".join(f"{_bytes(n):>11}" for n in cells).rstrip()
+
+
+def _bytes(n: int) -> str:
+    """Of small models in MB, nothing where there is nothing."""
+    if not n:
+        return ""
+    return f"{n / 1e9:.2f} GB" if n >= _SMALL_BYTES else f"{n / 1e6:.2f} MB"
+
+
+def _parameters(n: int) -> str:
+    return f"{n / 1e9:.1f} B" if n >= _SMALL_PARAMETERS else f"{n / 1e6:.1f} M"
 
 
 def _choices(plan: MemoryPlan, forecast: Forecast) -> str:

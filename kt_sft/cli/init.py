@@ -82,13 +82,13 @@ def recipe_for(
     if _kept_as_published(asked):
         # Codes that are there already lose nothing more.
         recipe["kt_sft"] = {"weights": AS_PUBLISHED}
-        asked = question_of(recipe, None, machine)
+        asked = question_of(recipe, None, asked.machine)
     forecast = ask(asked)
     if forecast.shortages:
         for change in forecast.changes:
             place = recipe["kt_sft"] if change.inner else recipe
             place[change.inner or change.key] = change.value
-        forecast = ask(question_of(recipe, None, machine))
+        forecast = ask(question_of(recipe, None, asked.machine))
     if forecast.verdict == DOES_NOT_FIT:
         where = "this machine" if machine is None else repr(machine)
         raise KtSftError(

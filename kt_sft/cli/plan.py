@@ -18,6 +18,7 @@ from kt_sft.errors import SettingsError
 
 if TYPE_CHECKING:
     from kt_sft.forecast.forecast import Question
+    from kt_sft.forecast.machines import Machine
     from kt_sft.forecast.subject import Subject
 
 # What a model is planned with where no recipe is given.
@@ -137,8 +138,11 @@ def _recipe(arguments: argparse.Namespace) -> dict[str, Any]:
     return recipe
 
 
-def question_of(recipe: Mapping[str, Any], folder: Path | None, machine: str | None) -> Question:
-    """What a recipe asks of this machine, or of one that is described. Raises KtSftError."""
+def question_of(
+    recipe: Mapping[str, Any], folder: Path | None, machine: str | Machine | None
+) -> Question:
+    """What a recipe asks of this machine (None), of one that is described or of one that is known
+    from another question. Raises KtSftError."""
     import torch
 
     from kt_sft.config import read_section
@@ -174,7 +178,8 @@ def question_of(recipe: Mapping[str, Any], folder: Path | None, machine: str | N
     )
     if settings.embeddings == "host":
         require_table(subject.model)
-    there = this_machine(settings) if machine is None else described(machine)
+    there = described(machine) if isinstance(machine, str) else machine
+    there = there or this_machine(settings)
     if recipe.get("use_cpu"):
         there = replace(there, device=None)
     outline = outline_of(rest, subject.model_type)

@@ -197,19 +197,22 @@ def measured_layer(
 
 
 def measured_host(
-    settings: HybridExpertsSettings, layout: WeightLayout, top_k: int
+    settings: HybridExpertsSettings,
+    layout: WeightLayout,
+    top_k: int,
+    rank: int,
+    adapted: Sequence[str] = PROJECTIONS,
 ) -> tuple[tuple[Curve, float], tuple[Curve, float]]:
     """Of a layer's form on the host alone, measured with random experts in a few seconds.
 
-    top_k: experts of a token. For forward and backward: seconds of one expert by its rows, and of a
-    call without any.
+    top_k: experts of a token. rank: of LoRA, 0 for none; adapted: the projections that have it. For
+    forward and backward: seconds of one expert by its rows, and of a call without any.
     """
     each = layout.nbytes // layout.experts
     count = min(layout.experts, _SOME_EXPERTS, max(_FEWEST_EXPERTS, _BEYOND_CACHES // each))
     engine, weights = _random_experts(settings, layout, count)
     layer = MeasuredLayer(engine.on(weights), weights, torch.device("cpu"))
-    lora = bool(settings.expert_lora)
-    bench = _Bench(layer, settings.compute, lora, top_k=min(top_k, count), quick=True)
+    bench = _Bench(layer, settings.compute, rank, adapted, top_k=min(top_k, count), quick=True)
     forward, backward = bench.curves(bench.on_host)
     return forward, backward
 
@@ -232,7 +235,7 @@ def _random_experts(
 
 def measure(layer: MeasuredLayer, compute: str, lora: bool) -> LayerCosts:
     """Of a layer. compute: of the settings; lora: with LoRA."""
-    bench = _Bench(layer, compute, lora)
+    bench = _Bench(layer, compute, _RANK if lora else 0)
     host = bench.curves(bench.on_host)
     there = bench.curves(bench.on_device)
     stream, contention = bench.together()
@@ -254,7 +257,8 @@ class _Bench:
         self,
         layer: MeasuredLayer,
         compute: str,
-        lora: bool,
+        rank: int,
+        adapted: Sequence[str] = PROJECTIONS,
         *,
         top_k: int = 1,
         quick: bool = False,
@@ -262,7 +266,7 @@ class _Bench:
         self._host, self._device, layout = layer.host, layer.device, layer.host.layout
         self._layout = layout
         self._call = Call(layout.arithmetic or compute, Gate(gated=layout.gated))
-        self._ranks = _RANK if lora else 0
+        self._rank, self._adapted = rank, adapted
         self._turn = 0
         self._weights, self._quick, self._top_k = layer.weights, quick, top_k
 
@@ -277,11 +281,11 @@ class _Bench:
         each = math.gcd(self._top_k, len(chosen))
         index = torch.tensor(chosen).repeat(rows).reshape(-1, each)
         lora: list[LoraFactors | None] = [None, None, None]
-        if self._ranks:  # one pair for all costs what pairs cost, and takes no memory
+        if self._rank:  # one pair for all costs what pairs cost, and takes no memory
             for i, projection in enumerate(PROJECTIONS):
-                if projection in layout.projections:
+                if projection in layout.projections and projection in self._adapted:
                     outputs, inputs = layout.shape(projection)
-                    a, b = torch.zeros(1, self._ranks, inputs), torch.zeros(1, outputs, self._ranks)
+                    a, b = torch.zeros(1, self._rank, inputs), torch.zeros(1, outputs, self._rank)
                     lora[i] = LoraFactors(a.to(device), b.to(device), 1.0)
         # The model's own random numbers are not for this.
         drawn = torch.randn(len(index), layout.hidden, generator=torch.Generator().manual_seed(0))
@@ -343,7 +347,10 @@ class _Bench:
         alone = median(1, 1)
         cases, times = [], []
         for rows, count in _CASES:
-            cases.append((rows, min(count, most)))
+            count = min(count, most)
+            # Whole tokens, each with all of its experts.
+            count -= count % self._top_k
+            cases.append((rows, count))
             times.append(median(*cases[-1]))
             # From some rows on it is a straight line.
             if self._quick and rows >= _STRAIGHT and time.perf_counter() - start > _QUICK_SECONDS:

@@ -14,8 +14,9 @@ from kt_sft.engines.calibration import measured_host
 from kt_sft.forecast.machines import Machine
 from kt_sft.forecast.probe import RestTimes, Sample, measured_rest
 from kt_sft.forecast.subject import Subject
-from kt_sft.forecast.timing import LayerTimes, Load, StepTime, attention_width, time_of_step
+from kt_sft.forecast.timing import LayerTimes, Load, StepTime, time_of_step
 from kt_sft.kernels import WeightLayout
+from kt_sft.machine.accelerator import current_accelerator
 from kt_sft.planning.outline import TrainingOutline, plan_of
 from kt_sft.planning.plan import LayerNeeds, MemoryPlan
 
@@ -68,7 +69,8 @@ class Question:
 
     outline: None where the recipe does not train. length: of one sequence (cutoff_len). samples: of
     a micro batch. times: what a layer's form takes; measured, or assumed of a described machine.
-    measures_rest: whether the other layers are run here to see what they take.
+    times also gets the rank of the experts' LoRA, 0 without. measures_rest: whether the other
+    layers are run here to see what they take.
     fixed: changes that do not go with the recipe.
     """
 
@@ -79,7 +81,7 @@ class Question:
     length: int
     samples: int
     micro_batches: int
-    times: Callable[[LayerNeeds], LayerTimes]
+    times: Callable[[LayerNeeds, int], LayerTimes]
     measures_rest: bool = False
     fixed: frozenset[str] = frozenset()
 
@@ -97,19 +99,12 @@ class Question:
 
     def rest(self, plan: MemoryPlan, load: Load) -> RestTimes | None:
         """What is beside the experts, measured; None where it is to be counted."""
-        if not self.measures_rest:
+        # Layers in 4 bits are not made here, and what does not fit is not tried.
+        if not self.measures_rest or self.subject.rest_bytes is not None or self.shortages(plan):
             return None
-        device = torch.device("cpu")
-        if self.machine.device is not None:
-            device = torch.accelerator.current_accelerator() or device
-        return measured_rest(
-            self.subject,
-            plan.work,
-            None if self.outline is None else self.outline.targets,
-            Sample(load.tokens, load.length),
-            attention_width(self.subject.config.get_text_config()),
-            device,
-        )
+        device = current_accelerator() if self.machine.device is not None else None
+        sample = Sample(load.tokens, load.length)
+        return measured_rest(self.subject, self.outline, sample, device or torch.device("cpu"))
 
     def shortages(self, plan: MemoryPlan | None = None) -> list[str]:
         """What does not fit, a line for each place. plan: ours, where it is made already."""
@@ -133,7 +128,8 @@ class Question:
 @dataclass(frozen=True)
 class Forecast:
     """The answer. longest: tokens of the largest micro batch that fits, 0 where none does; changes:
-    settings with which it would fit, all of them together."""
+    settings with which it would fit, all of them together. counted: whether what is beside the
+    experts was counted where it would have been measured."""
 
     question: Question
     plan: MemoryPlan
@@ -141,6 +137,7 @@ class Forecast:
     step: StepTime
     longest: int
     changes: list[Change]
+    counted: bool
 
     @property
     def verdict(self) -> str:
@@ -169,7 +166,8 @@ class Forecast:
         layer = self.plan.layers[-1]
         tokens = self.step.tokens // self.question.micro_batches
         rows = max(1.0, tokens * layer.top_k / layer.layout.experts)
-        curve, _ = self.question.times(layer).forward
+        work = self.plan.work
+        curve, _ = self.question.times(layer, work.rank if work is not None else 0).forward
         few, some = (float(s) for s in curve([1, round(rows)]))  # type: ignore[arg-type]
         reading = some < 2 * few
         return "reading their weights from memory" if reading else "the CPU's arithmetic"
@@ -187,7 +185,8 @@ def ask(question: Question) -> Forecast:
     step = time_of_step(question.subject, question.machine, plan, question.times, load, rest)
     longest = _longest(question) if question.outline is not None else 0
     changes = _changes(question) if shortages else []
-    return Forecast(question, plan, shortages, step, longest, changes)
+    counted = question.measures_rest and rest is None
+    return Forecast(question, plan, shortages, step, longest, changes, counted)
 
 
 def _longest(question: Question) -> int:
@@ -272,18 +271,18 @@ def _excess(question: Question) -> int:
     return missing
 
 
-def measured_times(settings: HybridExpertsSettings) -> Callable[[LayerNeeds], LayerTimes]:
-    """Of this machine: each form of layer is measured once."""
+def measured_times(settings: HybridExpertsSettings) -> Callable[[LayerNeeds, int], LayerTimes]:
+    """Of this machine: each form of layer is measured once with each form of LoRA."""
 
     @functools.cache
-    def of(layout: WeightLayout, top_k: int) -> LayerTimes:
-        return LayerTimes(*measured_host(settings, layout, top_k))
+    def of(layout: WeightLayout, top_k: int, rank: int, adapted: tuple[str, ...]) -> LayerTimes:
+        return LayerTimes(*measured_host(settings, layout, top_k, rank, adapted))
 
-    return lambda layer: of(layer.layout, layer.top_k)
+    return lambda layer, rank: of(layer.layout, layer.top_k, rank, layer.factors)
 
 
 def assumed_times(
     machine: Machine, settings: HybridExpertsSettings
-) -> Callable[[LayerNeeds], LayerTimes]:
+) -> Callable[[LayerNeeds, int], LayerTimes]:
     """Of a machine that was described."""
-    return lambda layer: LayerTimes.assumed(machine, layer.layout, settings.compute)
+    return lambda layer, rank: LayerTimes.assumed(machine, layer.layout, settings.compute)

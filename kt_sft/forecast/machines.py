@@ -16,7 +16,7 @@ from kt_sft.config import HybridExpertsSettings
 from kt_sft.errors import SettingsError
 from kt_sft.kernels import isa_report, requested_isa
 from kt_sft.kernels.peak import ReadBandwidth
-from kt_sft.machine.accelerator import current_accelerator, device_name
+from kt_sft.machine.accelerator import current_accelerator, device_name, release_device_memory
 from kt_sft.machine.cpus import threads_of
 from kt_sft.machine.link import copy_rates
 from kt_sft.machine.numa import numa_nodes
@@ -103,6 +103,8 @@ def this_machine(settings: HybridExpertsSettings) -> Machine:
         except RuntimeError as error:  # full, or without memory that can be pinned
             logger.warning("%s could not be measured (%s); its rates are assumed", found, error)
             rate, bandwidth, link = _DEVICE_RATE * _REACHED, _DEVICE_BANDWIDTH, _LINK
+        finally:
+            release_device_memory()
         device = Device(device_name(found), around.device_free, rate, bandwidth, link)
     reads = ReadBandwidth(isa, threads)
     bandwidth = max(reads.measure() for _ in range(3))

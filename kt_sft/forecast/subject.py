@@ -131,6 +131,15 @@ class Subject:
             return layout_of(source, AS_PUBLISHED)
 
 
+def attention_channels(text: Any) -> float:
+    """Of queries and values of a layer, the mean of both; text: the configuration."""
+    heads = int(getattr(text, "num_attention_heads", 0) or 0)
+    width = getattr(text, "head_dim", None) or text.hidden_size // max(1, heads)
+    if getattr(text, "qk_nope_head_dim", None):
+        width = (text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim) / 2
+    return float(heads * width)
+
+
 def _bits(bits: int, double: bool) -> BitsAndBytesConfig:
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)

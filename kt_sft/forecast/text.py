@@ -50,6 +50,7 @@ def as_dict(forecast: Forecast, samples: int | None = None) -> dict[str, Any]:
         "step_tokens": step.tokens,
         "step_seconds": dict(step.parts),
         "tokens_per_second": step.tokens_per_second,
+        "other_layers_counted": forecast.counted,
         "limit": forecast.limit,
         "samples": samples,
     }
@@ -165,7 +166,8 @@ def _choices(plan: MemoryPlan, forecast: Forecast) -> str:
 def _time(forecast: Forecast, samples: int | None) -> Iterator[str]:
     step, question = forecast.step, forecast.question
     what = "a step" if question.outline is not None else "reading a prompt"
-    yield f"time (estimated; {'full sequences, ' if question.outline else ''}even routing)"
+    how = ", other layers counted, not measured" if forecast.counted else ""
+    yield f"time (estimated; {'full sequences, ' if question.outline else ''}even routing{how})"
     for name, seconds in sorted(step.parts.items(), key=lambda part: -part[1]):
         yield f"  {name:<{_NAME - 2}} {_seconds(seconds):>11} {seconds / step.seconds:5.0%}"
     yield (

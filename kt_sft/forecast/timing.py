@@ -17,7 +17,7 @@ import numpy as np
 
 from kt_sft.forecast.machines import BACKWARD, Machine
 from kt_sft.forecast.probe import RestTimes
-from kt_sft.forecast.subject import Subject
+from kt_sft.forecast.subject import Subject, attention_channels
 from kt_sft.kernels import WeightLayout
 from kt_sft.planning.plan import LayerNeeds, MemoryPlan, lora_parameters
 from kt_sft.planning.schedule import expected_rows
@@ -115,24 +115,20 @@ def rest_operations(subject: Subject, length: int) -> tuple[float, float]:
         if p.dim() >= 2 and id(p) not in embeddings and not _sees_no_text(name)
     )
     products += head.weight.numel() if tied else 0
-    return 2.0 * products, 2.0 * length * attention_width(subject.config.get_text_config())
+    return 2.0 * products, 2.0 * length * _attention_width(subject.config.get_text_config())
 
 
 def _sees_no_text(name: str) -> bool:
     return any(part in name for part in ("visual.", "vision_tower.", "vision_model.", "audio"))
 
 
-def attention_width(text: Any) -> float:
+def _attention_width(text: Any) -> float:
     """Channels of queries and values over all layers that look at the whole sequence."""
-    heads = int(getattr(text, "num_attention_heads", 0) or 0)
-    width = getattr(text, "head_dim", None) or text.hidden_size // max(1, heads)
-    if getattr(text, "qk_nope_head_dim", None):
-        width = (text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim) / 2
     kinds = getattr(text, "layer_types", None)
     layers = text.num_hidden_layers
     if kinds:
         layers = sum(kind == "full_attention" for kind in kinds)
-    return float(layers * heads * width)
+    return layers * attention_channels(text)
 
 
 @dataclass(frozen=True)
@@ -150,7 +146,7 @@ def time_of_step(
     subject: Subject,
     machine: Machine,
     plan: MemoryPlan,
-    times: Callable[[LayerNeeds], LayerTimes],
+    times: Callable[[LayerNeeds, int], LayerTimes],
     load: Load,
     rest: RestTimes | None = None,
 ) -> StepTime:
@@ -158,8 +154,10 @@ def time_of_step(
     text, work, device = subject.config.get_text_config(), plan.work, machine.device
     passes = Passes.of(plan, load.references)
     ahead = back = 0.0
+    rank = 0 if work is None else work.rank
     for layer in plan.layers:
-        forward, backward = times(layer).seconds(layer.layout, load.tokens, layer.top_k)
+        found = times(layer, rank)
+        forward, backward = found.seconds(layer.layout, load.tokens, layer.top_k)
         ahead, back = ahead + forward, back + backward
     parts = {"experts, forward": load.micro_batches * passes.experts * ahead}
     tensor = load.tokens * text.hidden_size * subject.dtype.itemsize

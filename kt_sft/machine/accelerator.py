@@ -47,6 +47,13 @@ def peak_device_memory() -> int | None:
     return None if tell is None else int(tell())
 
 
+def release_device_memory() -> None:
+    """Gives back what torch keeps of the current device for later: others are told it is used."""
+    release = getattr(_module(), "empty_cache", None)
+    if release is not None:
+        release()
+
+
 def device_name(device: torch.device) -> str:
     """What its maker calls it, or its type."""
     if device.type == "cpu":

@@ -219,24 +219,21 @@ def careful_train(stock: Callable) -> Callable:
                 callback.resumes_from = Path(resume_from_checkpoint) if known else None
         try:
             result = stock(self, resume_from_checkpoint, *args, **kwargs)
+            stopped_by = next((g.stopped_by for g in guards if g.stopped_by), 0)
+            if stopped_by:
+                # A rank that ends makes the launcher end the others, whose work is done by then.
+                _everywhere(None)
         finally:
             for callback in callbacks:
                 if isinstance(callback, RunGuard | WaitingGradients):
                     callback.close()
-        for guard in guards:
-            if guard.stopped_by:
-                _end_together()
-                raise SystemExit(128 + guard.stopped_by)
+        if stopped_by:
+            if _ranks() > 1:
+                ignore_termination()
+            raise SystemExit(128 + stopped_by)
         return result
 
     return train
-
-
-def _end_together() -> None:
-    """A rank that ends makes the launcher send SIGTERM to the others, whose work is done, too."""
-    if _ranks() > 1:
-        _everywhere(None)
-        ignore_termination()
 
 
 def _restored_on_cpu(storage: Any, location: str) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pages
 import pytest
-from llamafactory_runs import effective_workplace
+from tiny_models import make_model, make_tokenizer
 
 # Arguments with which each is run here; `{...}` are places of the test.
 _RUN: dict[str, list[str]] = {
@@ -48,17 +48,20 @@ def test_every_script_of_the_pages_is_run() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("script", _RUN)
 def test_a_script_of_the_pages(script: str, tmp_path: Path) -> None:
-    place = effective_workplace(tmp_path)
+    # Codes have groups of 128 inputs.
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "intermediate_size": 128}
+    tokenizer = make_tokenizer(tmp_path / "model")
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    make_model("qwen3_moe", **ids, **sizes).save_pretrained(tmp_path / "model")
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog " * 100)
-    places = {"model": str(place.folder / "model"), "text": str(text)}
+    places = {"model": str(tmp_path / "model"), "text": str(text)}
     words = [word.format(**places) for word in _RUN[script]]
     done = subprocess.run(
         [sys.executable, str(pages.ROOT / "scripts" / f"{script}.py"), *words],
         capture_output=True, text=True, check=False, cwd=tmp_path,
     )  # fmt: skip
-    # Targets that a busy machine misses are an answer, too.
-    assert done.returncode == 0 or "target" in done.stdout, done.stderr[-3000:]
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert re.search(r"\d", done.stdout), "it prints numbers"
 
 

@@ -208,8 +208,8 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(place: Workplace) ->
     name = "one-signalled"
     settings = {**SETTINGS, **SAVES, "save_steps": 1000, "max_steps": 5000}
     # The launcher ends who is still there when the first one has ended.
-    faults = {0: SlowAtItsEnd(report=5.0, exit=1.0), 1: FaultAtStep(3, signal.SIGTERM)}
-    codes, text = train(place, name, faults=faults, patience=3, **settings)
+    faults = {0: SlowAtItsEnd(report=8.0, exit=1.0), 1: FaultAtStep(3, signal.SIGTERM)}
+    codes, text = train(place, name, faults=faults, patience=6, **settings)
     assert codes == [128 + signal.SIGTERM] * 2, text[-6000:]
     assert "finishing this step, then saving and stopping" in text
     assert newest_valid(place.folder / name) == str(place.folder / name / "checkpoint-3")

@@ -33,7 +33,7 @@ def _planned(device: SimulatedDevice, family: str, folder: str) -> None:
     assert seen.violations == []
     # Attention, LoRA and loss ran there, forward and backward, and so did AdamW.
     names = {job.name for job in seen.trace if job.kind == "compute"}
-    assert {"aten::mm", "aten::_log_softmax_backward_data", "aten::addcdiv"} <= names, names
+    assert {"aten::mm", "aten::_log_softmax_backward_data", "aten::_fused_adamw_"} <= names, names
     assert {"other layers", "link", "optimizer"} <= set(forecast.step.parts)
     assert not forecast.counted
     assert torch.accelerator.current_accelerator().type == DEVICE  # type: ignore[union-attr]

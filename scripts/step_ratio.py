@@ -69,7 +69,8 @@ def main() -> int:
     parser.add_argument("--non-reentrant", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    ids = torch.randint(0, 512, (arguments.tokens // 256, 256))
+    length = min(256, arguments.tokens)
+    ids = torch.randint(0, 512, (arguments.tokens // length, length))
     models = {name: _model(arguments, name) for name in ("keep", "recompute")}
     optimizers = {
         name: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-4)

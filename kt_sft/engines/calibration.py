@@ -347,10 +347,9 @@ class _Bench:
         alone = median(1, 1)
         cases, times = [], []
         for rows, count in _CASES:
-            count = min(count, most)
-            # Whole tokens, each with all of its experts.
-            count -= count % self._top_k
-            cases.append((rows, count))
+            # Whole tokens, each with all of its experts, of which there may be more.
+            whole = max(1, min(count, most) // self._top_k) * self._top_k
+            cases.append((rows, whole))
             times.append(median(*cases[-1]))
             # From some rows on it is a straight line.
             if self._quick and rows >= _STRAIGHT and time.perf_counter() - start > _QUICK_SECONDS:

@@ -68,10 +68,9 @@ class Question:
     """A recipe's model, section and training, and a machine.
 
     outline: None where the recipe does not train. length: of one sequence (cutoff_len). samples: of
-    a micro batch. times: what a layer's form takes; measured, or assumed of a described machine.
-    times also gets the rank of the experts' LoRA, 0 without. measures_rest: whether the other
-    layers are run here to see what they take.
-    fixed: changes that do not go with the recipe.
+    a micro batch. times: what a layer takes with LoRA of a rank on its experts (0: none); measured,
+    or assumed of a described machine. measures_rest: whether the other layers are run here to see
+    what they take. fixed: changes that do not go with the recipe.
     """
 
     subject: Subject

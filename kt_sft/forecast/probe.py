@@ -1,6 +1,6 @@
 """What a pass takes beside the routed experts: measured with one layer of each kind, on the device.
 
-The layers are those of the model with weights that mean nothing; the experts give back their input.
+The layers are those of the model with weights that mean nothing; experts give back what they get.
 
 Legend: T tokens, D hidden size, V vocabulary.
 """
@@ -65,7 +65,7 @@ class Sample:
     length: int
 
     def of(self, tokens: int) -> Sample:
-        """With so many tokens, or a few more where sequences are to be whole."""
+        """With so many tokens, or fewer where sequences are to be whole."""
         if tokens <= self.length:
             return Sample(tokens, tokens)
         return Sample(tokens // self.length * self.length, self.length)
@@ -81,12 +81,11 @@ def measured_rest(
     try:
         layers = _Layers(subject, outline, device)
         forward = training = 0.0
-        for i, (kind, count) in enumerate(layers.kinds.items()):
-            layer, around = layers.seconds(kind, sample)
-            # What a pass does once for all layers.
-            ahead, both = around if i == 0 else (0.0, 0.0)
-            forward, training = forward + ahead + count * layer[0], training + both
-            training += count * layer[1]
+        for kind, count in layers.kinds.items():
+            (ahead, both), around = layers.seconds(kind, sample)
+            forward, training = forward + count * ahead, training + count * both
+        # A pass does that once, whatever the kinds of its layers.
+        forward, training = forward + around[0], training + around[1]
         host = there = 0.0
         if outline is not None:
             ahead, both = _loss_seconds(subject, outline, sample, device)

@@ -17,14 +17,17 @@ from tiny_models import make_model
 from kt_sft.checkpoint.layouts import own_layout
 from kt_sft.cli import main
 from kt_sft.cli.plan import question_of
+from kt_sft.config import HybridExpertsSettings
+from kt_sft.engines.calibration import measured_host
 from kt_sft.errors import CheckpointError, SettingsError
+from kt_sft.forecast import forecast as forecasting
 from kt_sft.forecast import machines, text
 from kt_sft.forecast.forecast import DOES_NOT_FIT, FITS, UNKNOWN, Change, Question, ask
 from kt_sft.forecast.machines import CORE_RATES, described
 from kt_sft.forecast.samples import samples_of
 from kt_sft.forecast.subject import Subject
 from kt_sft.forecast.timing import rest_operations
-from kt_sft.kernels import ExpertWeights
+from kt_sft.kernels import ExpertWeights, WeightLayout
 from kt_sft.plugin.templates import template_of
 
 # As their files have them, without what predicts further tokens (the MTP layers) and buffers.
@@ -417,9 +420,13 @@ def _tied(folder: Path) -> Path:
         ("per_device_train_batch_size=0", "per_device_train_batch_size: got 0"),
         ("lora_rank=null", "lora_rank: got None"),
         ("use_unsloth=true", "use_unsloth: True"),
+        # What LLaMA-Factory would refuse.
+        ("lora_rnak=8", "lora_rnak; did you mean lora_rank?"),
+        ("stage=sfft", "stage: sfft; did you mean sft?"),
+        ("template=qwen33", "template: qwen33; did you mean qwen3?"),
     ],
 )
-def test_numbers_that_are_none(
+def test_recipes_that_are_refused(
     change: str, said: str, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["plan", str(tiny / "recipe.yaml"), change]) == 2
@@ -446,19 +453,24 @@ def test_json_and_explain_do_not_go_together(
     assert "expected one of them" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ("lora_rnak=8", "lora_rnak; did you mean lora_rank?"),
-        ("stage=sfft", "stage: sfft; did you mean sft?"),
-        ("template=qwen33", "template: qwen33; did you mean qwen3?"),
-    ],
-)
-def test_what_llamafactory_would_refuse(
-    change: str, said: str, tiny: Path, capsys: pytest.CaptureFixture[str]
+def test_a_plan_says_what_it_has_counted(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert main(["plan", str(tiny / "recipe.yaml"), change]) == 2
-    assert said in capsys.readouterr().err
+    words = ["plan", str(tiny / "recipe.yaml")]
+    assert main(words) == 0
+    assert "other layers counted" not in capsys.readouterr().out
+    monkeypatch.setattr(forecasting, "measured_rest", lambda *_: None)
+    assert main(words) == 0
+    assert "other layers counted, not measured" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("top_k", [3, 10, 16])
+def test_any_number_of_experts_per_token_is_measured(top_k: int) -> None:
+    """Also more of them than some of the cases have experts."""
+    layout = WeightLayout(16, 64, 64, "int8")
+    settings = HybridExpertsSettings(threads=1)
+    for curve, fixed in measured_host(settings, layout, top_k, rank=2, adapted=("up_proj",)):
+        assert fixed >= 0 and all(seconds >= 0 for seconds in curve.seconds)
 
 
 def test_a_folder_that_is_not_there_is_no_name_of_the_hub() -> None:
